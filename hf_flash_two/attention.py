@@ -1,0 +1,207 @@
+"""The attention: one function that validates, settles the dtype, chooses a kernel and calls the op."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hf_flash_two.kernels.problem import Problem
+from hf_flash_two.masks import AttentionMask
+from hf_flash_two.op import choose_kernel, flash_attn
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_MAX_HEAD_DIM = 576
+
+
+def flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: AttentionMask | Tensor | None = None,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    kernel: str = "auto",
+    q_bucket_size: int | None = None,
+    k_bucket_size: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(cap(scale * Q K^T) + bias) V in memory linear in the sequence, forward and backward.
+
+    Args:
+        query: [B, Hq, Tq, D], any strides, float64, float32, bfloat16 or float16; D up to 576.
+        key: [B, Hk, Tk, D] with Hq a multiple of Hk; query head h uses key head h // (Hq / Hk).
+        value: [B, Hk, Tk, Dv].
+        mask: an `AttentionMask`, or a bool tensor broadcastable to [B, Hq, Tq, Tk], True may attend.
+            None: every query sees every key. ``AttentionMask.causal()`` puts the last query on the
+            last key (bottom-right).
+        scale: multiplies the scores; D ** -0.5 if None.
+        bias: float, broadcastable to [B, Hq, Tq, Tk], added after scale and softcap; has a gradient.
+        alibi_slopes: [Hq] or [B, Hq]; adds ``-slope * |position of query - key|``; no gradient.
+        softcap: scores become ``softcap * tanh(score / softcap)``; None or 0 is off.
+        sinks: [Hq] or [B, Hq], a logit per head that joins every row's softmax but has no value;
+            has a gradient.
+        dropout_p: chance that a probability is dropped. The caller passes 0 in evaluation.
+        dropout_seed: an int or an int64 tensor of one element; drawn from PyTorch's generator if
+            None. The bits depend on (seed, batch, head, query, key) only.
+        return_lse: also return the log-sum-exp of each row's scores, sinks included; differentiable.
+        kernel: "auto" or "blockwise". A kernel asked for by name never falls back to another.
+        q_bucket_size, k_bucket_size: upper limits on the tiles of queries and keys.
+
+    Returns:
+        out [B, Hq, Tq, Dv], laid out in memory as ``query`` is, and on request lse [B, Hq, Tq] in
+        float32 (float64 for float64). A row that sees no key has out 0, lse -inf and gradients 0.
+        Under autocast tensors are computed and returned in its dtype. Otherwise in the dtype of
+        ``value``: rotary embeddings and norms may upcast queries and keys, nothing upcasts values.
+        Statistics and sums are float32 (float64) always; the same inputs give the same bits.
+
+    Raises:
+        ValueError: an argument does not fit; names it, what was expected and what came.
+
+    Source: Dao 2023, arXiv:2307.08691, Algorithms 1 and 2.
+    """
+    _check_shapes(query, key, value)
+    query, key, value = _settle_dtype(query, key, value)
+    batch, heads, query_length, head_dim = query.shape
+    shape = (batch, heads, query_length, key.shape[2])
+    mask = _as_mask(mask)
+    mask.check(*shape)
+    if mask.first_query is not None and mask.first_query.device != query.device:
+        mask = mask.to(query.device)
+    problem = Problem(
+        first_query=mask.first_query,
+        last_query=mask.last_query,
+        key_bounds=mask.key_bounds(),
+        dense=mask.dense,
+        bias=_check_bias(bias, shape),
+        alibi_slopes=_check_per_head("alibi_slopes", alibi_slopes, batch, heads),
+        sinks=_check_per_head("sinks", sinks, batch, heads),
+        seed=_settle_seed(dropout_p, dropout_seed, query.device),
+        query_offset=mask.resolve_offset(query_length, key.shape[2]),
+        window_left=mask.window_left,
+        window_right=mask.window_right,
+        scale=head_dim**-0.5 if scale is None else float(scale),
+        softcap=_check_softcap(softcap),
+        dropout_p=float(dropout_p),
+        block_q=_check_bucket("q_bucket_size", q_bucket_size),
+        block_k=_check_bucket("k_bucket_size", k_bucket_size),
+    )
+    if problem.alibi_slopes is not None and problem.alibi_slopes.requires_grad:
+        raise ValueError("alibi_slopes: no gradient is computed; detach them or pass `bias`")
+    out, lse = flash_attn(query, key, value, problem, choose_kernel(kernel, query, key, value))
+    return (out, lse) if return_lse else out
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name}: expected 4 dimensions [batch, heads, length, head_dim], "
+                f"got shape {list(tensor.shape)}"
+            )
+        if tensor.dtype not in _FLOATS:
+            raise ValueError(
+                f"{name}: expected float64, float32, bfloat16 or float16, got {tensor.dtype}"
+            )
+        if tensor.device != query.device:
+            raise ValueError(f"{name}: expected device {query.device}, got {tensor.device}")
+        if not 1 <= tensor.shape[3] <= _MAX_HEAD_DIM:
+            raise ValueError(
+                f"{name}: expected head_dim from 1 to {_MAX_HEAD_DIM}, got {tensor.shape[3]}"
+            )
+    batch, heads, _, head_dim = query.shape
+    key_heads, key_length = key.shape[1:3]
+    if key.shape[0] != batch or key.shape[3] != head_dim:
+        raise ValueError(
+            f"key: expected [batch, heads, length, head_dim] = [{batch}, *, *, {head_dim}] as in "
+            f"query, got {list(key.shape)}"
+        )
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"value: expected [batch, heads, length, *] = [{batch}, {key_heads}, {key_length}, *] "
+            f"as in key, got {list(value.shape)}"
+        )
+    if key_heads == 0 or heads % key_heads:
+        raise ValueError(
+            f"query: expected a number of heads that is a multiple of key's {key_heads}, got {heads}"
+        )
+
+
+def _settle_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    device = query.device.type
+    dtype = value.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _as_mask(mask: AttentionMask | Tensor | None) -> AttentionMask:
+    if mask is None:
+        return AttentionMask.full()
+    if isinstance(mask, Tensor):
+        return AttentionMask.from_dense(mask)
+    if not isinstance(mask, AttentionMask):
+        raise ValueError(
+            f"mask: expected an AttentionMask, a bool tensor or None, got {type(mask).__name__}"
+        )
+    return mask
+
+
+def _check_bias(bias: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    if bias is None:
+        return None
+    if not bias.is_floating_point():
+        raise ValueError(f"bias: expected a float tensor, got {bias.dtype}; bool is `mask`")
+    if bias.dim() > 4 or any(
+        got not in (1, want) for got, want in zip(bias.shape[::-1], shape[::-1], strict=False)
+    ):
+        raise ValueError(
+            "bias: expected a tensor broadcastable to [batch, heads, queries, keys] = "
+            f"{list(shape)}, got {list(bias.shape)}"
+        )
+    return bias[(None,) * (4 - bias.dim())]
+
+
+def _check_per_head(name: str, tensor: Tensor | None, batch: int, heads: int) -> Tensor | None:
+    if tensor is None:
+        return None
+    if tuple(tensor.shape) not in ((heads,), (1, heads), (batch, heads)):
+        raise ValueError(
+            f"{name}: expected shape [{heads}] or [{batch}, {heads}], got {list(tensor.shape)}"
+        )
+    tensor = tensor[None] if tensor.dim() == 1 else tensor
+    return tensor.to(torch.float32)
+
+
+def _check_softcap(softcap: float | None) -> float:
+    softcap = 0.0 if softcap is None else float(softcap)
+    if not 0.0 <= softcap < math.inf:
+        raise ValueError(f"softcap: expected None, 0 (off) or a positive number, got {softcap}")
+    return softcap
+
+
+def _check_bucket(name: str, size: int | None) -> int | None:
+    if size is not None and size < 1:
+        raise ValueError(f"{name}: expected None or at least 1, got {size}")
+    return size
+
+
+def _settle_seed(
+    dropout_p: float, seed: int | Tensor | None, device: torch.device
+) -> Tensor | None:
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {dropout_p}")
+    if not dropout_p:
+        return None
+    if seed is None:
+        return torch.randint(2**62, (1,), device=device)
+    if isinstance(seed, Tensor):
+        return seed.to(device=device, dtype=torch.int64).reshape(1)
+    return torch.tensor([seed], dtype=torch.int64, device=device)

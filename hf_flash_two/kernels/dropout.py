@@ -1,0 +1,39 @@
+"""Dropout whose bits are a pure function of (seed, batch, head, query, key).
+
+Every kernel computes the same bits, whatever its tiles, so a forward is repeated exactly under
+recomputation and a small run on a CPU proves the large one on a GPU. The generator is a counter run
+through the 32-bit mixer ``lowbias32`` (https://nullprogram.com/blog/2018/07/31/).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+
+
+def mix(x: Tensor) -> Tensor:
+    """lowbias32 of values in [0, 2**32) held as int64."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _MASK
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)
+
+
+def keep(
+    seed: Tensor, batch: int, heads: Tensor, rows: Tensor, cols: Tensor, dropout_p: float
+) -> Tensor:
+    """bool [heads, rows, cols]: True where the probability survives, with chance 1 - dropout_p."""
+    low, high = seed & _MASK, (seed >> 32) & _MASK
+    stream = mix((high + batch * 0x9E3779B9) & _MASK)
+    stream = mix((stream ^ heads) & _MASK)  # [heads]
+    row = mix((mix(low ^ rows)[None] + stream[:, None]) & _MASK)  # [heads, rows]
+    bits = mix(row[:, :, None] ^ mix(cols)[None, None])
+    return bits >= threshold(dropout_p)
+
+
+def threshold(dropout_p: float) -> int:
+    """A pair is dropped if its 32 bits are below this."""
+    return min(int(dropout_p * 2**32), _MASK)

@@ -1,0 +1,517 @@
+"""Who may attend to whom: one small immutable value, made once and shared by every layer.
+
+Query i sits at position ``i + query_offset`` on the axis of the keys, key j at position j. A mask says
+for each pair whether the query may attend to the key; True always means "may attend". Three forms, from
+the cheapest to the dearest:
+
+* a band: the key lies at most ``window_left`` positions behind the query and ``window_right`` ahead;
+* intervals: for each key the one run of positions ``first_query <= position < last_query`` that may see
+  it, two int32 per key. Padding, packed documents, chunks, prefixes, bidirectional blocks and trees are
+  all of this form, and the intersection of two such masks is one again;
+* a dense boolean tensor, read tile by tile, for what has no such form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+KEY_GRANULE = 64
+"""Keys are summarised in groups of this many; every kernel's key tile is read off these groups."""
+
+FAR = 2**30
+"""Beyond every position, yet an offset can be added without leaving int32."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMask:
+    """An immutable description of visibility; combine masks with ``&``.
+
+    Attributes:
+        window_left, window_right: the band, in positions; None is unbounded. Unset where intervals are
+            present, because a band is folded into them.
+        query_offset: position of query 0; None aligns the last query with the last key (bottom-right).
+        first_query, last_query: int32 [B or 1, Tk], the half-open run of positions that see each key.
+        dense: bool, broadcastable to [B, H, Tq, Tk].
+
+    With two queries and five keys, ``AttentionMask.causal()`` is
+    ``1 1 1 1 0`` / ``1 1 1 1 1``: the queries are the last two positions.
+    """
+
+    window_left: int | None = None
+    window_right: int | None = None
+    query_offset: int | None = None
+    first_query: Tensor | None = None
+    last_query: Tensor | None = None
+    dense: Tensor | None = None
+    _bounds: list = field(default_factory=list, repr=False)
+
+    # Constructors
+
+    @classmethod
+    def full(cls) -> AttentionMask:
+        """Every query sees every key."""
+        return cls()
+
+    @classmethod
+    def causal(cls, window: int | None = None, *, query_offset: int | None = None) -> AttentionMask:
+        """A query sees the keys up to its own position.
+
+        Args:
+            window: how many keys a query sees, itself included; None is no limit.
+            query_offset: position of query 0 among the keys; None aligns bottom-right.
+        """
+        if window is not None and window < 1:
+            raise ValueError(f"window: expected at least 1 (the query itself), got {window}")
+        left = None if window is None else window - 1
+        return cls(window_left=left, window_right=0, query_offset=query_offset)
+
+    @classmethod
+    def window(
+        cls, left: int | None, right: int | None, *, query_offset: int | None = None
+    ) -> AttentionMask:
+        """A query sees ``left`` keys behind its own position, its own, and ``right`` ahead."""
+        for name, size in (("left", left), ("right", right)):
+            if size is not None and size < 0:
+                raise ValueError(f"{name}: expected None or at least 0, got {size}")
+        return cls(window_left=left, window_right=right, query_offset=query_offset)
+
+    @classmethod
+    def from_intervals(
+        cls, first_query: Tensor, last_query: Tensor, *, query_offset: int | None = None
+    ) -> AttentionMask:
+        """Key j is seen from the positions ``first_query[b, j] <= position < last_query[b, j]``.
+
+        Args:
+            first_query, last_query: integers, [Tk] or [B or 1, Tk]; an empty run hides the key.
+        """
+        first, last = torch.broadcast_tensors(first_query, last_query)
+        if first.dim() == 1:
+            first, last = first[None], last[None]
+        if first.dim() != 2 or first.is_floating_point() or last.is_floating_point():
+            raise ValueError(
+                "first_query, last_query: expected integers of shape [Tk] or [B, Tk], got "
+                f"{first_query.dtype} {list(first_query.shape)} and "
+                f"{last_query.dtype} {list(last_query.shape)}"
+            )
+        # One spelling of "nobody": it is neutral in the minima and maxima of `key_bounds`.
+        nobody = first >= last
+        first = first.clamp(-FAR, FAR).masked_fill(nobody, FAR)
+        last = last.clamp(-FAR, FAR).masked_fill(nobody, -FAR)
+        return cls(
+            query_offset=query_offset,
+            first_query=first.to(torch.int32).contiguous(),
+            last_query=last.to(torch.int32).contiguous(),
+        )
+
+    @classmethod
+    def from_padding(cls, keep: Tensor) -> AttentionMask:
+        """Keys marked False or 0 are seen by nobody; padding may stand anywhere.
+
+        Args:
+            keep: [Tk] or [B, Tk], bool or 0/1 of any dtype.
+        """
+        if keep.dim() not in (1, 2):
+            raise ValueError(f"keep: expected shape [Tk] or [B, Tk], got {list(keep.shape)}")
+        keep = keep if keep.dtype == torch.bool else keep != 0
+        first = torch.full_like(keep, -FAR, dtype=torch.int32)
+        return cls.from_intervals(first, torch.where(keep, FAR, -FAR))
+
+    @classmethod
+    def from_documents(
+        cls,
+        cu_seqlens: Tensor | None = None,
+        *,
+        segment_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        query_cu_seqlens: Tensor | None = None,
+        key_length: int | None = None,
+        causal: bool = False,
+        window: int | None = None,
+    ) -> AttentionMask:
+        """Several documents laid end to end; none sees another. Give exactly one description.
+
+        Args:
+            cu_seqlens: [N + 1] boundaries 0, end of document 0, ...; keys past the last are padding.
+            segment_ids: [T] or [B, T]; a document is a maximal run of equal ids.
+            position_ids: [T] or [B, T]; a document starts wherever they do not go up by one.
+            query_cu_seqlens: boundaries of the queries where they differ from those of the keys;
+                only with ``cu_seqlens``. Causal is then bottom-right within each document.
+            key_length: number of keys; read from ``cu_seqlens`` (a device sync) if None.
+            causal: a query sees only keys up to its own position in its document.
+            window: with ``causal``, how many keys a query sees, itself included.
+        """
+        given = [x is not None for x in (cu_seqlens, segment_ids, position_ids)]
+        if sum(given) != 1:
+            raise ValueError(
+                "from_documents: give exactly one of cu_seqlens, segment_ids, position_ids"
+            )
+        if window is not None and not causal:
+            raise ValueError("window: needs causal=True; use `& AttentionMask.window(...)`")
+        if cu_seqlens is None:
+            if query_cu_seqlens is not None:
+                raise ValueError("query_cu_seqlens: only together with cu_seqlens")
+            ids = segment_ids if segment_ids is not None else position_ids
+            step = 0 if segment_ids is not None else 1
+            ids = ids[None] if ids.dim() == 1 else ids
+            starts = torch.ones_like(ids, dtype=torch.bool)
+            starts[:, 1:] = ids[:, 1:] != ids[:, :-1] + step
+            begin, end = _runs(starts)
+            mask = cls.from_intervals(begin, end, query_offset=0)
+            return mask & cls.causal(window) if causal else mask
+        key_cu = cu_seqlens.to(torch.int32)
+        query_cu = key_cu if query_cu_seqlens is None else query_cu_seqlens.to(torch.int32)
+        if key_cu.dim() != 1 or key_cu.shape != query_cu.shape or key_cu.shape[0] < 2:
+            raise ValueError(
+                "cu_seqlens, query_cu_seqlens: expected one shape [N + 1], got "
+                f"{list(key_cu.shape)} and {list(query_cu.shape)}"
+            )
+        length = int(key_cu[-1]) if key_length is None else key_length
+        key = torch.arange(length, device=key_cu.device, dtype=torch.int32)
+        document = torch.searchsorted(key_cu, key, right=True) - 1
+        inside = document < key_cu.shape[0] - 1
+        document = document.clamp(max=key_cu.shape[0] - 2)
+        first, last = query_cu[document], query_cu[document + 1]
+        if causal:
+            # The query that stands at this key's own place, counted from the ends of the document.
+            own = last - (key_cu[document + 1] - key)
+            first = torch.maximum(first, own)
+            last = last if window is None else torch.minimum(last, own + window)
+        last = torch.where(inside, last, first)
+        return cls.from_intervals(first, last, query_offset=0)
+
+    @classmethod
+    def from_prefix(cls, prefix_lengths: Tensor, key_length: int) -> AttentionMask:
+        """Prefix language model: causal, and everybody sees the first ``prefix_lengths[b]`` keys."""
+        key = torch.arange(key_length, device=prefix_lengths.device)
+        first = torch.where(key < prefix_lengths.reshape(-1, 1), -FAR, key)
+        return cls.from_intervals(first, torch.full_like(first, FAR))
+
+    @classmethod
+    def from_blocks(cls, block_ids: Tensor) -> AttentionMask:
+        """Causal, and the tokens of one block see each other both ways (image tokens).
+
+        Args:
+            block_ids: [T] or [B, T]; a block is a maximal run of one id, negative ids are no block.
+        """
+        ids = block_ids[None] if block_ids.dim() == 1 else block_ids
+        starts = torch.ones_like(ids, dtype=torch.bool)
+        starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        begin, _ = _runs(starts)
+        key = torch.arange(ids.shape[1], device=ids.device)
+        first = torch.where(ids >= 0, begin, key)
+        return cls.from_intervals(first, torch.full_like(first, FAR))
+
+    @classmethod
+    def from_tree(
+        cls, segment_lengths: Sequence[int], parents: Sequence[int], *, device=None
+    ) -> AttentionMask:
+        """Segments that share prefixes; a token sees its own segment so far and all its ancestors.
+
+        Args:
+            segment_lengths: tokens in each segment, the segments in depth-first order.
+            parents: index of each segment's parent, -1 for a root.
+        """
+        if len(segment_lengths) != len(parents):
+            raise ValueError(
+                f"parents: expected {len(segment_lengths)} entries, got {len(parents)}"
+            )
+        ends, total, path = [0] * len(parents), 0, []
+        for node, parent in enumerate(parents):
+            while path and path[-1] != parent:
+                ends[path.pop()] = total
+            if parent != -1 and not path:
+                raise ValueError(
+                    f"parents: segment {node} does not follow its parent {parent} depth-first"
+                )
+            path.append(node)
+            total += segment_lengths[node]
+        for node in path:
+            ends[node] = total
+        repeats = torch.tensor(segment_lengths, device=device)
+        last = torch.tensor(ends, device=device).repeat_interleave(repeats)
+        return cls.from_intervals(torch.arange(total, device=device), last, query_offset=0)
+
+    @classmethod
+    def chunked(
+        cls, size: int, key_length: int, *, starts: Tensor | None = None, device=None
+    ) -> AttentionMask:
+        """Causal within chunks of ``size`` positions; a chunk sees no other.
+
+        Args:
+            starts: [B] position where chunk 0 begins (the left padding); 0 if None.
+        """
+        if size < 1:
+            raise ValueError(f"size: expected at least 1, got {size}")
+        device = starts.device if starts is not None else device
+        key = torch.arange(key_length, device=device)[None]
+        start = 0 if starts is None else starts.reshape(-1, 1)
+        end = (torch.div(key - start, size, rounding_mode="floor") + 1) * size + start
+        return cls.from_intervals(key.expand_as(end), end)
+
+    @classmethod
+    def from_dense(cls, visible: Tensor) -> AttentionMask:
+        """A boolean tensor broadcastable to [B, H, Tq, Tk]; costs its own O(Tq * Tk) memory."""
+        if visible.dtype != torch.bool:
+            raise ValueError(
+                f"visible: expected bool (True may attend), got {visible.dtype}; "
+                "an additive float mask is the argument `bias`"
+            )
+        if visible.dim() > 4:
+            raise ValueError(f"visible: expected at most 4 dimensions, got {visible.dim()}")
+        return cls(dense=visible[(None,) * (4 - visible.dim())])
+
+    # Combining and moving
+
+    def __and__(self, other: AttentionMask) -> AttentionMask:
+        """Visible in both. An explicit query offset wins over a bottom-right one."""
+        if not isinstance(other, AttentionMask):
+            return NotImplemented
+        offset = self.query_offset if other.query_offset is None else other.query_offset
+        if self.query_offset is not None and offset != self.query_offset:
+            raise ValueError(
+                f"query_offset: cannot intersect masks at {self.query_offset} and {offset}"
+            )
+        dense = self.dense if other.dense is None else other.dense
+        if self.dense is not None and other.dense is not None:
+            dense = self.dense & other.dense
+        left = _tighter(self.window_left, other.window_left)
+        right = _tighter(self.window_right, other.window_right)
+        runs = [(m.first_query, m.last_query) for m in (self, other) if m.first_query is not None]
+        if not runs:
+            return AttentionMask(left, right, offset, dense=dense)
+        (first, last), *more = runs
+        for other_first, other_last in more:
+            if first.shape[1] != other_first.shape[1]:
+                raise ValueError(
+                    f"cannot intersect masks over {first.shape[1]} and {other_first.shape[1]} keys"
+                )
+            first, last = torch.maximum(first, other_first), torch.minimum(last, other_last)
+        key = torch.arange(first.shape[1], device=first.device, dtype=torch.int32)
+        if right is not None:
+            first = torch.maximum(first, key - right)
+        if left is not None:
+            last = torch.minimum(last, key + left + 1)
+        mask = AttentionMask.from_intervals(first, last, query_offset=offset)
+        return mask if dense is None else replace(mask, dense=dense)
+
+    def to(self, device: torch.device | str, *_, **__) -> AttentionMask:
+        """The same mask with its tensors on ``device``."""
+        moved = {
+            name: tensor.to(device)
+            for name in ("first_query", "last_query", "dense")
+            if (tensor := getattr(self, name)) is not None
+        }
+        return replace(self, _bounds=[], **moved) if moved else self
+
+    def slice_queries(
+        self, start: int, stop: int, query_length: int, key_length: int
+    ) -> AttentionMask:
+        """The mask of queries ``start`` to ``stop`` of ``query_length``, against the same keys."""
+        dense = self.dense
+        if dense is not None and dense.shape[2] > 1:
+            dense = dense[:, :, start:stop]
+        offset = self.resolve_offset(query_length, key_length) + start
+        return replace(self, query_offset=offset, dense=dense)
+
+    def slice_keys(
+        self, start: int, stop: int, query_length: int, key_length: int
+    ) -> AttentionMask:
+        """The mask of the same queries against keys ``start`` to ``stop`` of ``key_length``."""
+        offset = self.resolve_offset(query_length, key_length) - start
+        dense = self.dense
+        if dense is not None and dense.shape[3] > 1:
+            dense = dense[..., start:stop]
+        if self.first_query is None:
+            return replace(self, query_offset=offset, dense=dense)
+        mask = AttentionMask.from_intervals(
+            self.first_query[:, start:stop] - start,
+            self.last_query[:, start:stop] - start,
+            query_offset=offset,
+        )
+        return mask if dense is None else replace(mask, dense=dense)
+
+    # Questions
+
+    def resolve_offset(self, query_length: int, key_length: int) -> int:
+        """Position of query 0 among ``key_length`` keys."""
+        return key_length - query_length if self.query_offset is None else self.query_offset
+
+    def check(self, batch: int, heads: int, query_length: int, key_length: int) -> None:
+        """Raise ValueError unless the mask fits attention of this shape."""
+        if self.first_query is not None:
+            got, keys = self.first_query.shape
+            if keys != key_length or got not in (1, batch):
+                raise ValueError(
+                    f"mask: expected intervals of shape [1 or {batch}, {key_length}] (batch, keys), "
+                    f"got [{got}, {keys}]"
+                )
+        if self.dense is not None:
+            shape = (batch, heads, query_length, key_length)
+            if any(got not in (1, want) for got, want in zip(self.dense.shape, shape, strict=True)):
+                raise ValueError(
+                    "mask: expected a tensor broadcastable to [batch, heads, queries, keys] = "
+                    f"{list(shape)}, got {list(self.dense.shape)}"
+                )
+
+    def to_dense(self, query_length: int, key_length: int, device=None) -> Tensor:
+        """bool [B or 1, H or 1, Tq, Tk]. O(Tq * Tk) memory: for small sizes and debugging."""
+        for tensor in (self.first_query, self.dense):
+            device = tensor.device if tensor is not None else device
+        offset = self.resolve_offset(query_length, key_length)
+        position = torch.arange(query_length, device=device)[:, None] + offset
+        key = torch.arange(key_length, device=device)
+        visible = torch.ones(1, 1, query_length, key_length, dtype=torch.bool, device=device)
+        if self.window_left is not None:
+            visible = visible & (position - key <= self.window_left)
+        if self.window_right is not None:
+            visible = visible & (key - position <= self.window_right)
+        if self.first_query is not None:
+            first, last = self.first_query[:, None, None], self.last_query[:, None, None]
+            visible = visible & (first <= position) & (position < last)
+        return visible if self.dense is None else visible & self.dense
+
+    def key_bounds(self) -> Tensor | None:
+        """int32 [B or 1, ceil(Tk / KEY_GRANULE), 4], or None without intervals.
+
+        For each group of keys the smallest and largest ``first_query``, then the smallest and largest
+        ``last_query``: a tile of queries at positions [p, q) meets the group only if
+        ``min_first < q and max_last > p`` and needs no masking if ``max_first <= p and q <= min_last``.
+        """
+        if self.first_query is None:
+            return None
+        if torch.compiler.is_compiling():
+            return _group_bounds(self.first_query, self.last_query)
+        if not self._bounds:
+            self._bounds.append(_group_bounds(self.first_query, self.last_query))
+        return self._bounds[0]
+
+    def tiles(
+        self, query_length: int, key_length: int, block_q: int, block_k: int = KEY_GRANULE
+    ) -> TileMap:
+        """Which tiles of ``block_q`` queries by ``block_k`` keys hold anything, and which are full.
+
+        Args:
+            block_k: a multiple of KEY_GRANULE.
+        """
+        offset = self.resolve_offset(query_length, key_length)
+        bounds = self.key_bounds()
+        if bounds is None:
+            return band_tiles(
+                self.window_left,
+                self.window_right,
+                offset,
+                query_length,
+                key_length,
+                block_q,
+                block_k,
+                self.dense is not None,
+            )
+        return bound_tiles(bounds, offset, query_length, block_q, block_k, self.dense is not None)
+
+
+@dataclass(frozen=True)
+class TileMap:
+    """What each tile of queries by keys needs, for every batch row that the mask tells apart.
+
+    Attributes:
+        visit: bool [B or 1, query tiles, key tiles] on the CPU; False: no pair is visible.
+        full: bool, same shape; True: every pair is visible, so no masking is needed.
+    """
+
+    visit: Tensor
+    full: Tensor
+
+    def key_tiles(self, batch: int, query_tile: int) -> Iterator[tuple[int, bool]]:
+        """(key tile, needs masking) for each key tile that ``query_tile`` must visit."""
+        return _visits(self.visit[batch, query_tile], self.full[batch, query_tile])
+
+    def query_tiles(self, batch: int, key_tile: int) -> Iterator[tuple[int, bool]]:
+        """(query tile, needs masking) for each query tile that must visit ``key_tile``."""
+        return _visits(self.visit[batch, :, key_tile], self.full[batch, :, key_tile])
+
+
+def _visits(visit: Tensor, full: Tensor) -> Iterator[tuple[int, bool]]:
+    for index, (seen, whole) in enumerate(zip(visit.tolist(), full.tolist(), strict=True)):
+        if seen:
+            yield index, not whole
+
+
+def bound_tiles(
+    bounds: Tensor, offset: int, query_length: int, block_q: int, block_k: int, dense: bool
+) -> TileMap:
+    """The tiles of a mask of intervals, from its `AttentionMask.key_bounds`."""
+    groups, remainder = divmod(block_k, KEY_GRANULE)
+    if remainder or not groups:
+        raise ValueError(f"block_k: expected a multiple of {KEY_GRANULE}, got {block_k}")
+    bounds = bounds.cpu()
+    if groups > 1:
+        bounds = _reduce_groups(bounds, groups)
+    min_first, max_first, min_last, max_last = bounds[:, None].unbind(-1)  # [B, 1, key tiles]
+    start = torch.arange(0, query_length, block_q)[None, :, None] + offset
+    stop = (start + block_q).clamp(max=query_length + offset)
+    visit = (min_first < stop) & (max_last > start)
+    full = visit & (max_first <= start) & (min_last >= stop)
+    return TileMap(visit, full & (not dense))
+
+
+@lru_cache(maxsize=256)
+def band_tiles(
+    window_left: int | None,
+    window_right: int | None,
+    offset: int,
+    query_length: int,
+    key_length: int,
+    block_q: int,
+    block_k: int,
+    dense: bool,
+) -> TileMap:
+    """The tiles of a band, computed once per shape."""
+    starts = torch.arange(0, key_length, KEY_GRANULE)
+    stops = (starts + KEY_GRANULE).clamp(max=key_length)
+    far = torch.full_like(starts, FAR)
+    first = (
+        (-far, -far) if window_right is None else (starts - window_right, stops - 1 - window_right)
+    )
+    last = (far, far) if window_left is None else (starts + window_left + 1, stops + window_left)
+    bounds = torch.stack([*first, *last], dim=-1)[None]
+    return bound_tiles(bounds, offset, query_length, block_q, block_k, dense)
+
+
+def _tighter(a: int | None, b: int | None) -> int | None:
+    return a if b is None else b if a is None else min(a, b)
+
+
+def _runs(starts: Tensor) -> tuple[Tensor, Tensor]:
+    """First index, and index past the last, of the run each element of bool [B, T] belongs to."""
+    length = starts.shape[1]
+    index = torch.arange(length, device=starts.device).expand_as(starts)
+    begin = torch.where(starts, index, 0).cummax(1).values
+    next_start = torch.full_like(index, length)
+    next_start[:, :-1] = torch.where(starts[:, 1:], index[:, 1:], length)
+    end = next_start.flip(1).cummin(1).values.flip(1)
+    return begin, end
+
+
+def _group_bounds(first: Tensor, last: Tensor) -> Tensor:
+    batch, keys = first.shape
+    groups = (keys + KEY_GRANULE - 1) // KEY_GRANULE
+    # The last key again and again: a repeated value changes neither minimum nor maximum.
+    index = torch.arange(groups * KEY_GRANULE, device=first.device).clamp(max=keys - 1)
+    first = first[:, index].view(batch, groups, KEY_GRANULE)
+    last = last[:, index].view(batch, groups, KEY_GRANULE)
+    return torch.stack([first.amin(-1), first.amax(-1), last.amin(-1), last.amax(-1)], dim=-1)
+
+
+def _reduce_groups(bounds: Tensor, groups: int) -> Tensor:
+    """Bounds of ``groups`` neighbouring groups taken together."""
+    batch, count, _ = bounds.shape
+    index = torch.arange(-(-count // groups) * groups).clamp(max=count - 1)
+    low = bounds[:, index].view(batch, -1, groups, 4)
+    return torch.stack(
+        [low[..., 0].amin(2), low[..., 1].amax(2), low[..., 2].amin(2), low[..., 3].amax(2)], dim=-1
+    )
