@@ -1,4 +1,4 @@
-"""The attention: one function that validates, settles the dtype, chooses a kernel and calls the op."""
+"""The attention: one function that validates, settles the dtype and calls the op."""
 
 from __future__ import annotations
 
@@ -39,11 +39,12 @@ def flash_attention(
         query: [B, Hq, Tq, D], any strides, float64, float32, bfloat16 or float16; D up to 576.
         key: [B, Hk, Tk, D] with Hq a multiple of Hk; query head h uses key head h // (Hq / Hk).
         value: [B, Hk, Tk, Dv].
-        mask: an `AttentionMask`, or a bool tensor broadcastable to [B, Hq, Tq, Tk], True may attend.
-            None: every query sees every key. ``AttentionMask.causal()`` puts the last query on the
-            last key (bottom-right).
+        mask: an `AttentionMask`, or a bool tensor broadcastable to [B, Hq, Tq, Tk], True may
+            attend. None: every query sees every key. ``AttentionMask.causal()`` puts the last query
+            on the last key (bottom-right).
         scale: multiplies the scores; D ** -0.5 if None.
-        bias: float, broadcastable to [B, Hq, Tq, Tk], added after scale and softcap; has a gradient.
+        bias: float, broadcastable to [B, Hq, Tq, Tk], added after scale and softcap; has a
+            gradient.
         alibi_slopes: [Hq] or [B, Hq]; adds ``-slope * |position of query - key|``; no gradient.
         softcap: scores become ``softcap * tanh(score / softcap)``; None or 0 is off.
         sinks: [Hq] or [B, Hq], a logit per head that joins every row's softmax but has no value;
@@ -51,7 +52,8 @@ def flash_attention(
         dropout_p: chance that a probability is dropped. The caller passes 0 in evaluation.
         dropout_seed: an int or an int64 tensor of one element; drawn from PyTorch's generator if
             None. The bits depend on (seed, batch, head, query, key) only.
-        return_lse: also return the log-sum-exp of each row's scores, sinks included; differentiable.
+        return_lse: also return the log-sum-exp of each row's scores, sinks included;
+            differentiable.
         kernel: "auto" or "blockwise". A kernel asked for by name never falls back to another.
         q_bucket_size, k_bucket_size: upper limits on the tiles of queries and keys.
 
@@ -130,7 +132,8 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
     if key_heads == 0 or heads % key_heads:
         raise ValueError(
-            f"query: expected a number of heads that is a multiple of key's {key_heads}, got {heads}"
+            "query: expected a number of heads that is a multiple of key's "
+            f"{key_heads}, got {heads}"
         )
 
 

@@ -1,13 +1,13 @@
 """Who may attend to whom: one small immutable value, made once and shared by every layer.
 
-Query i sits at position ``i + query_offset`` on the axis of the keys, key j at position j. A mask says
-for each pair whether the query may attend to the key; True always means "may attend". Three forms, from
-the cheapest to the dearest:
+Query i sits at position ``i + query_offset`` on the axis of the keys, key j at position j. A mask
+says for each pair whether the query may attend to the key; True always means "may attend". Three
+forms, from the cheapest to the dearest:
 
-* a band: the key lies at most ``window_left`` positions behind the query and ``window_right`` ahead;
-* intervals: for each key the one run of positions ``first_query <= position < last_query`` that may see
-  it, two int32 per key. Padding, packed documents, chunks, prefixes, bidirectional blocks and trees are
-  all of this form, and the intersection of two such masks is one again;
+* a band: the key lies at most ``window_left`` positions behind the query, ``window_right`` ahead;
+* intervals: for each key the one run of positions ``first_query <= position < last_query`` that may
+  see it, two int32 per key. Padding, packed documents, chunks, prefixes, bidirectional blocks and
+  trees are all of this form, and the intersection of two such masks is one again;
 * a dense boolean tensor, read tile by tile, for what has no such form.
 """
 
@@ -32,10 +32,12 @@ class AttentionMask:
     """An immutable description of visibility; combine masks with ``&``.
 
     Attributes:
-        window_left, window_right: the band, in positions; None is unbounded. Unset where intervals are
-            present, because a band is folded into them.
-        query_offset: position of query 0; None aligns the last query with the last key (bottom-right).
-        first_query, last_query: int32 [B or 1, Tk], the half-open run of positions that see each key.
+        window_left, window_right: the band, in positions; None is unbounded. Unset where intervals
+            are present, because a band is folded into them.
+        query_offset: position of query 0; None aligns the last query with the last key
+            (bottom-right).
+        first_query, last_query: int32 [B or 1, Tk], the half-open run of positions that see each
+            key.
         dense: bool, broadcastable to [B, H, Tq, Tk].
 
     With two queries and five keys, ``AttentionMask.causal()`` is
@@ -136,7 +138,8 @@ class AttentionMask:
         """Several documents laid end to end; none sees another. Give exactly one description.
 
         Args:
-            cu_seqlens: [N + 1] boundaries 0, end of document 0, ...; keys past the last are padding.
+            cu_seqlens: [N + 1] boundaries 0, end of document 0, ...; keys past the last are
+                padding.
             segment_ids: [T] or [B, T]; a document is a maximal run of equal ids.
             position_ids: [T] or [B, T]; a document starts wherever they do not go up by one.
             query_cu_seqlens: boundaries of the queries where they differ from those of the keys;
@@ -186,7 +189,7 @@ class AttentionMask:
 
     @classmethod
     def from_prefix(cls, prefix_lengths: Tensor, key_length: int) -> AttentionMask:
-        """Prefix language model: causal, and everybody sees the first ``prefix_lengths[b]`` keys."""
+        """Prefix language model: causal, and all see the first ``prefix_lengths[b]`` keys."""
         key = torch.arange(key_length, device=prefix_lengths.device)
         first = torch.where(key < prefix_lengths.reshape(-1, 1), -FAR, key)
         return cls.from_intervals(first, torch.full_like(first, FAR))
@@ -347,8 +350,8 @@ class AttentionMask:
             got, keys = self.first_query.shape
             if keys != key_length or got not in (1, batch):
                 raise ValueError(
-                    f"mask: expected intervals of shape [1 or {batch}, {key_length}] (batch, keys), "
-                    f"got [{got}, {keys}]"
+                    f"mask: expected intervals of shape [1 or {batch}, {key_length}] "
+                    f"(batch, keys), got [{got}, {keys}]"
                 )
         if self.dense is not None:
             shape = (batch, heads, query_length, key_length)
@@ -378,9 +381,10 @@ class AttentionMask:
     def key_bounds(self) -> Tensor | None:
         """int32 [B or 1, ceil(Tk / KEY_GRANULE), 4], or None without intervals.
 
-        For each group of keys the smallest and largest ``first_query``, then the smallest and largest
-        ``last_query``: a tile of queries at positions [p, q) meets the group only if
-        ``min_first < q and max_last > p`` and needs no masking if ``max_first <= p and q <= min_last``.
+        For each group of keys the smallest and largest ``first_query``, then the smallest and
+        largest ``last_query``: a tile of queries at positions [p, q) meets the group only if
+        ``min_first < q and max_last > p`` and needs no masking if
+        ``max_first <= p and q <= min_last``.
         """
         if self.first_query is None:
             return None

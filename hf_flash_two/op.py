@@ -26,7 +26,8 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "flash_attn_bwd(Tensor? d_out, Tensor? d_lse, Tensor query, Tensor key, Tensor value, "
-    f"Tensor out, Tensor lse, bool need_d_bias, {_PROBLEM}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"Tensor out, Tensor lse, bool need_d_bias, {_PROBLEM}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _PROBLEM_TENSORS = 8
 _KERNELS = {"blockwise": blockwise}
@@ -69,7 +70,7 @@ def _backward_fake(d_out, d_lse, query, key, value, out, lse, need_d_bias, *sett
 
 
 def _fold(tensor: Tensor | None, dim: int | None, size: int, batch: int, share: bool):
-    """[B or 1, ...] with an extra axis ``dim``, or none, as [size * B, ...] (or [1, ...] if shared)."""
+    """[B or 1, ...] with an extra axis ``dim``, or none, as [size * B, ...]; [1, ...] if shared."""
     if tensor is None:
         return None
     if dim is None:

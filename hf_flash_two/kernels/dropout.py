@@ -7,7 +7,6 @@ through the 32-bit mixer ``lowbias32`` (https://nullprogram.com/blog/2018/07/31/
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
