@@ -51,7 +51,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def empty_output(query: Tensor, head_dim: int) -> Tensor:
-    """An uninitialised [B, H, Tq, head_dim] whose axes lie in memory in the order of ``query``'s."""
+    """An uninitialised [B, H, Tq, head_dim] whose axes lie in memory as those of ``query`` do."""
     batch, heads, length, _ = query.shape
     if query.stride(1) < query.stride(2):
         return query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
