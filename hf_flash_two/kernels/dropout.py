@@ -26,7 +26,9 @@ def keep(
 ) -> Tensor:
     """bool [heads, rows, cols]: True where the probability survives, with chance 1 - dropout_p."""
     low, high = seed & _MASK, (seed >> 32) & _MASK
-    stream = mix((high + batch * 0x9E3779B9) & _MASK)
+    # Both halves go into the stream: were low met by the row alone, neighbouring seeds would only
+    # permute the rows.
+    stream = mix(((mix(low) ^ high) + batch * 0x9E3779B9) & _MASK)
     stream = mix((stream ^ heads) & _MASK)  # [heads]
     row = mix((mix(low ^ rows)[None] + stream[:, None]) & _MASK)  # [heads, rows]
     bits = mix(row[:, :, None] ^ mix(cols)[None, None])
