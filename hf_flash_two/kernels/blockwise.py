@@ -359,10 +359,13 @@ def _differentiate(
     problem = lane.problem
     query = lane.group(lane.query[:, rows].to(lane.dtype))
     reference = (lse * LOG2E).masked_fill(lse == -math.inf, 0)
-    rounded = reference.to(lane.dtype)
-    # What rounding took from the reference multiplies the whole row of P: hand it to the other factor.
-    correction = torch.exp2(rounded.to(lane.stats) - reference) if lane.plain else None
-    if correction is not None:
+    if lane.plain:
+        # The product rounds scores by their distance from the reference, so it lies midway between
+        # a lone probability and that of equal ones. What this and its own rounding took from it
+        # multiplies the whole row of P: hand it to the other factor.
+        keys = sum(tile.cols.stop - tile.cols.start for tile in tiles)
+        rounded = (reference - math.log2(max(keys, 1)) / 2).to(lane.dtype)
+        correction = torch.exp2(rounded.to(lane.stats) - reference)
         d_out, delta = d_out * correction, delta * correction
         reference = rounded
     d_out = d_out.to(lane.dtype)
