@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from hf_flash_two.kernels import NAMES as KERNELS
 from hf_flash_two.kernels.problem import Problem
 from hf_flash_two.masks import AttentionMask
-from hf_flash_two.op import choose_kernel, flash_attn
+from hf_flash_two.op import flash_attn
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 576
@@ -54,7 +55,7 @@ def flash_attention(
             None. The bits depend on (seed, batch, head, query, key) only.
         return_lse: also return the log-sum-exp of each row's scores, sinks included;
             differentiable.
-        kernel: "auto" or "blockwise". A kernel asked for by name never falls back to another.
+        kernel: "auto", "blockwise" or "triton". One asked for by name never falls back to another.
         q_bucket_size, k_bucket_size: upper limits on the tiles of queries and keys.
 
     Returns:
@@ -95,9 +96,11 @@ def flash_attention(
         block_q=_check_bucket("q_bucket_size", q_bucket_size),
         block_k=_check_bucket("k_bucket_size", k_bucket_size),
     )
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel: expected one of {KERNELS}, got {kernel!r}")
     if problem.alibi_slopes is not None and problem.alibi_slopes.requires_grad:
         raise ValueError("alibi_slopes: no gradient is computed; detach them or pass `bias`")
-    out, lse = flash_attn(query, key, value, problem, choose_kernel(kernel, query, key, value))
+    out, lse = flash_attn(query, key, value, problem, kernel)
     return (out, lse) if return_lse else out
 
 

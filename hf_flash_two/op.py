@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_flash_two.kernels import blockwise
+from hf_flash_two.kernels import select
 from hf_flash_two.kernels.problem import Problem, empty_lse, empty_output
 
 _PROBLEM = (
@@ -30,25 +30,17 @@ _LIBRARY.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _PROBLEM_TENSORS = 8
-_KERNELS = {"blockwise": blockwise}
-
-
-def choose_kernel(kernel: str, query: Tensor, key: Tensor, value: Tensor) -> str:
-    """The name of the kernel that will run; one asked for by name is never replaced."""
-    if kernel not in ("auto", *_KERNELS):
-        raise ValueError(f"kernel: expected 'auto' or one of {sorted(_KERNELS)}, got {kernel!r}")
-    return "blockwise" if kernel == "auto" else kernel
 
 
 def _forward(query, key, value, *settings):
     *problem, kernel = settings
-    return _KERNELS[kernel].forward(query, key, value, Problem(*problem))
+    return select(kernel, query).forward(query, key, value, Problem(*problem))
 
 
 def _backward(d_out, d_lse, query, key, value, out, lse, need_d_bias, *settings):
     *problem, kernel = settings
     d_out = torch.zeros_like(out) if d_out is None else d_out
-    grads = _KERNELS[kernel].backward(
+    grads = select(kernel, query).backward(
         d_out, d_lse, query, key, value, out, lse, Problem(*problem), need_d_bias
     )
     return tuple(query.new_empty(0) if grad is None else grad for grad in grads)

@@ -1,0 +1,528 @@
+"""The backward pass as Triton kernels, in separate passes without atomics: bitwise repeatable.
+
+Source: Dao 2023, arXiv:2307.08691, Algorithm 2, split in two: one kernel walks the queries of a tile of
+keys for dK and dV, one walks the keys of a tile of queries for dQ; each recomputes the probabilities
+from lse. The gradient of the bias is a third walk, over whatever axes the bias broadcasts.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_flash_two.kernels.problem import LOG2E, Problem, empty_output
+from hf_flash_two.kernels.triton_config import (
+    Tiles,
+    backward_tiles,
+    dropout_of,
+    launch_flags,
+    strides_of,
+)
+from hf_flash_two.kernels.triton_tile import (
+    kept,
+    key_tiles,
+    nth_tile,
+    probabilities,
+    query_tiles,
+    visible,
+)
+
+_LOG2E = tl.constexpr(LOG2E)
+
+
+def backward(
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    problem: Problem,
+    need_d_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of query, key, value, bias and sinks."""
+    dq, dk, dv = (empty_output(tensor, tensor.shape[3]) for tensor in (query, key, value))
+    batch, heads, query_length, head_dim = query.shape
+    key_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
+    query, key, value, d_out = (
+        x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value, d_out)
+    )
+    delta = _delta(out, d_out, d_lse)
+    flags = launch_flags(query, problem)
+    flags.pop("SINKS")
+    tiles = backward_tiles(query, key, value, problem)
+    tensors = (
+        query, key, value, d_out, lse, delta,
+        problem.first_query, problem.last_query, problem.key_bounds, problem.dense, problem.bias,
+        problem.alibi_slopes, problem.seed,
+    )  # fmt: skip
+    *strides, _ = strides_of(problem, batch, heads, query_length, key_length)
+    scalars = (
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *d_out.stride()[:3],
+        *strides, heads, heads // key_heads, query_length, key_length,
+        problem.query_offset, problem.window_left or 0, problem.window_right or 0,
+        problem.scale, problem.softcap or 1.0, *dropout_of(problem),
+    )  # fmt: skip
+    sizes = {"D": head_dim, "DV": value_dim} | flags
+
+    def launch(kernel, grid, outputs, output_strides, block: Tiles):
+        kernel[grid](
+            *tensors, *outputs, *scalars, *output_strides, **sizes,
+            BLOCK_Q=block.block_q, BLOCK_K=block.block_k, BLOCK_D=block.block_d,
+            BLOCK_V=block.block_v, num_warps=block.warps, num_stages=block.stages,
+        )  # fmt: skip
+
+    if dk.numel():
+        block = tiles.keys
+        chunks = triton.cdiv(max(head_dim, value_dim), block.block_d)
+        grid = (triton.cdiv(key_length, block.block_k) * batch * key_heads, chunks)
+        launch(_keys_kernel, grid, (dk, dv), (*dk.stride()[:3], *dv.stride()[:3]), block)
+    if dq.numel():
+        block = tiles.queries
+        chunks = triton.cdiv(head_dim, block.block_d)
+        grid = (triton.cdiv(query_length, block.block_q) * batch * heads, chunks)
+        launch(_queries_kernel, grid, (dq,), dq.stride()[:3], block)
+    d_bias = d_sinks = None
+    if need_d_bias:
+        block = tiles.queries
+        d_bias = torch.empty_like(problem.bias, memory_format=torch.contiguous_format)
+        bias_batch, bias_heads, bias_queries, bias_keys = d_bias.shape
+        grid = (
+            triton.cdiv(bias_keys, block.block_k),
+            triton.cdiv(bias_queries, block.block_q),
+            bias_batch * bias_heads,
+        )
+        if d_bias.numel():
+            launch(_bias_kernel, grid, (d_bias,), (batch, *d_bias.shape), block)
+    if problem.sinks is not None:
+        weight = torch.exp(problem.sinks[:, :, None] - lse).nan_to_num_(nan=0.0)
+        d_sinks = -(weight * delta).sum(2).sum_to_size(problem.sinks.shape)
+    return dq, dk, dv, d_bias, d_sinks
+
+
+def _delta(out: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
+    """float32 [B, H, Tq]: each row's sum of out * d_out, less d_lse."""
+    batch, heads, length, dim = out.shape
+    delta = out.new_empty(batch, heads, length, dtype=torch.float32)
+    if not delta.numel():
+        return delta
+    d_lse_strides = (0, 0, 0) if d_lse is None else d_lse.stride()
+    grid = (triton.cdiv(length, 64), batch * heads)
+    _delta_kernel[grid](
+        out, d_out, d_lse, delta, *out.stride()[:3], *d_out.stride()[:3], *d_lse_strides,
+        heads, length, DV=dim, BLOCK_V=triton.next_power_of_2(dim), num_warps=4,
+    )  # fmt: skip
+    return delta
+
+
+@triton.jit(do_not_specialize=["length"])
+def _delta_kernel(
+    out_ptr, d_out_ptr, d_lse_ptr, delta_ptr,
+    o_sb, o_sh, o_st, g_sb, g_sh, g_st, l_sb, l_sh, l_st, heads, length,
+    DV: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    row = (tl.program_id(0) * 64 + tl.arange(0, 64)).to(tl.int64)
+    dv = tl.arange(0, BLOCK_V)
+    inside = (row < length)[:, None] & (dv < DV)[None, :]
+    out_at = out_ptr + batch * o_sb + head * o_sh + row[:, None] * o_st + dv[None, :]
+    d_out_at = d_out_ptr + batch * g_sb + head * g_sh + row[:, None] * g_st + dv[None, :]
+    out = tl.load(out_at, inside, 0.0).to(tl.float32)
+    d_out = tl.load(d_out_at, inside, 0.0).to(tl.float32)
+    delta = tl.sum(out * d_out, 1)
+    if d_lse_ptr is not None:
+        d_lse_at = d_lse_ptr + batch * l_sb + head * l_sh + row * l_st
+        delta -= tl.load(d_lse_at, row < length, 0.0)
+    tl.store(delta_ptr + (batch * heads + head) * length + row, delta, row < length)
+
+
+@triton.jit
+def _wide_product(
+    a_at, b_at, a_inside, b_inside, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A B^T where a whole row of A or B does not fit: [ROWS, D] and [COLS, D] read in parts."""
+    product = tl.zeros([ROWS, COLS], tl.float32)
+    for part in range((D + BLOCK_D - 1) // BLOCK_D):
+        d = part * BLOCK_D + tl.arange(0, BLOCK_D)
+        a = tl.load(a_at[:, None] + d[None, :], a_inside[:, None] & (d < D)[None, :], 0.0)
+        b = tl.load(b_at[:, None] + d[None, :], b_inside[:, None] & (d < D)[None, :], 0.0)
+        product = tl.dot(a, tl.trans(b), product, input_precision=PRECISION)
+    return product
+
+
+_PER_LENGTH = [
+    "query_length", "key_length", "offset", "left", "right", "mask_sb", "bounds_sb", "threshold",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_PER_LENGTH)
+def _keys_kernel(
+    q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr,
+    first_ptr, last_ptr, bounds_ptr, dense_ptr, bias_ptr, slopes_ptr, seed_ptr,
+    dk_ptr, dv_ptr,
+    q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, g_sb, g_sh, g_st,
+    mask_sb, bounds_sb, dense_sb, dense_sh, dense_sq, dense_sk, bias_sb, bias_sh, bias_sq, bias_sk,
+    slopes_sb,
+    heads, group, query_length, key_length, offset, left, right,
+    scale, softcap, threshold, keep_scale,
+    dk_sb, dk_sh, dk_st, dv_sb, dv_sh, dv_st,
+    D: tl.constexpr, DV: tl.constexpr,
+    MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, DENSE: tl.constexpr,
+    BIAS: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one tile of keys, summed over the query heads of the group."""
+    WIDE: tl.constexpr = (D > BLOCK_D) or (DV > BLOCK_V)
+    program = tl.program_id(0)
+    key_tiles_all = tl.cdiv(key_length, BLOCK_K)
+    tile = program % key_tiles_all
+    key_heads = heads // group
+    batch = (program // key_tiles_all // key_heads).to(tl.int64)
+    key_head = (program // key_tiles_all % key_heads).to(tl.int64)
+    col = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    col_inside = col < key_length
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    e = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    k_at = k_ptr + batch * k_sb + key_head * k_sh + col.to(tl.int64) * k_st
+    v_at = v_ptr + batch * v_sb + key_head * v_sh + col.to(tl.int64) * v_st
+    if not WIDE:
+        k = tl.load(k_at[:, None] + d[None, :], col_inside[:, None] & (d < D)[None, :], 0.0)
+        v = tl.load(v_at[:, None] + e[None, :], col_inside[:, None] & (e < DV)[None, :], 0.0)
+    if MASK == 2:
+        first_ptr += batch * mask_sb
+        last_ptr += batch * mask_sb
+        bounds_ptr += batch * bounds_sb
+    first, last, full, full_end = query_tiles(
+        bounds_ptr, tile * BLOCK_K, key_length, query_length, offset, left, right,
+        MASK, LEFT, RIGHT, DENSE, BLOCK_Q, BLOCK_K,
+    )  # fmt: skip
+    whole = full_end - full
+    dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    for member in range(group):
+        head = key_head * group + member
+        q_head = q_ptr + batch * q_sb + head * q_sh
+        g_head = g_ptr + batch * g_sb + head * g_sh
+        lse_head = lse_ptr + (batch * heads + head) * query_length
+        delta_head = delta_ptr + (batch * heads + head) * query_length
+        dense_head = dense_ptr
+        bias_head = bias_ptr
+        if DENSE:
+            dense_head += batch * dense_sb + head * dense_sh
+        if BIAS:
+            bias_head += batch * bias_sb + head * bias_sh
+        slope = 0.0
+        if ALIBI:
+            slope = tl.load(slopes_ptr + batch * slopes_sb + head)
+        for phase in tl.static_range(2):
+            if phase == 0:
+                from_tile, to_tile = 0, whole
+            else:
+                from_tile, to_tile = whole, last - first
+            for n in range(from_tile, to_tile):
+                if phase == 0:
+                    query_tile = full + n
+                else:
+                    query_tile = nth_tile(n, first, full, full_end)
+                row = query_tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+                row_inside = row < query_length
+                q_at = q_head + row.to(tl.int64) * q_st
+                g_at = g_head + row.to(tl.int64) * g_st
+                if phase == 0 and D == BLOCK_D:
+                    q = tl.load(q_at[:, None] + d[None, :])
+                else:
+                    q = tl.load(
+                        q_at[:, None] + d[None, :], row_inside[:, None] & (d < D)[None, :], 0.0
+                    )
+                if phase == 0 and DV == BLOCK_V:
+                    g = tl.load(g_at[:, None] + e[None, :])
+                else:
+                    g = tl.load(
+                        g_at[:, None] + e[None, :], row_inside[:, None] & (e < DV)[None, :], 0.0
+                    )
+                lse = tl.load(lse_head + row, row_inside, 0.0)
+                lse = tl.where(lse == float("-inf"), 0.0, lse) * _LOG2E
+                delta = tl.load(delta_head + row, row_inside, 0.0)
+                if WIDE:
+                    s = _wide_product(
+                        k_at, q_at, col_inside, row_inside, D, BLOCK_D, BLOCK_K, BLOCK_Q, PRECISION
+                    )
+                    dp = _wide_product(
+                        v_at, g_at, col_inside, row_inside, DV, BLOCK_V, BLOCK_K, BLOCK_Q, PRECISION
+                    )
+                else:
+                    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                    dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+                seen = col_inside[:, None] & row_inside[None, :]
+                position = row + offset
+                if phase == 1:
+                    seen = seen & visible(
+                        row[None, :], position[None, :], col[:, None], key_length,
+                        first_ptr, last_ptr, dense_head, dense_sq, dense_sk, left, right,
+                        MASK, LEFT, RIGHT, DENSE,
+                    )  # fmt: skip
+                p, slack = probabilities(
+                    s, lse[None, :], row[None, :], position[None, :], col[:, None], seen, slope,
+                    bias_head, bias_sq, bias_sk, scale, softcap,
+                    phase == 1, PLAIN, SOFTCAP, BIAS, ALIBI,
+                )  # fmt: skip
+                if DROPOUT:
+                    keep = kept(seed_ptr, batch, head, row[None, :], col[:, None], threshold)
+                    dropped = tl.where(keep, p * keep_scale, 0.0)
+                    dp = tl.where(keep, dp * keep_scale, 0.0)
+                else:
+                    dropped = p
+                dv = tl.dot(dropped.to(g.dtype), g, dv, input_precision=PRECISION)
+                ds = p * (dp - delta[None, :])
+                if SOFTCAP:
+                    ds = ds * slack
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    dk_at = dk_ptr + batch * dk_sb + key_head * dk_sh + col.to(tl.int64) * dk_st
+    dv_at = dv_ptr + batch * dv_sb + key_head * dv_sh + col.to(tl.int64) * dv_st
+    tl.store(
+        dk_at[:, None] + d[None, :],
+        (dk * scale).to(dk_ptr.dtype.element_ty),
+        col_inside[:, None] & (d < D)[None, :],
+    )
+    tl.store(
+        dv_at[:, None] + e[None, :],
+        dv.to(dv_ptr.dtype.element_ty),
+        col_inside[:, None] & (e < DV)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=_PER_LENGTH)
+def _queries_kernel(
+    q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr,
+    first_ptr, last_ptr, bounds_ptr, dense_ptr, bias_ptr, slopes_ptr, seed_ptr,
+    dq_ptr,
+    q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, g_sb, g_sh, g_st,
+    mask_sb, bounds_sb, dense_sb, dense_sh, dense_sq, dense_sk, bias_sb, bias_sh, bias_sq, bias_sk,
+    slopes_sb,
+    heads, group, query_length, key_length, offset, left, right,
+    scale, softcap, threshold, keep_scale,
+    dq_sb, dq_sh, dq_st,
+    D: tl.constexpr, DV: tl.constexpr,
+    MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, DENSE: tl.constexpr,
+    BIAS: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """dQ of one tile of queries."""
+    WIDE: tl.constexpr = (D > BLOCK_D) or (DV > BLOCK_V)
+    program = tl.program_id(0)
+    query_tiles_all = tl.cdiv(query_length, BLOCK_Q)
+    tile = query_tiles_all - 1 - program % query_tiles_all
+    batch = (program // query_tiles_all // heads).to(tl.int64)
+    head = (program // query_tiles_all % heads).to(tl.int64)
+    key_head = head // group
+    row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    row_inside = row < query_length
+    position = row + offset
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_V)
+    q_at = q_ptr + batch * q_sb + head * q_sh + row.to(tl.int64) * q_st
+    g_at = g_ptr + batch * g_sb + head * g_sh + row.to(tl.int64) * g_st
+    k_head = k_ptr + batch * k_sb + key_head * k_sh
+    v_head = v_ptr + batch * v_sb + key_head * v_sh
+    if not WIDE:
+        q = tl.load(q_at[:, None] + d[None, :], row_inside[:, None] & (d < D)[None, :], 0.0)
+        g = tl.load(g_at[:, None] + e[None, :], row_inside[:, None] & (e < DV)[None, :], 0.0)
+    stats = (batch * heads + head) * query_length + row
+    lse = tl.load(lse_ptr + stats, row_inside, 0.0)
+    lse = tl.where(lse == float("-inf"), 0.0, lse) * _LOG2E
+    delta = tl.load(delta_ptr + stats, row_inside, 0.0)
+    if MASK == 2:
+        first_ptr += batch * mask_sb
+        last_ptr += batch * mask_sb
+        bounds_ptr += batch * bounds_sb
+    if DENSE:
+        dense_ptr += batch * dense_sb + head * dense_sh
+    if BIAS:
+        bias_ptr += batch * bias_sb + head * bias_sh
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes_ptr + batch * slopes_sb + head)
+    start = tile * BLOCK_Q + offset
+    stop = tl.minimum(tile * BLOCK_Q + BLOCK_Q, query_length) + offset
+    first, last, full, full_end = key_tiles(
+        bounds_ptr, start, stop, key_length, left, right, MASK, LEFT, RIGHT, DENSE, BLOCK_K
+    )
+    whole = full_end - full
+    dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for phase in tl.static_range(2):
+        if phase == 0:
+            from_tile, to_tile = 0, whole
+        else:
+            from_tile, to_tile = whole, last - first
+        for n in range(from_tile, to_tile):
+            if phase == 0:
+                key_tile = full + n
+            else:
+                key_tile = nth_tile(n, first, full, full_end)
+            col = key_tile * BLOCK_K + tl.arange(0, BLOCK_K)
+            col_inside = col < key_length
+            k_at = k_head + col.to(tl.int64) * k_st
+            v_at = v_head + col.to(tl.int64) * v_st
+            if phase == 0 and D == BLOCK_D:
+                k = tl.load(k_at[:, None] + d[None, :])
+            else:
+                k = tl.load(k_at[:, None] + d[None, :], col_inside[:, None] & (d < D)[None, :], 0.0)
+            if WIDE:
+                s = _wide_product(
+                    q_at, k_at, row_inside, col_inside, D, BLOCK_D, BLOCK_Q, BLOCK_K, PRECISION
+                )
+                dp = _wide_product(
+                    g_at, v_at, row_inside, col_inside, DV, BLOCK_V, BLOCK_Q, BLOCK_K, PRECISION
+                )
+            else:
+                if phase == 0 and DV == BLOCK_V:
+                    v = tl.load(v_at[:, None] + e[None, :])
+                else:
+                    v = tl.load(
+                        v_at[:, None] + e[None, :], col_inside[:, None] & (e < DV)[None, :], 0.0
+                    )
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+            seen = row_inside[:, None] & col_inside[None, :]
+            if phase == 1:
+                seen = seen & visible(
+                    row[:, None], position[:, None], col[None, :], key_length,
+                    first_ptr, last_ptr, dense_ptr, dense_sq, dense_sk, left, right,
+                    MASK, LEFT, RIGHT, DENSE,
+                )  # fmt: skip
+            p, slack = probabilities(
+                s, lse[:, None], row[:, None], position[:, None], col[None, :], seen, slope,
+                bias_ptr, bias_sq, bias_sk, scale, softcap,
+                phase == 1, PLAIN, SOFTCAP, BIAS, ALIBI,
+            )  # fmt: skip
+            if DROPOUT:
+                keep = kept(seed_ptr, batch, head, row[:, None], col[None, :], threshold)
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+            ds = p * (dp - delta[:, None])
+            if SOFTCAP:
+                ds = ds * slack
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    dq_at = dq_ptr + batch * dq_sb + head * dq_sh + row.to(tl.int64) * dq_st
+    tl.store(
+        dq_at[:, None] + d[None, :],
+        (dq * scale).to(dq_ptr.dtype.element_ty),
+        row_inside[:, None] & (d < D)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=_PER_LENGTH)
+def _bias_kernel(
+    q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr,
+    first_ptr, last_ptr, bounds_ptr, dense_ptr, bias_ptr, slopes_ptr, seed_ptr,
+    d_bias_ptr,
+    q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, g_sb, g_sh, g_st,
+    mask_sb, bounds_sb, dense_sb, dense_sh, dense_sq, dense_sk, bias_sb, bias_sh, bias_sq, bias_sk,
+    slopes_sb,
+    heads, group, query_length, key_length, offset, left, right,
+    scale, softcap, threshold, keep_scale,
+    batch_size, bias_batch, bias_heads, bias_queries, bias_keys,
+    D: tl.constexpr, DV: tl.constexpr,
+    MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, DENSE: tl.constexpr,
+    BIAS: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one tile of the bias, summed over every axis along which the bias has size 1."""
+    at_batch = tl.program_id(2) // bias_heads
+    at_head = tl.program_id(2) % bias_heads
+    batch_end, head_end, row_end, col_end = (
+        at_batch + 1,
+        at_head + 1,
+        tl.program_id(1) + 1,
+        tl.program_id(0) + 1,
+    )
+    if bias_batch == 1:
+        batch_end = batch_size
+    if bias_heads == 1:
+        head_end = heads
+    if bias_queries == 1:
+        row_end = tl.cdiv(query_length, BLOCK_Q)
+    if bias_keys == 1:
+        col_end = tl.cdiv(key_length, BLOCK_K)
+    total = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+    for b in range(at_batch, batch_end):
+        batch = tl.full([], b, tl.int64)
+        for h in range(at_head, head_end):
+            head = tl.full([], h, tl.int64)
+            q_head = q_ptr + batch * q_sb + head * q_sh
+            k_head = k_ptr + batch * k_sb + (head // group) * k_sh
+            v_head = v_ptr + batch * v_sb + (head // group) * v_sh
+            g_head = g_ptr + batch * g_sb + head * g_sh
+            first_at = first_ptr
+            last_at = last_ptr
+            bounds_at = bounds_ptr
+            dense_at = dense_ptr
+            if MASK == 2:
+                first_at += batch * mask_sb
+                last_at += batch * mask_sb
+                bounds_at += batch * bounds_sb
+            if DENSE:
+                dense_at += batch * dense_sb + head * dense_sh
+            slope = 0.0
+            if ALIBI:
+                slope = tl.load(slopes_ptr + batch * slopes_sb + head)
+            for row_tile in range(tl.program_id(1), row_end):
+                row = row_tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+                row_inside = row < query_length
+                position = row + offset
+                stats = (batch * heads + head) * query_length + row
+                lse = tl.load(lse_ptr + stats, row_inside, 0.0)
+                lse = tl.where(lse == float("-inf"), 0.0, lse) * _LOG2E
+                delta = tl.load(delta_ptr + stats, row_inside, 0.0)
+                start = row_tile * BLOCK_Q + offset
+                stop = tl.minimum(row_tile * BLOCK_Q + BLOCK_Q, query_length) + offset
+                first, last, _, _ = key_tiles(
+                    bounds_at, start, stop, key_length, left, right,
+                    MASK, LEFT, RIGHT, DENSE, BLOCK_K,
+                )  # fmt: skip
+                from_tile = tl.maximum(first, tl.program_id(0))
+                to_tile = tl.minimum(last, col_end)
+                for key_tile in range(from_tile, to_tile):
+                    col = key_tile * BLOCK_K + tl.arange(0, BLOCK_K)
+                    col_inside = col < key_length
+                    s = _wide_product(
+                        q_head + row.to(tl.int64) * q_st, k_head + col.to(tl.int64) * k_st,
+                        row_inside, col_inside, D, BLOCK_D, BLOCK_Q, BLOCK_K, PRECISION,
+                    )  # fmt: skip
+                    dp = _wide_product(
+                        g_head + row.to(tl.int64) * g_st, v_head + col.to(tl.int64) * v_st,
+                        row_inside, col_inside, DV, BLOCK_V, BLOCK_Q, BLOCK_K, PRECISION,
+                    )  # fmt: skip
+                    seen = (row_inside[:, None] & col_inside[None, :]) & visible(
+                        row[:, None], position[:, None], col[None, :], key_length,
+                        first_at, last_at, dense_at, dense_sq, dense_sk, left, right,
+                        MASK, LEFT, RIGHT, DENSE,
+                    )  # fmt: skip
+                    p, _ = probabilities(
+                        s, lse[:, None], row[:, None], position[:, None], col[None, :], seen, slope,
+                        bias_ptr + batch * bias_sb + head * bias_sh, bias_sq, bias_sk,
+                        scale, softcap, True, PLAIN, SOFTCAP, BIAS, ALIBI,
+                    )  # fmt: skip
+                    if DROPOUT:
+                        keep = kept(seed_ptr, batch, head, row[:, None], col[None, :], threshold)
+                        dp = tl.where(keep, dp * keep_scale, 0.0)
+                    total += p * (dp - delta[:, None])
+    out_row = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    out_col = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    if bias_queries == 1:
+        total = tl.where((out_row == 0)[:, None], tl.sum(total, 0)[None, :], 0.0)
+    if bias_keys == 1:
+        total = tl.where((out_col == 0)[None, :], tl.sum(total, 1)[:, None], 0.0)
+    at = tl.program_id(2).to(tl.int64) * bias_queries + out_row.to(tl.int64)
+    tl.store(
+        d_bias_ptr + at[:, None] * bias_keys + out_col[None, :],
+        total.to(d_bias_ptr.dtype.element_ty),
+        (out_row < bias_queries)[:, None] & (out_col < bias_keys)[None, :],
+    )

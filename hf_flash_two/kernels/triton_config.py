@@ -1,0 +1,209 @@
+"""How the Triton kernels are launched: tile sizes by shape, dtype and device, and compile-time flags.
+
+Tile sizes are a pure function of their arguments, never timed at run time: recomputation repeats the
+forward bit for bit. The tables were measured with ``scripts/tune_triton.py`` on an H200; a GPU with less
+shared memory gets the smaller column.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from hf_flash_two.kernels import dropout
+from hf_flash_two.kernels.problem import Problem
+from hf_flash_two.kernels.triton_tile import BAND, INTERVALS, NO_MASK
+
+MAX_UNSPLIT_HEAD_DIM = 256
+_DECODE_ROWS = 64
+_SPLIT_KEYS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Tile sizes of one launch: queries, keys, head dim of Q K^T and of V per product."""
+
+    block_q: int
+    block_k: int
+    block_d: int
+    block_v: int
+    warps: int
+    stages: int
+    pack: int = 1
+    splits: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What the choice of tiles depends on."""
+
+    processors: int
+    shared_memory: int
+
+
+@lru_cache
+def device_of(index: int | None) -> Device:
+    if index is None or not torch.cuda.is_available():
+        return Device(processors=1, shared_memory=2**16)
+    properties = torch.cuda.get_device_properties(index)
+    return Device(
+        properties.multi_processor_count,
+        getattr(properties, "shared_memory_per_block_optin", 2**16),
+    )
+
+
+def _device(tensor: Tensor) -> Device:
+    return device_of(tensor.device.index)
+
+
+def _padded(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+def _cap(block: int, limit: int | None, least: int) -> int:
+    """The caller's bucket limits a tile, down to what the hardware's products need."""
+    return block if limit is None else max(least, min(block, 2 ** (limit.bit_length() - 1)))
+
+
+def forward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Tiles:
+    batch, heads, query_length, head_dim = query.shape
+    key_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
+    device = _device(query)
+    group = heads // key_heads
+    wide = query.dtype == torch.float32
+    block_d = min(_padded(head_dim), MAX_UNSPLIT_HEAD_DIM if not wide else 128)
+    block_v = min(_padded(value_dim), MAX_UNSPLIT_HEAD_DIM if not wide else 128)
+    if head_dim > MAX_UNSPLIT_HEAD_DIM:
+        block_d = 64
+    if group * query_length <= _DECODE_ROWS:
+        block_q = _padded(group * query_length)
+        widest = max(block_d, block_v)
+        block_k = 128 if widest <= 64 else 64 if widest <= 128 or not wide else 32
+        blocks = triton.cdiv(key_length, max(block_k, _SPLIT_KEYS))
+        programs = batch * key_heads * triton.cdiv(value_dim, block_v)
+        splits = max(1, min(blocks, 2 * device.processors // programs))
+        return Tiles(
+            block_q, block_k, block_d, block_v, 4, 3 if widest <= 128 else 2, group, splits
+        )
+    block_q, block_k, warps, stages = _forward_table(max(block_d, block_v), wide, device)
+    return Tiles(
+        min(_cap(block_q, problem.block_q, 16), max(16, _padded(query_length))),
+        _cap(block_k, problem.block_k, 64),
+        block_d,
+        block_v,
+        warps,
+        stages,
+    )
+
+
+def _forward_table(width: int, wide: bool, device: Device) -> tuple[int, int, int, int]:
+    """(block_q, block_k, warps, stages) by the padded head dim."""
+    if wide:
+        return (64, 64, 4, 2) if width <= 64 else (32, 64, 4, 1)
+    if device.shared_memory < 2**17:
+        return (64, 64, 4, 2) if width <= 128 else (32, 64, 4, 1)
+    if width <= 64:
+        return 128, 128, 4, 3
+    if width <= 128:
+        return 128, 64, 8, 3
+    return 128, 64, 8, 2
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardTiles:
+    """Tile sizes of the two backward walks."""
+
+    keys: Tiles
+    queries: Tiles
+
+
+def backward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> BackwardTiles:
+    head_dim, value_dim = query.shape[3], value.shape[3]
+    device = _device(query)
+    wide = query.dtype == torch.float32
+    width = max(_padded(head_dim), _padded(value_dim))
+    limit = 128 if wide else MAX_UNSPLIT_HEAD_DIM
+    if width > limit:
+        # One program per part of the head dim; all parts together read Q, K, V once for each.
+        keys = queries = (32, 64, 64, 64, 4, 1)
+    else:
+        sizes = (_padded(head_dim), _padded(value_dim))
+        keys, queries = _backward_table(width, wide, device)
+        keys, queries = (*keys[:2], *sizes, *keys[2:]), (*queries[:2], *sizes, *queries[2:])
+
+    def capped(block_q, block_k, *rest):
+        return Tiles(
+            min(_cap(block_q, problem.block_q, 16), _padded(query.shape[2])),
+            _cap(block_k, problem.block_k, 64),
+            *rest,
+        )
+
+    return BackwardTiles(capped(*keys), capped(*queries))
+
+
+def _backward_table(width: int, wide: bool, device: Device):
+    """(block_q, block_k, warps, stages) of the walk for keys, then of the walk for queries."""
+    if wide:
+        return ((32, 64, 4, 1), (32, 64, 4, 1))
+    if device.shared_memory < 2**17:
+        return (
+            ((32, 64, 4, 1), (64, 64, 4, 1)) if width <= 128 else ((16, 64, 4, 1), (32, 64, 4, 1))
+        )
+    if width <= 64:
+        return (64, 128, 4, 2), (128, 64, 4, 3)
+    if width <= 128:
+        return (64, 128, 8, 2), (128, 64, 8, 2)
+    return (32, 64, 8, 1), (64, 64, 8, 1)
+
+
+def launch_flags(query: Tensor, problem: Problem) -> dict:
+    """The compile-time flags every kernel takes."""
+    band = problem.window_left is not None or problem.window_right is not None
+    intervals = problem.first_query is not None
+    wide = query.dtype == torch.float32
+    tf32 = wide and query.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    return {
+        "MASK": (INTERVALS if intervals else BAND if band else NO_MASK).value,
+        "LEFT": problem.window_left is not None,
+        "RIGHT": problem.window_right is not None,
+        "DENSE": problem.dense is not None,
+        "BIAS": problem.bias is not None,
+        "ALIBI": problem.alibi_slopes is not None,
+        "SINKS": problem.sinks is not None,
+        "SOFTCAP": problem.softcap > 0,
+        "DROPOUT": problem.dropout_p > 0,
+        "PLAIN": problem.bias is None
+        and problem.alibi_slopes is None
+        and not problem.softcap
+        and problem.scale > 0,
+        "PRECISION": "tf32" if tf32 else "ieee",
+    }
+
+
+def strides_of(
+    problem: Problem, batch: int, heads: int, query_length: int, key_length: int
+) -> tuple[int, ...]:
+    """Strides of the mask's and the score terms' tensors; 0 along every axis they broadcast."""
+
+    def of(tensor: Tensor | None, *shape: int) -> tuple[int, ...]:
+        return (0,) * len(shape) if tensor is None else tensor.expand(shape).stride()
+
+    full = (batch, heads, query_length, key_length)
+    bounds = problem.key_bounds
+    return (
+        of(problem.first_query, batch, key_length)[0],
+        0 if bounds is None or bounds.shape[0] == 1 else bounds.stride(0),
+        *of(problem.dense, *full),
+        *of(problem.bias, *full),
+        of(problem.alibi_slopes, batch, heads)[0],
+        of(problem.sinks, batch, heads)[0],
+    )
+
+
+def dropout_of(problem: Problem) -> tuple[int, float]:
+    """The threshold of `dropout.keep` and the multiplier of what survives."""
+    return dropout.threshold(problem.dropout_p), 1 / (1 - problem.dropout_p)

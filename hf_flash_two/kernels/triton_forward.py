@@ -1,0 +1,276 @@
+"""The forward pass as Triton kernels: training and prefill, decode, and the merge of split keys.
+
+Source: Dao 2023, arXiv:2307.08691, Algorithm 1; keys split over programs as in Flash-Decoding.
+One kernel serves both ends. A tile holds ``PACK`` query heads of one group side by side: one for long
+queries, the whole group in decode, so that a few queries still fill the tile and each key is read once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_flash_two.kernels.problem import LOG2E, Problem, empty_lse, empty_output
+from hf_flash_two.kernels.triton_config import dropout_of, forward_tiles, launch_flags, strides_of
+from hf_flash_two.kernels.triton_tile import kept, key_tiles, modify, nth_tile, visible
+
+_LOG2E = tl.constexpr(LOG2E)
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, Tq, Dv] in the dtype of ``query`` and lse [B, Hq, Tq] in float32."""
+    out, lse = empty_output(query, value.shape[3]), empty_lse(query)
+    if out.numel() == 0:
+        return out, lse
+    batch, heads, query_length, head_dim = query.shape
+    key_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
+    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+    tiles = forward_tiles(query, key, value, problem)
+    row_tiles = triton.cdiv(tiles.pack * query_length, tiles.block_q)
+    split = tiles.splits > 1
+    part_out, part_lse = out[None], lse[None]
+    if split:
+        part_out = query.new_empty(tiles.splits, *out.shape, dtype=torch.float32)
+        part_lse = query.new_empty(tiles.splits, *lse.shape, dtype=torch.float32)
+    strides = strides_of(problem, batch, heads, query_length, key_length)
+    flags = launch_flags(query, problem)
+    grid = (row_tiles * batch * (heads // tiles.pack), triton.cdiv(value_dim, tiles.block_v))
+    _forward_kernel[(*grid, tiles.splits)](
+        query, key, value, part_out, part_lse,
+        problem.first_query, problem.last_query, problem.key_bounds, problem.dense, problem.bias,
+        problem.alibi_slopes, problem.sinks, problem.seed,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *part_out.stride()[:4],
+        part_lse.stride(0), *strides,
+        heads, heads // key_heads, query_length, key_length, row_tiles, tiles.splits,
+        problem.query_offset, problem.window_left or 0, problem.window_right or 0,
+        problem.scale, problem.softcap or 1.0, *dropout_of(problem),
+        D=head_dim, DV=value_dim, PACK=tiles.pack, SPLIT=split,
+        BLOCK_Q=tiles.block_q, BLOCK_K=tiles.block_k, BLOCK_D=tiles.block_d, BLOCK_V=tiles.block_v,
+        **flags, num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    if split:
+        _merge_kernel[(batch * heads * query_length,)](
+            part_out, part_lse, out, lse, problem.sinks, *part_out.stride()[:4],
+            part_lse.stride(0), *out.stride()[:3], strides[-1], heads, query_length, tiles.splits,
+            SINKS=problem.sinks is not None, DV=value_dim,
+            BLOCK_V=triton.next_power_of_2(value_dim), num_warps=4,
+        )  # fmt: skip
+    return out, lse
+
+
+@triton.jit(do_not_specialize=[
+    "query_length", "key_length", "row_tiles", "splits", "offset", "left", "right",
+    "mask_sb", "bounds_sb", "l_ss", "o_ss", "threshold",
+])  # fmt: skip
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
+    first_ptr, last_ptr, bounds_ptr, dense_ptr, bias_ptr, slopes_ptr, sinks_ptr, seed_ptr,
+    q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, o_ss, o_sb, o_sh, o_st, l_ss,
+    mask_sb, bounds_sb, dense_sb, dense_sh, dense_sq, dense_sk, bias_sb, bias_sh, bias_sq, bias_sk,
+    slopes_sb, sinks_sb,
+    heads, group, query_length, key_length, row_tiles, splits, offset, left, right,
+    scale, softcap, threshold, keep_scale,
+    D: tl.constexpr, DV: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, DENSE: tl.constexpr,
+    BIAS: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    program = tl.program_id(0)
+    # The last tile of a causal mask is the longest: start with it.
+    tile = row_tiles - 1 - program % row_tiles
+    packs = heads // PACK
+    batch = (program // row_tiles // packs).to(tl.int64)
+    head = ((program // row_tiles) % packs * PACK).to(tl.int64)
+    key_head = head // group
+    packed = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    row = packed
+    rows_left = packed < query_length
+    start = tile * BLOCK_Q
+    stop = tl.minimum(start + BLOCK_Q, query_length)
+    if PACK > 1:
+        row = packed // PACK
+        head = head + packed % PACK
+        rows_left = row < query_length
+        start = start // PACK
+        stop = tl.minimum((tile * BLOCK_Q + BLOCK_Q - 1) // PACK + 1, query_length)
+    position = row + offset
+
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    q_at = q_ptr + batch * q_sb + head * q_sh + row.to(tl.int64) * q_st
+    k_at = k_ptr + batch * k_sb + key_head * k_sh
+    v_at = v_ptr + batch * v_sb + key_head * v_sh + dv[None, :]
+    if MASK == 2:
+        first_ptr += batch * mask_sb
+        last_ptr += batch * mask_sb
+        bounds_ptr += batch * bounds_sb
+    if PACK == 1:
+        head_row = head
+    else:
+        head_row = head[:, None]
+    if DENSE:
+        dense_ptr += batch * dense_sb + head_row * dense_sh
+    if BIAS:
+        bias_ptr += batch * bias_sb + head_row * bias_sh
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes_ptr + batch * slopes_sb + head_row)
+    if CHUNKS == 1:
+        q = tl.load(q_at[:, None] + d[None, :], rows_left[:, None] & (d < D)[None, :], 0.0)
+
+    first, last, full, full_end = key_tiles(
+        bounds_ptr, start + offset, stop + offset, key_length, left, right,
+        MASK, LEFT, RIGHT, DENSE, BLOCK_K,
+    )  # fmt: skip
+    whole = full_end - full
+    begin, end = 0, last - first
+    if SPLIT:
+        total = last - first
+        begin = tl.program_id(2) * total // splits
+        end = (tl.program_id(2) + 1) * total // splits
+
+    peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total_p = tl.zeros([BLOCK_Q], tl.float32)
+    acc = tl.zeros([BLOCK_Q, BLOCK_V], tl.float32)
+    score_scale = scale * _LOG2E
+    for phase in tl.static_range(2):
+        if phase == 0:
+            from_tile, to_tile = tl.minimum(begin, whole), tl.minimum(end, whole)
+        else:
+            from_tile, to_tile = tl.maximum(begin, whole), tl.maximum(end, whole)
+        for n in range(from_tile, to_tile):
+            if phase == 0:
+                key_tile = full + n
+            else:
+                key_tile = nth_tile(n, first, full, full_end)
+            col = key_tile * BLOCK_K + tl.arange(0, BLOCK_K)
+            col_at = col.to(tl.int64)
+            if CHUNKS == 1:
+                k_ptrs = k_at + col_at[None, :] * k_st + d[:, None]
+                if phase == 0:
+                    if D == BLOCK_D:
+                        k = tl.load(k_ptrs)
+                    else:
+                        k = tl.load(k_ptrs, (d < D)[:, None], 0.0)
+                else:
+                    k = tl.load(k_ptrs, (d < D)[:, None] & (col < key_length)[None, :], 0.0)
+                s = tl.dot(q, k, input_precision=PRECISION)
+            else:
+                s = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+                for chunk in range(CHUNKS):
+                    dc = chunk * BLOCK_D + d
+                    qc = tl.load(
+                        q_at[:, None] + dc[None, :], rows_left[:, None] & (dc < D)[None, :], 0.0
+                    )
+                    kc = tl.load(
+                        k_at + col_at[None, :] * k_st + dc[:, None],
+                        (dc < D)[:, None] & (col < key_length)[None, :],
+                        0.0,
+                    )
+                    s = tl.dot(qc, kc, s, input_precision=PRECISION)
+            seen = rows_left[:, None] & (col < key_length)[None, :]
+            if phase == 1:
+                seen = seen & visible(
+                    row[:, None], position[:, None], col[None, :], key_length,
+                    first_ptr, last_ptr, dense_ptr, dense_sq, dense_sk, left, right,
+                    MASK, LEFT, RIGHT, DENSE,
+                )  # fmt: skip
+            if PLAIN:
+                if phase == 1:
+                    s = tl.where(seen, s, float("-inf"))
+                new_peak = tl.maximum(peak, tl.max(s, 1) * score_scale)
+            else:
+                s, _ = modify(
+                    s, row[:, None], position[:, None], col[None, :], seen, slope,
+                    bias_ptr, bias_sq, bias_sk, scale, softcap, SOFTCAP, BIAS, ALIBI,
+                )  # fmt: skip
+                if phase == 1:
+                    s = tl.where(seen, s, float("-inf"))
+                new_peak = tl.maximum(peak, tl.max(s, 1))
+            origin = new_peak
+            if phase == 1 or BIAS:
+                origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+            if PLAIN:
+                p = tl.exp2(s * score_scale - origin[:, None])
+            else:
+                p = tl.exp2(s - origin[:, None])
+            shrink = tl.exp2(peak - origin)
+            peak = new_peak
+            total_p = total_p * shrink + tl.sum(p, 1)
+            if DROPOUT:
+                keep = kept(seed_ptr, batch, head_row, row[:, None], col[None, :], threshold)
+                p = tl.where(keep, p * keep_scale, 0.0)
+            acc = acc * shrink[:, None]
+            v_ptrs = v_at + col_at[:, None] * v_st
+            if phase == 0:
+                if DV % BLOCK_V == 0:
+                    v = tl.load(v_ptrs)
+                else:
+                    v = tl.load(v_ptrs, (dv < DV)[None, :], 0.0)
+            else:
+                v = tl.load(v_ptrs, (dv < DV)[None, :] & (col < key_length)[:, None], 0.0)
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+
+    if SINKS and not SPLIT:
+        sink = tl.load(sinks_ptr + batch * sinks_sb + head) * _LOG2E
+        new_peak = tl.maximum(peak, sink)
+        origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        shrink = tl.exp2(peak - origin)
+        total_p = total_p * shrink + tl.exp2(sink - origin)
+        acc = acc * shrink[:, None]
+        peak = new_peak
+    acc = acc / tl.where(total_p == 0, 1.0, total_p)[:, None]
+    lse = (peak + tl.log2(total_p)) / _LOG2E
+    lse = tl.where(total_p == 0, float("-inf"), lse)
+    out_at = out_ptr + batch * o_sb + head * o_sh + row.to(tl.int64) * o_st
+    lse_at = lse_ptr + (batch * heads + head) * query_length + row
+    if SPLIT:
+        out_at += tl.program_id(2).to(tl.int64) * o_ss
+        lse_at += tl.program_id(2).to(tl.int64) * l_ss
+    tl.store(
+        out_at[:, None] + dv[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        rows_left[:, None] & (dv < DV)[None, :],
+    )
+    if tl.program_id(1) == 0:
+        tl.store(lse_at, lse, rows_left)
+
+
+@triton.jit(do_not_specialize=["p_ss", "l_ss", "query_length", "splits"])
+def _merge_kernel(
+    part_out_ptr, part_lse_ptr, out_ptr, lse_ptr, sinks_ptr,
+    p_ss, p_sb, p_sh, p_st, l_ss, o_sb, o_sh, o_st, sinks_sb,
+    heads, query_length, splits,
+    SINKS: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One row: the outputs of its splits, weighted by their shares of the softmax's sum."""
+    program = tl.program_id(0).to(tl.int64)
+    row = program % query_length
+    head = (program // query_length) % heads
+    batch = program // query_length // heads
+    dv = tl.arange(0, BLOCK_V)
+    part = part_out_ptr + batch * p_sb + head * p_sh + row * p_st + dv
+    peak = float("-inf")
+    total = 0.0
+    acc = tl.zeros([BLOCK_V], tl.float32)
+    if SINKS:
+        peak = tl.load(sinks_ptr + batch * sinks_sb + head) * _LOG2E
+        total = tl.where(peak == float("-inf"), 0.0, 1.0)
+    for split in range(splits):
+        lse = tl.load(part_lse_ptr + split.to(tl.int64) * l_ss + program) * _LOG2E
+        new_peak = tl.maximum(peak, lse)
+        origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        shrink = tl.exp2(peak - origin)
+        share = tl.exp2(lse - origin)
+        partial = tl.load(part + split.to(tl.int64) * p_ss, dv < DV, 0.0)
+        acc = acc * shrink + partial * share
+        total = total * shrink + share
+        peak = new_peak
+    acc = acc / tl.where(total == 0, 1.0, total)
+    lse = tl.where(total == 0, float("-inf"), (peak + tl.log2(total)) / _LOG2E)
+    tl.store(out_ptr + batch * o_sb + head * o_sh + row * o_st + dv, acc, dv < DV)
+    tl.store(lse_ptr + program, lse)

@@ -1,0 +1,215 @@
+"""What one tile of scores needs, shared by the Triton kernels: its place, its mask, its changes.
+
+Everything here runs inside a kernel. Features are compile-time flags, so an absent one costs nothing.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hf_flash_two.kernels.problem import LOG2E
+from hf_flash_two.masks import KEY_GRANULE
+
+_LOG2E = tl.constexpr(LOG2E)
+_GRANULE = tl.constexpr(KEY_GRANULE)
+_SCAN = tl.constexpr(128)
+
+NO_MASK = tl.constexpr(0)
+BAND = tl.constexpr(1)
+INTERVALS = tl.constexpr(2)
+
+
+@triton.jit
+def key_tiles(
+    bounds_ptr, start, stop, key_length, left, right,
+    MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, DENSE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Key tiles that queries at positions [start, stop) must visit: [first, last), and the one run
+    [full, full_end) of them that needs no masking."""
+    tiles = tl.cdiv(key_length, BLOCK_K)
+    first, last, full, full_end = 0, tiles, 0, key_length // BLOCK_K
+    if MASK == BAND:
+        if LEFT:
+            first = tl.maximum(start - left, 0) // BLOCK_K
+            full = tl.cdiv(tl.maximum(stop - 1 - left, 0), BLOCK_K)
+        if RIGHT:
+            last = tl.minimum(tl.cdiv(tl.maximum(stop + right, 0), BLOCK_K), tiles)
+            full_end = tl.minimum(tl.maximum(start + right + 1, 0) // BLOCK_K, full_end)
+    elif MASK == INTERVALS:
+        groups = tl.cdiv(key_length, _GRANULE)
+        low, high, whole = groups, 0, groups
+        for scan in range(0, groups, _SCAN):
+            group = scan + tl.arange(0, _SCAN)
+            seen, complete = _classify(bounds_ptr, group, groups, start, stop)
+            low = tl.minimum(low, tl.min(tl.where(seen, group, groups)))
+            high = tl.maximum(high, tl.max(tl.where(seen, group + 1, 0)))
+            whole = tl.minimum(whole, tl.min(tl.where(complete, group, groups)))
+        broken = groups
+        for scan in range((whole // _SCAN) * _SCAN, groups, _SCAN):
+            group = scan + tl.arange(0, _SCAN)
+            seen, complete = _classify(bounds_ptr, group, groups, start, stop)
+            gap = (group >= whole) & (complete == 0) & (group < groups)
+            broken = tl.minimum(broken, tl.min(tl.where(gap, group, groups)))
+        first = low * _GRANULE // BLOCK_K
+        last = tl.minimum(tl.cdiv(high * _GRANULE, BLOCK_K), tiles)
+        full = tl.cdiv(whole * _GRANULE, BLOCK_K)
+        full_end = tl.minimum(broken * _GRANULE // BLOCK_K, full_end)
+    last = tl.maximum(last, first)
+    full = tl.maximum(full, first)
+    full_end = tl.minimum(full_end, last)
+    if DENSE:
+        full_end = full
+    empty = full_end <= full
+    full = tl.where(empty, first, full)
+    full_end = tl.where(empty, first, full_end)
+    return first, last, full, full_end
+
+
+@triton.jit
+def _classify(bounds_ptr, group, groups, start, stop):
+    """Which groups of keys queries at [start, stop) see at all, and which all of them see wholly."""
+    inside = group < groups
+    at = bounds_ptr + group * 4
+    min_first = tl.load(at, inside, 2**30)
+    max_first = tl.load(at + 1, inside, 2**30)
+    min_last = tl.load(at + 2, inside, -(2**30))
+    max_last = tl.load(at + 3, inside, -(2**30))
+    seen = (min_first < stop) & (max_last > start)
+    return seen, seen & (max_first <= start) & (min_last >= stop)
+
+
+@triton.jit
+def query_tiles(
+    bounds_ptr, key_start, key_length, query_length, offset, left, right,
+    MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, DENSE: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The transposed question: query tiles that see the keys [key_start, key_start + BLOCK_K)."""
+    tiles = tl.cdiv(query_length, BLOCK_Q)
+    key_stop = tl.minimum(key_start + BLOCK_K, key_length)
+    low, high, full_low, full_high = 0, query_length, 0, query_length
+    if MASK == BAND:
+        if RIGHT:
+            low = tl.maximum(key_start - right - offset, 0)
+            full_low = tl.maximum(key_stop - 1 - right - offset, 0)
+        if LEFT:
+            high = tl.minimum(key_stop + left - offset, query_length)
+            full_high = tl.minimum(key_start + left + 1 - offset, query_length)
+    elif MASK == INTERVALS:
+        group = key_start // _GRANULE + tl.arange(0, BLOCK_K // _GRANULE)
+        inside = group < tl.cdiv(key_length, _GRANULE)
+        at = bounds_ptr + group * 4
+        low = tl.maximum(tl.min(tl.load(at, inside, 2**30)) - offset, 0)
+        high = tl.minimum(tl.max(tl.load(at + 3, inside, -(2**30))) - offset, query_length)
+        full_low = tl.maximum(tl.max(tl.load(at + 1, inside, -(2**30))) - offset, 0)
+        full_high = tl.minimum(tl.min(tl.load(at + 2, inside, 2**30)) - offset, query_length)
+    first = tl.minimum(low // BLOCK_Q, tiles)
+    last = tl.maximum(tl.cdiv(tl.maximum(high, 0), BLOCK_Q), first)
+    full = tl.maximum(tl.cdiv(full_low, BLOCK_Q), first)
+    # The last, partial tile of queries counts as masked: its missing rows must not contribute.
+    full_end = tl.minimum(tl.maximum(full_high, 0) // BLOCK_Q, last)
+    if DENSE:
+        full_end = full
+    empty = full_end <= full
+    full = tl.where(empty, first, full)
+    full_end = tl.where(empty, first, full_end)
+    return first, last, full, full_end
+
+
+@triton.jit
+def nth_tile(n, first, full, full_end):
+    """The n-th tile to visit: first those that need no masking, then the others in order."""
+    whole = full_end - full
+    rest = n - whole
+    before = full - first
+    return tl.where(
+        n < whole, full + n, tl.where(rest < before, first + rest, full_end + rest - before)
+    )
+
+
+@triton.jit
+def visible(
+    row, position, col, key_length, first_ptr, last_ptr, dense_ptr, dense_sq, dense_sk,
+    left, right,
+    MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, DENSE: tl.constexpr,
+):  # fmt: skip
+    """Mask of one tile; ``row``, ``position`` and ``col`` broadcast to it in either orientation."""
+    inside = col < key_length
+    seen = inside & (row >= 0)
+    if MASK == BAND:
+        if LEFT:
+            seen = seen & (position - col <= left)
+        if RIGHT:
+            seen = seen & (col - position <= right)
+    elif MASK == INTERVALS:
+        seen = seen & (tl.load(first_ptr + col, inside, 2**30) <= position)
+        seen = seen & (position < tl.load(last_ptr + col, inside, -(2**30)))
+    if DENSE:
+        at = dense_ptr + row.to(tl.int64) * dense_sq + col.to(tl.int64) * dense_sk
+        seen = seen & (tl.load(at, seen, 0) != 0)
+    return seen
+
+
+@triton.jit
+def modify(
+    s, row, position, col, seen, slope, bias_ptr, bias_sq, bias_sk, scale, softcap,
+    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr,
+):  # fmt: skip
+    """Base-2 scores after scale, softcap, bias and ALiBi; and d(capped score) / d(scaled score)."""
+    s = s * scale
+    slack = s
+    if SOFTCAP:
+        # tanh(x) = 1 - 2 / (exp(2x) + 1), saturating correctly at both ends.
+        capped = 1 - 2 / (tl.exp2(s * (2 * _LOG2E / softcap)) + 1)
+        s = capped * softcap
+        slack = 1 - capped * capped
+    if BIAS:
+        at = bias_ptr + row.to(tl.int64) * bias_sq + col.to(tl.int64) * bias_sk
+        s += tl.load(at, seen, 0).to(tl.float32)
+    if ALIBI:
+        s -= slope * tl.abs(position - col).to(tl.float32)
+    return s * _LOG2E, slack
+
+
+@triton.jit
+def probabilities(
+    s, lse, row, position, col, seen, slope, bias_ptr, bias_sq, bias_sk, scale, softcap,
+    MASKED: tl.constexpr, PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    ALIBI: tl.constexpr,
+):  # fmt: skip
+    """Softmax of one tile given its rows' base-2 lse, and `modify`'s derivative."""
+    if PLAIN:
+        slack = s
+        p = tl.exp2(s * (scale * _LOG2E) - lse)
+    else:
+        s, slack = modify(
+            s, row, position, col, seen, slope, bias_ptr, bias_sq, bias_sk, scale, softcap,
+            SOFTCAP, BIAS, ALIBI,
+        )  # fmt: skip
+        p = tl.exp2(s - lse)
+    if MASKED:
+        p = tl.where(seen, p, 0.0)
+    return p, slack
+
+
+@triton.jit
+def _mix(x):
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def kept(seed_ptr, batch, head, row, col, threshold):
+    """`dropout.keep` for one tile: True where the probability survives."""
+    seed = tl.load(seed_ptr)
+    low = seed.to(tl.uint32)
+    high = (seed >> 32).to(tl.uint32)
+    stream = _mix((_mix(low) ^ high) + batch.to(tl.uint32) * 0x9E3779B9)
+    stream = _mix(stream ^ head.to(tl.uint32))
+    bits = _mix(low ^ row.to(tl.uint32)) + stream
+    return _mix(_mix(bits) ^ _mix(col.to(tl.uint32))) >= threshold.to(tl.uint32)
