@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_flash_two.kernels import NAMES as KERNELS
-from hf_flash_two.kernels.problem import Problem
+from hf_flash_two.kernels.problem import Problem, statistics_dtype
 from hf_flash_two.masks import AttentionMask
 from hf_flash_two.op import flash_attn
 
@@ -84,8 +84,8 @@ def flash_attention(
         key_bounds=mask.key_bounds(),
         dense=mask.dense,
         bias=_check_bias(bias, shape),
-        alibi_slopes=_check_per_head("alibi_slopes", alibi_slopes, batch, heads),
-        sinks=_check_per_head("sinks", sinks, batch, heads),
+        alibi_slopes=_check_per_head("alibi_slopes", alibi_slopes, query),
+        sinks=_check_per_head("sinks", sinks, query),
         seed=_settle_seed(dropout_p, dropout_seed, query.device),
         query_offset=mask.resolve_offset(query_length, key.shape[2]),
         window_left=mask.window_left,
@@ -175,15 +175,16 @@ def _check_bias(bias: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
     return bias[(None,) * (4 - bias.dim())]
 
 
-def _check_per_head(name: str, tensor: Tensor | None, batch: int, heads: int) -> Tensor | None:
+def _check_per_head(name: str, tensor: Tensor | None, query: Tensor) -> Tensor | None:
     if tensor is None:
         return None
+    batch, heads = query.shape[:2]
     if tuple(tensor.shape) not in ((heads,), (1, heads), (batch, heads)):
         raise ValueError(
             f"{name}: expected shape [{heads}] or [{batch}, {heads}], got {list(tensor.shape)}"
         )
     tensor = tensor[None] if tensor.dim() == 1 else tensor
-    return tensor.to(torch.float32)
+    return tensor.to(statistics_dtype(query.dtype))
 
 
 def _check_softcap(softcap: float | None) -> float:

@@ -18,8 +18,9 @@ class Problem:
     Attributes:
         first_query, last_query, key_bounds, dense: see `masks.AttentionMask`; each may be None.
         bias: [B or 1, H or 1, Tq or 1, Tk or 1], added to the scaled and capped scores.
-        alibi_slopes: float32 [B or 1, H]; adds ``-slope * |position - key|``.
-        sinks: float32 [B or 1, H]; a logit that joins each row's softmax and has no value.
+        alibi_slopes: [B or 1, H] in `statistics_dtype`; adds ``-slope * |position - key|``.
+        sinks: [B or 1, H] in `statistics_dtype`; a logit that joins each row's softmax and has no
+            value.
         seed: int64 [1]; dropout's bits are a function of (seed, batch, head, query, key).
         query_offset: position of query 0 among the keys.
         window_left, window_right: the band; None is unbounded.
