@@ -30,6 +30,7 @@ _LIBRARY.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _PROBLEM_TENSORS = 8
+_PROBLEM_FIELDS = [field.name for field in fields(Problem)]
 
 
 def _forward(query, key, value, *settings):
@@ -157,5 +158,5 @@ def flash_attn(
     query: Tensor, key: Tensor, value: Tensor, problem: Problem, kernel: str
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of a validated problem, differentiable in query, key, value, bias and sinks."""
-    settings = [getattr(problem, field.name) for field in fields(Problem)]
+    settings = [getattr(problem, name) for name in _PROBLEM_FIELDS]
     return _FlashAttention.apply(query, key, value, *settings, kernel)

@@ -1,0 +1,36 @@
+"""The Transformers side: ``attn_implementation="flash_two"``, and "fa_two" for the same without a shim."""
+
+from __future__ import annotations
+
+import warnings
+
+import transformers
+
+from hf_flash_two.hf import compat
+from hf_flash_two.hf.interface import attention_forward
+from hf_flash_two.hf.mask_function import make_mask
+
+__all__ = ["register"]
+
+
+def register() -> None:
+    """Register attention and mask function under ``flash_two`` and ``fa_two``; again is no harm.
+
+    Where Transformers has changed so that ``flash_two`` cannot be made to load and behave, only
+    ``fa_two`` is registered, with a warning that says why.
+    """
+    compat.describe_mask_functions()
+    names = [compat.FA_TWO]
+    reason = compat.allow_flash_two()
+    if reason is None:
+        names.append(compat.FLASH_TWO)
+    else:
+        warnings.warn(
+            f"attn_implementation='flash_two' is not available with transformers "
+            f"{transformers.__version__}: {reason}. Use 'fa_two', the same attention under a name "
+            "that Transformers does not treat specially.",
+            stacklevel=2,
+        )
+    for name in names:
+        transformers.AttentionInterface.register(name, attention_forward)
+        transformers.AttentionMaskInterface.register(name, make_mask)

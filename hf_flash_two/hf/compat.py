@@ -1,0 +1,129 @@
+"""Every name of Transformers that is no public interface, in one place, and checked before use.
+
+Tested with transformers 5.4 to 5.23; what differs there:
+
+* 5.4: chunked masks of packed sequences count positions from the row's start, later from the
+  document's; encoders of the T5 line take ``position_bias`` through the interface from 5.14.
+* 5.19: continuous batching hands its paged cache to the ordinary attention function.
+
+"flash" in a name makes Transformers take it for Tri Dao's package: three library modules then load a
+kernel, re-route models that list the kernels they like, and refuse chunked attention and fullgraph
+compilation. Models, on the other hand, hand over ``cu_seq_lens`` only to such names. So the three
+modules, each through its own reference to the test, are told that ``flash_two`` is no such name, while
+models go on believing it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from transformers import masking_utils
+
+FLASH_TWO = "flash_two"
+FA_TWO = "fa_two"
+
+_FLASH_TEST = "is_flash_attention_requested"
+_FLASH_TEST_ARGUMENTS = ["config", "requested_attention_implementation"]
+_FLASH_TEST_MODULES = (
+    "transformers.modeling_utils",
+    "transformers.masking_utils",
+    "transformers.generation.utils",
+)
+_DESCRIPTION = "flash_two_description"
+# The functions that make mask functions, and the variables that those close over.
+_BUILDERS = {
+    "and_masks": ("mask_functions",),
+    "or_masks": ("mask_functions",),
+    "sliding_window_overlay": ("sliding_window",),
+    "sliding_window_bidirectional_overlay": ("sliding_window",),
+    "chunked_overlay": ("chunk_size", "left_padding"),
+    "blockwise_overlay": ("block_sequence_ids",),
+    "padding_mask_function": ("padding_mask",),
+    "packed_sequence_mask_function": ("packed_sequence_mask",),
+    "remap_positions_for_packed_sequence": ("mask_function", "position_ids"),
+}
+
+# Models that do arithmetic on the mask themselves, by model_type, and the kind that they expect.
+WANTS_BOOL_MASK = frozenset({"doge"})
+WANTS_ADDITIVE_MASK = frozenset({"deepseek_v4", "gemma4_audio"})
+
+
+def allow_flash_two() -> str | None:
+    """Let ``flash_two`` load and behave as any registered name; the reason if that is impossible."""
+    found = {}
+    for name in _FLASH_TEST_MODULES:
+        module = importlib.import_module(name)
+        test = getattr(module, _FLASH_TEST, None)
+        if test is None:
+            return f"{name}.{_FLASH_TEST} is missing"
+        if list(inspect.signature(test).parameters)[:2] != _FLASH_TEST_ARGUMENTS:
+            return f"{name}.{_FLASH_TEST} takes other arguments: {inspect.signature(test)}"
+        found[module] = test
+    for module, test in found.items():
+        if not hasattr(test, FLASH_TWO):
+            setattr(module, _FLASH_TEST, _false_for_flash_two(test))
+    return None
+
+
+def _false_for_flash_two(test: Callable) -> Callable:
+    @functools.wraps(test)
+    def is_flash_attention_requested(
+        config=None, requested_attention_implementation=None, *args, **kwargs
+    ) -> bool:
+        name = requested_attention_implementation
+        if (config._attn_implementation if config is not None else name) == FLASH_TWO:
+            return False
+        return test(config, name, *args, **kwargs)
+
+    setattr(is_flash_attention_requested, FLASH_TWO, True)
+    return is_flash_attention_requested
+
+
+def describe_mask_functions() -> None:
+    """Let mask functions say what they are: while torch.compile traces, closures cannot be read."""
+    for name in _BUILDERS:
+        builder = getattr(masking_utils, name, None)
+        if builder is not None and not hasattr(builder, FLASH_TWO):
+            setattr(masking_utils, name, _describing(builder, name))
+
+
+def _describing(builder: Callable, name: str) -> Callable:
+    variadic = _BUILDERS[name] == ("mask_functions",)
+
+    @functools.wraps(builder)
+    def describing(*args, **kwargs):
+        function = builder(*args, **kwargs)
+        if not kwargs:
+            setattr(function, _DESCRIPTION, (name, (args,) if variadic else args))
+        return function
+
+    setattr(describing, FLASH_TWO, True)
+    return describing
+
+
+def describe(mask_function: Callable) -> tuple[str, tuple[Any, ...]] | None:
+    """(builder, its arguments) of a mask function made by masking_utils; None of any other."""
+    description = getattr(mask_function, _DESCRIPTION, None)
+    if description is not None or torch.compiler.is_compiling():
+        return description
+    if getattr(mask_function, "__module__", None) != masking_utils.__name__:
+        return None
+    builder = mask_function.__qualname__.partition(".")[0]
+    variables = mask_function.__code__.co_freevars
+    if sorted(variables) != sorted(_BUILDERS.get(builder, ())) or not variables:
+        return None
+    cells = (cell.cell_contents for cell in mask_function.__closure__)
+    values = dict(zip(variables, cells, strict=True))
+    return builder, tuple(values[name] for name in _BUILDERS[builder])
+
+
+def makes_masks(module: torch.nn.Module) -> bool:
+    """Whether the implementation that ``module`` is set to has a mask function."""
+    name = getattr(getattr(module, "config", None), "_attn_implementation", FLASH_TWO)
+    return name in transformers.AttentionMaskInterface()

@@ -1,0 +1,379 @@
+"""The attention function Transformers calls, `attention_forward`: it refuses, settles the mask, calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hf_flash_two.attention import flash_attention
+from hf_flash_two.hf import compat
+from hf_flash_two.hf.mask_carrier import MaskCarrier, documents, falls
+from hf_flash_two.hf.mask_function import from_tiles
+from hf_flash_two.masks import AttentionMask
+
+# What models and trainers send along and attention has no use for.
+_INFORMATIONAL = frozenset(
+    {
+        # lengths that cu_seq_lens already hold; the same documents once more
+        "max_length_q", "max_length_k", "seq_idx",
+        # asked of the model, answered elsewhere
+        "use_cache", "past_key_values", "cache_position", "output_hidden_states",
+        "output_router_logits", "return_dict", "logits_to_keep", "logits_indices",
+        # of the loss
+        "num_items_in_batch", "labels", "shift_labels", "loss_kwargs",
+        # every kernel here is deterministic
+        "deterministic",
+        # used by the model before attention, or where the mask was made
+        "position_embeddings", "token_type_ids", "mm_token_type_ids",
+        # of a paged cache, read by the cache
+        "read_index", "write_index", "block_table",
+    }
+)  # fmt: skip
+_MEMO = "_flash_two_memo"
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: MaskCarrier | Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | dict | None = None,
+    indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
+    cache=None,
+    output_attentions: bool | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention with the signature of `transformers.AttentionInterface`.
+
+    Args:
+        module: the calling attention layer; its ``is_causal`` counts where no mask came.
+        query: [B, Hq, Tq, D]; key, value: [B, Hk, Tk, D or Dv].
+        attention_mask: what our mask function made; or a bool [B, H, Tq, Tk], True may attend; or a
+            float one, which is added to the scores; or [B, Tk], nonzero for the keys to see; or None.
+        is_causal: overrides ``module.is_causal`` where no mask came.
+        sliding_window: used where no mask came; a mask already holds it.
+        s_aux: [Hq], attention sinks; sinks: the same, or one per query [B, Hq, Tq, 1].
+        position_bias: broadcastable to [B, Hq, Tq, Tk], added to the scaled scores; has a gradient.
+        position_ids: [1 or B, T]; positions that restart separate packed documents, unless there
+            is padding.
+        cu_seq_lens_q, cu_seq_lens_k: [N + 1], boundaries of documents laid end to end (batch 1).
+        indices: [B, Tq, n], the keys each query may see; block_indices: the same by blocks of
+            ``module.indexer.block_size`` keys, [B, groups, Tq, n], negative for none.
+        cache: the paged cache of continuous batching.
+
+    Returns:
+        out [B, Tq, Hq, Dv], contiguous, and the attention weights [B, Hq, Tq, Tk] if
+        ``output_attentions`` (before dropout; they take the memory that attention here avoids).
+        A query that sees no key gets 0, where "eager" gives it the average of all values.
+
+    Raises:
+        TypeError: an argument that is not known and could change the result.
+        ValueError: arguments that contradict each other or do not fit.
+    """
+    for name, given in kwargs.items():
+        if name not in _INFORMATIONAL and given is not None and given is not False:
+            raise TypeError(
+                f"{name}: flash_two does not know this argument and will not ignore it; drop it from "
+                f"the call of the model, or use attn_implementation='eager'"
+            )
+    if cache is not None:
+        key, value, mask = _from_paged_cache(
+            module, key, value, cache, cu_seq_lens_q, cu_seq_lens_k, sliding_window, kwargs
+        )
+        bias = None
+    else:
+        causal = _causality(module, attention_mask, is_causal)
+        mask, bias = _settle_mask(
+            module, query, key, attention_mask, causal, sliding_window, position_ids,
+            cu_seq_lens_q, cu_seq_lens_k,
+        )  # fmt: skip
+    if indices is not None or block_indices is not None:
+        mask = mask & _from_indices(module, query, key, indices, block_indices)
+    if position_bias is not None:
+        bias = position_bias if bias is None else position_bias + bias
+    if isinstance(scaling, Tensor):
+        query, scaling = query * scaling, 1.0
+    if query.shape[0] != key.shape[0] and query.shape[0] == 1:
+        query = query.expand(key.shape[0], -1, -1, -1)
+    row_sinks = sinks if sinks is not None and sinks.dim() == 4 else None
+    if sinks is not None and row_sinks is None:
+        s_aux = sinks
+    wants_weights = output_attentions or (
+        output_attentions is None
+        and getattr(getattr(module, "config", None), "output_attentions", False)
+    )
+    out = flash_attention(
+        query,
+        key,
+        value,
+        mask=mask,
+        scale=scaling,
+        bias=bias,
+        softcap=softcap,
+        sinks=s_aux,
+        dropout_p=dropout,
+        return_lse=wants_weights or row_sinks is not None,
+    )
+    weights = None
+    if isinstance(out, tuple):
+        out, lse = out
+        if row_sinks is not None:
+            # One more logit in the denominator takes the share exp(sink) / (exp(lse) + exp(sink)).
+            share = torch.sigmoid(lse - row_sinks[..., 0].to(lse.dtype))
+            out = out * share[..., None].to(out.dtype)
+            lse = torch.logaddexp(lse, row_sinks[..., 0].to(lse.dtype))
+        if wants_weights:
+            weights = _weights(query, key, mask, bias, lse, scaling, softcap)
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _causality(module: torch.nn.Module, attention_mask, is_causal: bool | None) -> bool:
+    modules = getattr(module, "is_causal", True)
+    if is_causal is None:
+        return modules
+    if not is_causal and modules and isinstance(attention_mask, MaskCarrier):
+        if attention_mask.causal:
+            raise ValueError(
+                "is_causal: False was passed, but the model made a causal mask; set "
+                "`model.config.is_causal = False` before the forward for bidirectional attention"
+            )
+    return is_causal
+
+
+def _settle_mask(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: MaskCarrier | Tensor | None,
+    causal: bool,
+    sliding_window: int | None,
+    position_ids: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
+) -> tuple[AttentionMask, Tensor | None]:
+    """(mask, additive bias or None)"""
+    batch, _, queries, _ = query.shape
+    keys = key.shape[2]
+    bias = None
+    carried = isinstance(attention_mask, MaskCarrier)
+    if carried:
+        if attention_mask.shape[2:] != (queries, keys):
+            raise ValueError(
+                f"attention_mask: made for {list(attention_mask.shape[2:])} queries and keys, but "
+                f"the layer attends with {queries} to {keys}"
+            )
+        mask = attention_mask.mask
+    elif attention_mask is None:
+        mask = _without_mask(module, queries, keys, causal, sliding_window)
+    elif isinstance(attention_mask, Tensor):
+        mask, bias = _from_tensor(attention_mask, batch, queries, keys, causal)
+        return mask, bias
+    else:
+        raise TypeError(
+            "attention_mask: expected None, a tensor or a mask of flash_two, got "
+            f"{type(attention_mask).__name__}; a model must take its masks from "
+            "transformers.masking_utils under the same attn_implementation"
+        )
+    if cu_seq_lens_q is not None:
+        return mask & _from_cu_seqlens(cu_seq_lens_q, cu_seq_lens_k, batch, queries, keys), None
+    if (
+        position_ids is not None
+        and queries == keys
+        and queries > 1
+        and position_ids.dim() == 2
+        and position_ids.shape[1] == queries
+        and position_ids.shape[0] in (1, batch)
+    ):
+        if carried:
+            return attention_mask.packed(position_ids), None
+        return mask & _once(position_ids, "documents", lambda: _from_positions(position_ids)), None
+    return mask, bias
+
+
+def _without_mask(
+    module: torch.nn.Module, queries: int, keys: int, causal: bool, sliding_window: int | None
+) -> AttentionMask:
+    """Towers and cross attention come without a mask; nothing that had to have one may."""
+    if not causal:
+        if sliding_window is not None and keys > sliding_window:
+            raise ValueError(
+                f"attention_mask: a bidirectional layer with sliding_window={sliding_window} got no "
+                f"mask for its {keys} keys"
+            )
+        return AttentionMask.full()
+    if queries > 1:
+        if not torch.compiler.is_compiling() and not compat.makes_masks(module):
+            raise ValueError(
+                "attention_mask: the attention function is registered under a name without its mask "
+                "function, so masks are lost; call hf_flash_two.hf.register() and use 'flash_two'"
+            )
+        if queries != keys:
+            raise ValueError(
+                f"attention_mask: causal attention of {queries} queries to {keys} keys needs a mask "
+                "that says where the queries stand, and none came"
+            )
+    elif sliding_window is None:
+        return AttentionMask.full()
+    return AttentionMask.causal(window=sliding_window)
+
+
+def _from_tensor(
+    mask: Tensor, batch: int, queries: int, keys: int, causal: bool
+) -> tuple[AttentionMask, Tensor | None]:
+    if mask.dim() == 2:
+        if mask.shape != (batch, keys):
+            raise ValueError(
+                f"attention_mask: expected [batch, keys] = [{batch}, {keys}], got {list(mask.shape)}"
+            )
+        padding = _once(mask, "padding", lambda: AttentionMask.from_padding(mask))
+        return (padding & AttentionMask.causal() if causal and queries > 1 else padding), None
+    if mask.dim() != 4:
+        raise ValueError(
+            "attention_mask: expected [batch, keys] or [batch, heads, queries, keys], got "
+            f"{list(mask.shape)}"
+        )
+    if mask.dtype == torch.bool:
+        return _once(mask, "dense", lambda: _from_dense(mask, queries)), None
+    if not mask.is_floating_point():
+        raise ValueError(
+            "attention_mask: expected bool (True may attend) or float (added to the scores) in four "
+            f"dimensions, got {mask.dtype}"
+        )
+    visible = None
+    if mask.shape[1] == 1 and not mask.requires_grad and not torch.compiler.is_compiling():
+        visible = _once(mask, "additive", lambda: _from_additive(mask, queries))
+    return (AttentionMask.full(), mask) if visible is None else (visible, None)
+
+
+def _from_dense(visible: Tensor, queries: int) -> AttentionMask:
+    if visible.shape[1] != 1 or torch.compiler.is_compiling():
+        return AttentionMask.from_dense(visible)
+    if visible.shape[2] == 1 and queries != 1:
+        return AttentionMask.from_padding(visible[:, 0, 0])
+    return from_tiles(lambda i, j: visible[:, :, i:j], queries, visible[:, :, 0].numel())
+
+
+def _from_additive(mask: Tensor, queries: int) -> AttentionMask | None:
+    """The mask that a float one of 0 and the smallest number (or -inf) is; None of any other."""
+    visible = mask == 0
+    if not bool((visible | (mask <= torch.finfo(mask.dtype).min)).all()):
+        return None
+    return _from_dense(visible, queries)
+
+
+def _from_positions(position_ids: Tensor) -> AttentionMask:
+    if not torch.compiler.is_compiling() and not falls(position_ids):
+        return AttentionMask.full()
+    return documents(position_ids)
+
+
+def _from_cu_seqlens(
+    query_ends: Tensor, key_ends: Tensor | None, batch: int, queries: int, keys: int
+) -> AttentionMask:
+    if batch != 1:
+        raise ValueError(
+            f"cu_seq_lens_q: describes documents laid end to end in a batch of 1, got batch {batch}"
+        )
+    key_ends = query_ends if key_ends is None else key_ends
+
+    def build() -> AttentionMask:
+        return AttentionMask.from_documents(
+            key_ends, query_cu_seqlens=query_ends, key_length=keys
+        )
+
+    return _once(key_ends, ("cu_seqlens", query_ends.data_ptr(), queries, keys), build)
+
+
+def _from_paged_cache(
+    module, key, value, cache, cu_seq_lens_q, cu_seq_lens_k, sliding_window, kwargs
+) -> tuple[Tensor, Tensor, AttentionMask]:
+    paged = dict(kwargs, cu_seq_lens_k=cu_seq_lens_k)
+    key, value = cache.update(
+        key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=paged
+    )
+    mask = AttentionMask.from_documents(
+        paged["cu_seq_lens_k"],
+        query_cu_seqlens=cu_seq_lens_q,
+        key_length=key.shape[2],
+        causal=True,
+        window=sliding_window,
+    )
+    return key, value, mask
+
+
+def _from_indices(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    indices: Tensor | None,
+    block_indices: Tensor | None,
+) -> AttentionMask:
+    batch, heads, queries, _ = query.shape
+    keys = key.shape[2]
+    if indices is not None:
+        visible = torch.zeros(batch, queries, keys, dtype=torch.bool, device=query.device)
+        return AttentionMask.from_dense(visible.scatter(-1, indices.long(), True)[:, None])
+    size = module.indexer.block_size
+    blocks = -(-keys // size)
+    groups = block_indices.shape[1]
+    chosen = block_indices.masked_fill(block_indices < 0, blocks)
+    visible = torch.zeros(
+        batch, groups, queries, blocks + 1, dtype=torch.bool, device=query.device
+    ).scatter(-1, chosen, True)[..., :blocks]
+    visible = visible.repeat_interleave(size, dim=-1)[..., :keys]
+    return AttentionMask.from_dense(visible.repeat_interleave(heads // groups, dim=1))
+
+
+def _weights(
+    query: Tensor,
+    key: Tensor,
+    mask: AttentionMask,
+    bias: Tensor | None,
+    lse: Tensor,
+    scale: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """softmax's probabilities once more, [B, Hq, Tq, Tk] in the dtype of ``query``, from the lse."""
+    group = query.shape[1] // key.shape[1]
+    key = key.repeat_interleave(group, dim=1).to(lse.dtype)
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    with torch.autocast(query.device.type, enabled=False):
+        scores = query.to(lse.dtype) @ key.transpose(2, 3) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    visible = mask.to_dense(query.shape[2], key.shape[2], device=query.device)
+    scores = scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]
+    return torch.where(visible, scores, -torch.inf).exp().to(query.dtype)
+
+
+def _once(tensor: Tensor, key, build: Callable[[], AttentionMask]) -> AttentionMask:
+    """``build()``, kept on ``tensor`` while it stays unchanged, so that layers share one mask."""
+    if torch.compiler.is_compiling() or tensor.is_inference() or _capturing():
+        return build()
+    kept = getattr(tensor, _MEMO, None)
+    state = (key, tensor._version)
+    if kept is None or kept[0] != state:
+        kept = (state, build())
+        setattr(tensor, _MEMO, kept)
+    return kept[1]
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
