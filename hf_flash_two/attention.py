@@ -76,14 +76,14 @@ def flash_attention(
     shape = (batch, heads, query_length, key.shape[2])
     mask = _as_mask(mask)
     mask.check(*shape)
-    if mask.first_query is not None and mask.first_query.device != query.device:
+    if any(t is not None and t.device != query.device for t in (mask.first_query, mask.dense)):
         mask = mask.to(query.device)
     problem = Problem(
         first_query=mask.first_query,
         last_query=mask.last_query,
         key_bounds=mask.key_bounds(),
         dense=mask.dense,
-        bias=_check_bias(bias, shape),
+        bias=_check_bias(bias, shape, query),
         alibi_slopes=_check_per_head("alibi_slopes", alibi_slopes, query),
         sinks=_check_per_head("sinks", sinks, query),
         seed=_settle_seed(dropout_p, dropout_seed, query.device),
@@ -115,8 +115,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise ValueError(
                 f"{name}: expected float64, float32, bfloat16 or float16, got {tensor.dtype}"
             )
-        if tensor.device != query.device:
-            raise ValueError(f"{name}: expected device {query.device}, got {tensor.device}")
+        _check_device(name, tensor, query)
         if not 1 <= tensor.shape[3] <= _MAX_HEAD_DIM:
             raise ValueError(
                 f"{name}: expected head_dim from 1 to {_MAX_HEAD_DIM}, got {tensor.shape[3]}"
@@ -140,6 +139,11 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
 
 
+def _check_device(name: str, tensor: Tensor, query: Tensor) -> None:
+    if tensor.device != query.device:
+        raise ValueError(f"{name}: expected device {query.device}, got {tensor.device}")
+
+
 def _settle_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     device = query.device.type
     dtype = value.dtype
@@ -160,9 +164,10 @@ def _as_mask(mask: AttentionMask | Tensor | None) -> AttentionMask:
     return mask
 
 
-def _check_bias(bias: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+def _check_bias(bias: Tensor | None, shape: tuple[int, ...], query: Tensor) -> Tensor | None:
     if bias is None:
         return None
+    _check_device("bias", bias, query)
     if not bias.is_floating_point():
         raise ValueError(f"bias: expected a float tensor, got {bias.dtype}; bool is `mask`")
     if bias.dim() > 4 or any(
@@ -178,6 +183,7 @@ def _check_bias(bias: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
 def _check_per_head(name: str, tensor: Tensor | None, query: Tensor) -> Tensor | None:
     if tensor is None:
         return None
+    _check_device(name, tensor, query)
     batch, heads = query.shape[:2]
     if tuple(tensor.shape) not in ((heads,), (1, heads), (batch, heads)):
         raise ValueError(
@@ -210,5 +216,7 @@ def _settle_seed(
     if seed is None:
         return torch.randint(2**62, (1,), device=device)
     if isinstance(seed, Tensor):
+        if seed.numel() != 1:
+            raise ValueError(f"dropout_seed: expected one element, got shape {list(seed.shape)}")
         return seed.to(device=device, dtype=torch.int64).reshape(1)
     return torch.tensor([seed], dtype=torch.int64, device=device)
