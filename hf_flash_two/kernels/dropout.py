@@ -27,8 +27,8 @@ def keep(
     """bool [heads, rows, cols]: True where the probability survives, with chance 1 - dropout_p."""
     low, high = seed & _MASK, (seed >> 32) & _MASK
     # Both halves go into the stream: were low met by the row alone, neighbouring seeds would only
-    # permute the rows.
-    stream = mix(((mix(low) ^ high) + batch * 0x9E3779B9) & _MASK)
+    # permute the rows. Batches count from 1 because mix(0) is 0: seed 0 would be a degenerate one.
+    stream = mix(((mix(low) ^ high) + (batch + 1) * 0x9E3779B9) & _MASK)
     stream = mix((stream ^ heads) & _MASK)  # [heads]
     row = mix((mix(low ^ rows)[None] + stream[:, None]) & _MASK)  # [heads, rows]
     bits = mix(row[:, :, None] ^ mix(cols)[None, None])

@@ -209,7 +209,7 @@ def kept(seed_ptr, batch, head, row, col, threshold):
     seed = tl.load(seed_ptr)
     low = seed.to(tl.uint32)
     high = (seed >> 32).to(tl.uint32)
-    stream = _mix((_mix(low) ^ high) + batch.to(tl.uint32) * 0x9E3779B9)
+    stream = _mix((_mix(low) ^ high) + (batch.to(tl.uint32) + 1) * 0x9E3779B9)
     stream = _mix(stream ^ head.to(tl.uint32))
     bits = _mix(low ^ row.to(tl.uint32)) + stream
     return _mix(_mix(bits) ^ _mix(col.to(tl.uint32))) >= threshold.to(tl.uint32)
