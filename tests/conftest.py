@@ -1,0 +1,56 @@
+"""What every test file shares: the device, the kernels under test, unwritten memory that shows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+KERNELS = ["blockwise"]
+
+torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "long: too many tiles for an interpreted kernel")
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest, device: str) -> str:
+    """Every kernel by name; one written for GPUs runs interpreted where there is none."""
+    if request.param == "triton":
+        if request.node.callspec.params.get("dtype") == torch.float64:
+            pytest.skip("Triton has no float64 matrix product")
+        if device == "cpu" and request.node.get_closest_marker("long"):
+            pytest.skip("too long for an interpreted kernel; runs on a GPU")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh floating-point memory holds NaN, so an element that nobody writes is seen."""
+
+    def poison(make):
+        def made(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+        return made
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))

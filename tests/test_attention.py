@@ -1,0 +1,963 @@
+"""Every kernel against the dense formula in float64, and the rules of the function."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from oracle import assert_within_budget, dense_attention, dense_mask
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_flash_two import AttentionMask, flash_attention, kernels, op
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+HEADS = {"mha": (6, 6), "gqa": (6, 2), "mqa": (6, 1)}
+LENGTHS = [(16, 16), (65, 65), (7, 129), (1, 100), (4, 4096), (300, 700)]
+BATCH = 2
+
+
+def dtype_id(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def inputs(
+    query_length: int,
+    key_length: int,
+    *,
+    heads: tuple[int, int] = (6, 2),
+    head_dim: int = 16,
+    value_dim: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    batch: int = BATCH,
+) -> list[Tensor]:
+    """Random query, key and value."""
+    value_dim = head_dim if value_dim is None else value_dim
+    shapes = (
+        (batch, heads[0], query_length, head_dim),
+        (batch, heads[1], key_length, head_dim),
+        (batch, heads[1], key_length, value_dim),
+    )
+    return [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]
+
+
+def attend(kernel: str, query: Tensor, key: Tensor, value: Tensor, **arguments):
+    """(out, lse) with gradients on for the tensors that may have one."""
+    return flash_attention(query, key, value, kernel=kernel, return_lse=True, **arguments)
+
+
+def check(
+    kernel: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: AttentionMask | Tensor | None = None,
+    visible: Tensor | None = None,
+    alibi_offset: int | None = None,
+    buckets: tuple[int | None, int | None] = (None, None),
+    d_out: Tensor | None = None,
+    budget_for_gradients: bool = True,
+    **arguments,
+) -> None:
+    """Output, lse and all gradients of the kernel are within the budget of the dense formula.
+
+    Args:
+        mask: what the kernel gets; ``visible`` is what the dense formula gets.
+        arguments: what both take as it is.
+    """
+    tensors = {"query": query, "key": key, "value": value}
+    tensors |= {name: arguments.pop(name) for name in ("bias", "sinks") if name in arguments}
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    visible = None if visible is None else visible.to(query.device)
+
+    def dense(dtype: torch.dtype | None, exact_out: Tensor | None = None) -> list[Tensor]:
+        leaves = {
+            name: tensor.detach().clone().to(dtype or tensor.dtype).requires_grad_()
+            for name, tensor in tensors.items()
+        }
+        out, lse = dense_attention(
+            **leaves, visible=visible, alibi_offset=alibi_offset, keep=keep, **dense_arguments
+        )
+        d_row = d_lse
+        if exact_out is not None:
+            # Algorithm 2 takes rowsum(P * dP) from rowsum(dO * O) and so inherits the error of O.
+            d_row = d_lse - (d_out.double() * (out.detach().double() - exact_out)).sum(-1)
+        grads = torch.autograd.grad(
+            (out, lse), list(leaves.values()), (d_out.to(out.dtype), d_row.to(lse.dtype))
+        )
+        return [out.detach(), lse.detach(), *grads]
+
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    keep = arguments.pop("keep", None)
+    out, lse = attend(
+        kernel,
+        **leaves,
+        mask=mask,
+        q_bucket_size=buckets[0],
+        k_bucket_size=buckets[1],
+        **arguments,
+    )
+    dense_arguments = {name: arg for name, arg in arguments.items() if name != "dropout_seed"}
+    d_out = torch.randn_like(out) if d_out is None else d_out
+    d_lse = torch.randn_like(lse)
+    grads = torch.autograd.grad((out, lse), list(leaves.values()), (d_out, d_lse))
+    actual = [out.detach(), lse.detach(), *grads]
+
+    exact = dense(torch.float64)
+    same_dtype = dense(None, exact_out=exact[0])
+    # The backward knows a row's sum by its lse, which is rounded once to the dtype of statistics.
+    largest = exact[1].masked_fill(exact[1] == -math.inf, 0).abs().max() if exact[1].numel() else 0
+    inherited = torch.finfo(lse.dtype).eps / 2 * float(largest)
+    names = ["out", "lse", *(f"d_{name}" for name in tensors)]
+    for name, a, e, s in zip(names, actual, exact, same_dtype, strict=True):
+        if name == "lse":
+            empty = e == -math.inf
+            assert torch.equal(a == -math.inf, empty), "lse: -inf exactly where nothing is seen"
+            a, e, s = (x.masked_fill(empty, 0) for x in (a, e, s))
+        elif name != "out":
+            assert a.dtype == tensors[name.removeprefix("d_")].dtype, f"{name}: {a.dtype}"
+        if name.startswith("d_") and not budget_for_gradients:
+            assert a.isfinite().all(), f"{name}: not finite"
+            continue
+        assert_within_budget(name, a, e, s, inherited if name.startswith("d_") else 0.0)
+    assert out.dtype == query.dtype
+    assert lse.dtype == (torch.float64 if query.dtype == torch.float64 else torch.float32)
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, before[name]), f"{name} was written to"
+
+
+def documents(length: int) -> list[int]:
+    """Boundaries of documents of uneven lengths, two of them empty."""
+    return [0, length // 8, length // 8, length, length]
+
+
+def runs_of(boundaries: list[int], count: int) -> Tensor:
+    """Which document each of ``count`` places belongs to."""
+    ids = torch.zeros(count, dtype=torch.int64)
+    for index, (start, stop) in enumerate(itertools.pairwise(boundaries)):
+        ids[start:stop] = index
+    return ids
+
+
+# Each builds (mask for the kernel, bool for the dense formula) over BATCH rows. The second is
+# written from the plain description, by position i of the query and index j of the key.
+
+
+def full(tq: int, tk: int):
+    return AttentionMask.full(), None
+
+
+def causal(tq: int, tk: int):
+    return AttentionMask.causal(), dense_mask(BATCH, tq, tk, lambda b, i, j: j <= i)
+
+
+def window(tq: int, tk: int):
+    def sees(b, i, j):
+        return (j <= i) & (j > i - 24)
+
+    return AttentionMask.causal(window=24), dense_mask(BATCH, tq, tk, sees)
+
+
+def two_sided_window(tq: int, tk: int):
+    def sees(b, i, j):
+        return (j <= i + 3) & (j >= i - 70)
+
+    return AttentionMask.window(70, 3), dense_mask(BATCH, tq, tk, sees)
+
+
+def padded(tq: int, tk: int):
+    """Row 0 is padded on the left, row 1 on the right."""
+    left, right = tk // 3, tk - tk // 4
+    keep = torch.ones(BATCH, tk, dtype=torch.int64)
+    keep[0, :left] = 0
+    keep[1, right:] = 0
+
+    def sees(b, i, j):
+        return (j <= i) & torch.where(b == 0, j >= left, j < right)
+
+    return AttentionMask.causal() & AttentionMask.from_padding(keep), dense_mask(
+        BATCH, tq, tk, sees
+    )
+
+
+def holed(tq: int, tk: int):
+    """Every third key of row 0 is padding, every key of row 1."""
+    keep = torch.arange(tk) % 3 != 1
+    keep = torch.stack([keep, torch.zeros_like(keep)]).float()
+
+    def sees(b, i, j):
+        return (b == 0) & (j % 3 != 1)
+
+    return AttentionMask.from_padding(keep), dense_mask(BATCH, tq, tk, sees)
+
+
+def packed(tq: int, tk: int):
+    """Documents, bottom-right causal within each."""
+    q_cu, k_cu = documents(tq), documents(tk)
+    visible = torch.zeros(1, 1, tq, tk, dtype=torch.bool)
+    for (q0, q1), (k0, k1) in zip(itertools.pairwise(q_cu), itertools.pairwise(k_cu), strict=True):
+        for row in range(q0, q1):
+            visible[..., row, k0 : max(k0, k1 - (q1 - row) + 1)] = True
+    mask = AttentionMask.from_documents(
+        torch.tensor(k_cu), query_cu_seqlens=torch.tensor(q_cu), causal=True
+    )
+    return mask, visible
+
+
+def prefix(tq: int, tk: int):
+    lengths = torch.tensor([tk // 3, tk // 2])
+
+    def sees(b, i, j):
+        return (j <= i) | (j < lengths[b])
+
+    return AttentionMask.from_prefix(lengths, tk), dense_mask(BATCH, tq, tk, sees)
+
+
+def blocks(tq: int, tk: int):
+    """A block in each row that sees itself both ways."""
+    ids = torch.full((BATCH, tk), -1)
+    spans = torch.tensor([[tk // 4, tk // 2], [tk // 2, tk]])
+    for row, (start, stop) in enumerate(spans.tolist()):
+        ids[row, start:stop] = 7
+
+    def sees(b, i, j):
+        start, stop = spans[b, 0], spans[b, 1]
+        return (j <= i) | ((i >= start) & (i < stop) & (j >= start) & (j < stop))
+
+    return AttentionMask.from_blocks(ids), dense_mask(BATCH, tq, tk, sees)
+
+
+def tree(tq: int, tk: int):
+    """A trunk with two branches, the second of which forks again."""
+    cuts = [0, tk // 4, tk // 2, tk - tk // 4, tk - tk // 8, tk]
+    parents = [-1, 0, 0, 2, 2]
+    lengths = [b - a for a, b in itertools.pairwise(cuts)]
+    ancestors = torch.zeros(5, 5, dtype=torch.bool)
+    for node in range(5):
+        walk = node
+        while walk != -1:
+            ancestors[node, walk] = True
+            walk = parents[walk]
+    segment = runs_of(cuts, tk)
+
+    def sees(b, i, j):
+        return (j <= i) & ancestors[segment[i], segment[j]]
+
+    mask = AttentionMask.from_tree(lengths, parents).slice_queries(tk - tq, tk, tk, tk)
+    return mask, dense_mask(BATCH, tq, tk, sees)
+
+
+def chunk(tq: int, tk: int):
+    starts = torch.tensor([0, 5])
+
+    def sees(b, i, j):
+        start = starts[b]
+        same = torch.div(i - start, 40, rounding_mode="floor") == torch.div(
+            j - start, 40, rounding_mode="floor"
+        )
+        return (j <= i) & same
+
+    return AttentionMask.chunked(40, tk, starts=starts), dense_mask(BATCH, tq, tk, sees)
+
+
+def dense(tq: int, tk: int):
+    visible = torch.rand(BATCH, 6, tq, tk) > 0.4
+    return visible, visible
+
+
+def dense_and_window(tq: int, tk: int):
+    """A dense tensor shared by the heads, within a band and a padding."""
+    shared = torch.rand(BATCH, 1, tq, tk) > 0.4
+    band, inside = two_sided_window(tq, tk)
+    padding, unpadded = padded(tq, tk)
+    mask = AttentionMask.from_dense(shared) & band & padding
+    return mask, shared & inside & unpadded
+
+
+MASKS = [
+    full, causal, window, two_sided_window, padded, holed, packed, prefix, blocks, tree, chunk,
+    dense, dense_and_window,
+]  # fmt: skip
+
+
+def matrix() -> list:
+    """Masks x lengths x dtypes, the heads and head_dims taking turns."""
+    dims = itertools.cycle([16, 64, 20, 40, 96])
+    heads = itertools.cycle(HEADS)
+    cases = []
+    for make, (tq, tk), dtype in itertools.product(MASKS, LENGTHS, DTYPES):
+        head, dim = next(heads), next(dims)
+        long = tk > 128 or (tq > 16 and dtype != torch.float32)
+        cases += [pytest.param(
+            make, tq, tk, dtype, head, dim,
+            id=f"{make.__name__}-{tq}x{tk}-{dtype_id(dtype)}-{head}-D{dim}",
+            marks=[pytest.mark.long] if long else [],
+        )]  # fmt: skip
+    return cases
+
+
+@pytest.mark.parametrize(("make", "query_length", "key_length", "dtype", "head", "dim"), matrix())
+def test_mask(
+    kernel: str,
+    device: str,
+    make: Callable,
+    query_length: int,
+    key_length: int,
+    dtype: torch.dtype,
+    head: str,
+    dim: int,
+) -> None:
+    mask, visible = make(query_length, key_length)
+    mask = mask.to(device) if mask is not None else None
+    tensors = inputs(
+        query_length, key_length, heads=HEADS[head], head_dim=dim, dtype=dtype, device=device
+    )
+    check(kernel, *tensors, mask=mask, visible=visible)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim"),
+    [(1, 1), (1, 16), (16, 1), (8, 8), (20, 20), (64, 64), (72, 72), (128, 128), (192, 128),
+     (24, 40), (256, 256), (576, 576)],
+    ids=lambda dim: f"D{dim}",
+)  # fmt: skip
+def test_head_dim(kernel: str, device: str, head_dim: int, value_dim: int, dtype) -> None:
+    if dtype == torch.bfloat16 and head_dim == 1:
+        pytest.skip("a product without a sum rounds once: no budget to compare with")
+    tensors = inputs(33, 70, head_dim=head_dim, value_dim=value_dim, dtype=dtype, device=device)
+    mask, visible = causal(33, 70)
+    check(kernel, *tensors, mask=mask, visible=visible)
+
+
+@pytest.mark.parametrize(
+    "shape", [*itertools.product((1, BATCH), (1, 6), (1, 33), (1, 70))], ids=str
+)
+def test_bias_shape(kernel: str, device: str, shape: tuple[int, ...]) -> None:
+    mask, visible = padded(33, 70)
+    bias = torch.randn(shape, device=device)
+    check(kernel, *inputs(33, 70, device=device), mask=mask, visible=visible, bias=bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("bias_dtype", [torch.float32, None], ids=["bias-float32", "bias-same"])
+def test_bias_dtype(kernel: str, device: str, dtype: torch.dtype, bias_dtype) -> None:
+    bias = torch.randn(6, 33, 70, dtype=bias_dtype or dtype, device=device)
+    check(kernel, *inputs(33, 70, dtype=dtype, device=device), bias=bias)
+
+
+def test_bias_of_few_dimensions(kernel: str, device: str) -> None:
+    query, key, value = inputs(9, 20, device=device)
+    bias = torch.randn(20, device=device)
+    out = flash_attention(query, key, value, bias=bias, kernel=kernel)
+    assert torch.equal(
+        out, flash_attention(query, key, value, bias=bias[None, None, None], kernel=kernel)
+    )
+
+
+def test_bias_strides(kernel: str, device: str) -> None:
+    """A bias stored keys first, one expanded over the heads, one with gaps."""
+    tensors = inputs(33, 70, device=device)
+    for bias in (
+        torch.randn(70, 33, 6, 2, device=device).permute(3, 2, 1, 0),
+        torch.randn(2, 1, 33, 70, device=device).expand(2, 6, 33, 70),
+        torch.randn(2, 6, 33, 140, device=device)[..., ::2],
+    ):
+        check(kernel, *tensors, bias=bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("per_batch", [False, True], ids=["H", "BxH"])
+@pytest.mark.parametrize("make", [full, causal, window], ids=lambda make: make.__name__)
+def test_alibi(kernel: str, device: str, make: Callable, per_batch: bool, dtype) -> None:
+    slopes = torch.rand(*([BATCH] if per_batch else []), 6, device=device) + 0.1
+    mask, visible = make(33, 70)
+    tensors = inputs(33, 70, dtype=dtype, device=device)
+    check(kernel, *tensors, mask=mask, visible=visible, alibi_slopes=slopes)
+
+
+def test_alibi_counts_from_the_query_offset(kernel: str, device: str) -> None:
+    slopes = torch.rand(6, device=device)
+    mask = AttentionMask.causal(query_offset=20)
+    visible = dense_mask(BATCH, 33, 70, lambda b, i, j: j <= i, offset=20)
+    tensors = inputs(33, 70, device=device)
+    check(
+        kernel, *tensors, mask=mask, visible=visible, alibi_slopes=slopes, alibi_offset=20
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("make", [full, causal, holed], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("softcap", [0.7, 30.0])
+def test_softcap(kernel: str, device: str, softcap: float, make: Callable, dtype) -> None:
+    mask, visible = make(33, 70)
+    tensors = inputs(33, 70, dtype=dtype, device=device)
+    check(kernel, *tensors, mask=mask, visible=visible, softcap=softcap)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (BATCH, 6)], ids=["H", "1xH", "BxH"])
+@pytest.mark.parametrize("make", [causal, holed], ids=lambda make: make.__name__)
+def test_sinks(kernel: str, device: str, make: Callable, shape: tuple, dtype) -> None:
+    """Row 1 of the holed mask sees nothing but the sink: out 0, lse the sink."""
+    sinks = 2 * torch.randn(shape, device=device)
+    mask, visible = make(33, 70)
+    tensors = inputs(33, 70, dtype=dtype, device=device)
+    check(kernel, *tensors, mask=mask, visible=visible, sinks=sinks)
+
+
+@pytest.mark.parametrize("sink", [-200.0, 200.0])
+def test_extreme_sinks(kernel: str, device: str, sink: float) -> None:
+    """One that takes nothing from the keys, and one that leaves them nothing."""
+    query, key, value = inputs(33, 70, device=device)
+    sinks = torch.full((6,), sink, device=device)
+    out, lse = attend(kernel, query, key, value, sinks=sinks)
+    exact, exact_lse = dense_attention(
+        query.double(), key.double(), value.double(), sinks=sinks.double()
+    )
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.01, -1.0, 0.0])
+@pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "capped"])
+def test_scale(kernel: str, device: str, scale: float, softcap: float | None) -> None:
+    query, key, value = inputs(33, 70, device=device)
+    arguments = {"scale": scale, "softcap": softcap}
+    out, lse = attend(kernel, query, key, value, **arguments)
+    exact = dense_attention(query.double(), key.double(), value.double(), **arguments)
+    torch.testing.assert_close(out.double(), exact[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse.double(), exact[1], rtol=1e-6, atol=1e-6)
+    if scale:
+        check(kernel, query, key, value, **arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("head", HEADS)
+def test_everything_at_once(kernel: str, device: str, head: str, dtype: torch.dtype) -> None:
+    mask, visible = padded(65, 129)
+    band, inside = two_sided_window(65, 129)
+    tensors = inputs(65, 129, heads=HEADS[head], value_dim=24, dtype=dtype, device=device)
+    check(
+        kernel,
+        *tensors,
+        mask=mask & band,
+        visible=visible & inside,
+        scale=0.3,
+        bias=torch.randn(1, 6, 65, 129, dtype=dtype, device=device),
+        alibi_slopes=torch.rand(BATCH, 6, device=device) / 10,
+        softcap=4.0,
+        sinks=torch.randn(6, device=device),
+        buckets=(48, 64),
+    )
+
+
+@pytest.mark.long
+def test_many_documents(kernel: str, device: str) -> None:
+    """Documents of 1 to 40 tokens, so that every tile holds the ends of several."""
+    lengths = torch.randint(1, 41, (30,)).tolist()
+    cu = torch.tensor([0, *lengths]).cumsum(0)
+    total = int(cu[-1])
+    ids = runs_of(cu.tolist(), total)
+    visible = (ids[:, None] == ids) & (torch.arange(total)[:, None] >= torch.arange(total))
+    mask = AttentionMask.from_documents(cu, causal=True)
+    check(kernel, *inputs(total, total, device=device), mask=mask, visible=visible)
+
+
+# Gradients by themselves
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("wanted", ["out", "lse"])
+def test_gradient_of_one_result(kernel: str, device: str, wanted: str, dtype) -> None:
+    """The other result's gradient is absent, not zeros somebody made."""
+    tensors = inputs(33, 70, dtype=dtype, device=device)
+    mask, visible = causal(33, 70)
+    index = ("out", "lse").index(wanted)
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    result = attend(kernel, *leaves, mask=mask)[index]
+    upstream = torch.randn_like(result)
+    grads = torch.autograd.grad(result, leaves, upstream, allow_unused=True)
+
+    def dense(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [tensor.clone().to(dtype).requires_grad_() for tensor in tensors]
+        result = dense_attention(*leaves, visible=visible.to(device))[index]
+        return torch.autograd.grad(
+            result, leaves, upstream.to(result.dtype), materialize_grads=True
+        )
+
+    for name, a, e, s in zip("qkv", grads, dense(torch.float64), dense(dtype), strict=True):
+        if wanted == "lse" and name == "v":
+            assert a is None or not a.any()
+        else:
+            assert_within_budget(f"d{name}", a, e, s, inherited=1e-6)
+
+
+@pytest.mark.parametrize("wanted", ["query", "key", "value", "bias", "sinks"])
+def test_gradient_of_one_input(kernel: str, device: str, wanted: str) -> None:
+    """It equals the one computed with all the others, bit for bit."""
+    tensors = dict(zip(("query", "key", "value"), inputs(33, 70, device=device), strict=True))
+    tensors["bias"] = torch.randn(1, 6, 33, 70, device=device)
+    tensors["sinks"] = torch.randn(6, device=device)
+    upstream = torch.randn(BATCH, 6, 33, 16, device=device)
+
+    def grads(names: list[str]) -> list[Tensor]:
+        leaves = {n: t.detach().clone().requires_grad_(n in names) for n, t in tensors.items()}
+        out, _ = attend(kernel, **leaves, mask=AttentionMask.causal())
+        return torch.autograd.grad(out, [leaves[name] for name in names], upstream)
+
+    together = dict(zip(tensors, grads(list(tensors)), strict=True))
+    assert torch.equal(grads([wanted])[0], together[wanted])
+
+
+def test_no_gradient_no_graph(kernel: str, device: str) -> None:
+    query, key, value = inputs(9, 9, device=device)
+    assert not flash_attention(query, key, value, kernel=kernel).requires_grad
+    query.requires_grad_()
+    with torch.no_grad():
+        assert not flash_attention(query, key, value, kernel=kernel).requires_grad
+
+
+GRADCHECKS = {
+    "plain": {},
+    "scale": {"scale": 0.7},
+    "softcap": {"softcap": 1.5},
+    "alibi": {"alibi_slopes": torch.tensor([0.3, 0.7, 0.1, 0.2])},
+    "window": {"mask": AttentionMask.causal(window=3)},
+    "dropout": {"dropout_p": 0.3, "dropout_seed": 5},
+    "padded": {"mask": AttentionMask.from_padding(torch.tensor([1, 0, 1, 1, 1, 0]))},
+}
+
+
+@pytest.mark.parametrize("extras", [False, True], ids=["", "bias-sinks"])
+@pytest.mark.parametrize("arguments", GRADCHECKS.values(), ids=GRADCHECKS)
+@pytest.mark.parametrize("dtype", [torch.float64], ids=dtype_id)
+def test_gradcheck(kernel: str, device: str, arguments: dict, extras: bool, dtype) -> None:
+    """Out and lse against finite differences, for every tensor that has a gradient."""
+    tensors = inputs(5, 6, heads=(4, 2), head_dim=3, value_dim=2, dtype=dtype, batch=1)
+    if extras:
+        tensors += [torch.randn(1, 4, 1, 6, dtype=dtype), torch.randn(4, dtype=dtype)]
+    leaves = [tensor.to(device).requires_grad_() for tensor in tensors]
+    arguments = {
+        name: arg.to(device) if isinstance(arg, Tensor) else arg for name, arg in arguments.items()
+    }
+
+    def function(query, key, value, bias=None, sinks=None):
+        return attend(kernel, query, key, value, bias=bias, sinks=sinks, **arguments)
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+# Layouts and edges
+
+
+STRIDES = {
+    "transposed": lambda b, h, t, d: torch.randn(b, t, h, d).transpose(1, 2),
+    "time-first": lambda b, h, t, d: torch.randn(t, b, h, d).permute(1, 2, 0, 3),
+    "dim-outside": lambda b, h, t, d: torch.randn(b, h, d, t).transpose(2, 3),
+    "expanded-batch": lambda b, h, t, d: torch.randn(1, h, t, d).expand(b, h, t, d),
+    "expanded-heads": lambda b, h, t, d: torch.randn(b, 1, t, d).expand(b, h, t, d),
+    "sliced": lambda b, h, t, d: torch.randn(b, h + 1, t + 5, 2 * d)[:, 1:, 2:-3, 3 : 3 + d],
+    "last-stride-2": lambda b, h, t, d: torch.randn(b, h, t, 2 * d)[..., ::2],
+    "reversed-halves": lambda b, h, t, d: torch.randn(b, t, 3, h, d)[:, :, 1].transpose(1, 2),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("stride", STRIDES)
+def test_strides(kernel: str, device: str, stride: str, dtype: torch.dtype) -> None:
+    make = STRIDES[stride]
+    shapes = ((BATCH, 6, 33, 16), (BATCH, 2, 70, 16), (BATCH, 2, 70, 24))
+    tensors = [make(*shape).to(device, dtype) for shape in shapes]
+    d_out = make(BATCH, 6, 33, 24).to(device, dtype)
+    mask, visible = causal(33, 70)
+    check(kernel, *tensors, mask=mask, visible=visible, d_out=d_out)
+
+
+def test_out_is_laid_out_as_the_query(kernel: str, device: str) -> None:
+    query, key, value = inputs(33, 70, device=device)
+    assert flash_attention(query, key, value, kernel=kernel).is_contiguous()
+    query = torch.randn(BATCH, 33, 6, 16, device=device).transpose(1, 2)
+    out = flash_attention(query, key, value, kernel=kernel)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize(("query_length", "key_length"), [(70, 33), (300, 7), (40, 20)])
+def test_more_queries_than_keys(
+    kernel: str, device: str, query_length: int, key_length: int, dtype: torch.dtype
+) -> None:
+    """Bottom-right causal: the first queries stand before the first key and see nothing."""
+    mask, visible = causal(query_length, key_length)
+    tensors = inputs(query_length, key_length, dtype=dtype, device=device)
+    check(kernel, *tensors, mask=mask, visible=visible)
+
+
+def test_rows_that_see_nothing(kernel: str, device: str) -> None:
+    """Out 0, lse -inf, gradients exactly 0 whatever arrives from above."""
+    query, key, value = (x.requires_grad_() for x in inputs(20, 20, device=device))
+    keep = torch.ones(BATCH, 20, dtype=torch.bool)
+    keep[1] = False
+    mask = AttentionMask.from_padding(keep).to(device)
+    out, lse = attend(kernel, query, key, value, mask=mask)
+    assert not out[1].any() and (lse[1] == -math.inf).all()
+    (out * 1e3).sum().backward(retain_graph=True)
+    lse.sum().backward()
+    for grad in (query.grad, key.grad, value.grad):
+        assert grad[0].any() and not grad[1].any()
+
+
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("mask", [None, AttentionMask.causal()], ids=["full", "causal"])
+@pytest.mark.parametrize(
+    ("batch", "query_length", "key_length"), [(2, 5, 0), (2, 0, 5), (2, 0, 0), (0, 5, 7)],
+    ids=["Tk0", "Tq0", "T0", "B0"],
+)  # fmt: skip
+def test_nothing_to_do(
+    kernel: str, device: str, batch: int, query_length: int, key_length: int, mask, sinks: bool
+) -> None:
+    tensors = inputs(query_length, key_length, batch=batch, device=device)
+    extras = {"sinks": torch.randn(6, device=device)} if sinks else {}
+    check(kernel, *tensors, mask=mask, **extras)
+
+
+def test_padding_of_no_keys(kernel: str, device: str) -> None:
+    query, key, value = inputs(5, 0, device=device)
+    mask = AttentionMask.from_padding(torch.ones(BATCH, 0, dtype=torch.bool, device=device))
+    out, lse = attend(kernel, query, key, value, mask=mask)
+    assert not out.any() and (lse == -math.inf).all()
+
+
+# Numerical range
+
+
+def climbing(key: Tensor) -> Tensor:
+    """Scores that rise by thousands along the keys, in steps that bfloat16 tells apart."""
+    key[..., 0] = 3000 * 1.05 ** torch.arange(1.0 - key.shape[2], 1.0, device=key.device)
+    return key
+
+
+def falling(key: Tensor) -> Tensor:
+    return climbing(key).flip(2)
+
+
+def late_peak(key: Tensor) -> Tensor:
+    """All the weight on the last keys, far above whatever came first."""
+    key[..., 0] = -2000
+    key[:, :, -2:, 0] = torch.tensor([1000.0, 2000.0], device=key.device)
+    return key
+
+
+def level(key: Tensor) -> Tensor:
+    """Large scores that differ little."""
+    key[..., 0] = 4096
+    return key
+
+
+RANGES = [climbing, falling, late_peak, level]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize("make", [full, causal, padded], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("shape", RANGES, ids=lambda shape: shape.__name__)
+@pytest.mark.long
+def test_large_scores(kernel: str, device: str, shape: Callable, make: Callable, dtype) -> None:
+    """Half precision has no gradient to compare where a row has one key left: it is exactly 0."""
+    if dtype == torch.bfloat16 and shape is level:
+        pytest.skip("at 4096 neighbouring bfloat16 scores lie 22 apart: nothing to compare")
+    query, key, value = inputs(70, 700, dtype=dtype, device=device)
+    query[..., 0] = 3 + 2 * torch.rand(query.shape[:3], device=device)
+    mask, visible = make(70, 700)
+    check(
+        kernel, query, shape(key), value, mask=mask, visible=visible,
+        budget_for_gradients=dtype == torch.float32,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("make", [full, causal], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("gap", [10.0, 25.0, 40.0, 60.0])
+@pytest.mark.long
+def test_first_keys_far_below_the_rest(
+    kernel: str, device: str, gap: float, make: Callable, dtype: torch.dtype
+) -> None:
+    """A reference taken from the first keys would leave the others too few bits."""
+    query, key, value = inputs(70, 700, dtype=dtype, device=device)
+    query[..., 0] = 4
+    key[..., 0] = 0
+    key[:, :, :100, 0] = -gap
+    mask, visible = make(70, 700)
+    check(kernel, query, key, value, mask=mask, visible=visible)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_rows_far_apart(kernel: str, device: str, dtype: torch.dtype) -> None:
+    """Neighbouring rows whose scores differ by thousands, up and down."""
+    query, key, value = inputs(40, 70, dtype=dtype, device=device)
+    query = query * (torch.arange(40, device=device)[:, None] - 20) * 30
+    out, lse = attend(kernel, query.to(dtype), key, value)
+    exact, exact_lse = dense_attention(query.to(dtype).double(), key.double(), value.double())
+    same, same_lse = dense_attention(query.to(dtype), key, value)
+    assert_within_budget("out", out, exact, same)
+    assert_within_budget("lse", lse, exact_lse, same_lse)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_a_bad_batch_row_stays_alone(kernel: str, device: str, name: str, poison: float) -> None:
+    tensors = dict(zip(("query", "key", "value"), inputs(33, 70, device=device), strict=True))
+    upstream = torch.randn(BATCH, 6, 33, 16, device=device)
+
+    def run() -> list[Tensor]:
+        leaves = {n: tensor.clone().requires_grad_() for n, tensor in tensors.items()}
+        out, lse = attend(kernel, **leaves, mask=AttentionMask.causal())
+        return [out, lse, *torch.autograd.grad(out, list(leaves.values()), upstream)]
+
+    clean = run()
+    tensors[name][1] = poison
+    for got, want in zip(run(), clean, strict=True):
+        assert torch.equal(got[0], want[0])
+        if got is not None and name == "query":
+            assert not got[1].isfinite().all()
+
+
+# Determinism, tiles, memory
+
+
+def everything(kernel: str, device: str, **arguments) -> list[Tensor]:
+    """Results and gradients of one fixed problem with every argument."""
+    torch.manual_seed(3)
+    tensors = dict(
+        zip(("query", "key", "value"), inputs(130, 200, device=device), strict=True)
+    )  # fmt: skip
+    tensors["bias"] = torch.randn(1, 6, 1, 200, device=device)
+    tensors["sinks"] = torch.randn(6, device=device)
+    leaves = [tensor.requires_grad_() for tensor in tensors.values()]
+    keep = torch.rand(BATCH, 200, device=device) > 0.2
+    out, lse = attend(
+        kernel,
+        **tensors,
+        mask=AttentionMask.causal() & AttentionMask.from_padding(keep),
+        softcap=5.0,
+        dropout_p=0.2,
+        dropout_seed=11,
+        **arguments,
+    )
+    upstream = (torch.randn_like(out), torch.randn_like(lse))
+    return [out.detach(), lse.detach(), *torch.autograd.grad((out, lse), leaves, upstream)]
+
+
+@pytest.mark.long
+def test_repeats_bit_for_bit(kernel: str, device: str) -> None:
+    first = everything(kernel, device)
+    for _ in range(29):
+        for again, before in zip(everything(kernel, device), first, strict=True):
+            assert torch.equal(again, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize(
+    "buckets", [(1, 1), (16, 48), (7, 1000), (256, 64), (1000, 16)], ids=lambda b: f"{b[0]}x{b[1]}"
+)
+@pytest.mark.long
+def test_buckets(kernel: str, device: str, buckets: tuple[int, int], dtype) -> None:
+    mask, visible = padded(70, 140)
+    tensors = inputs(70, 140, dtype=dtype, device=device)
+    check(kernel, *tensors, mask=mask, visible=visible, buckets=buckets)
+
+
+@pytest.mark.long
+def test_buckets_do_not_change_results(kernel: str, device: str) -> None:
+    default = everything(kernel, device)
+    for buckets in ((16, 16), (64, 32), (1000, 1000)):
+        sized = everything(kernel, device, q_bucket_size=buckets[0], k_bucket_size=buckets[1])
+        for got, want in zip(sized, default, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor made inside."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                stored = tensor.untyped_storage().nbytes() // tensor.element_size()
+                self.elements = max(self.elements, stored)
+        return result
+
+
+def run_under(mode, monkeypatch: pytest.MonkeyPatch, length: int, mask: AttentionMask):
+    """Forward and backward with the kernel's own calls under ``mode``, which stops at the op."""
+
+    def select(*args) -> kernels.Kernel:
+        chosen = kernels.select(*args)
+
+        def watched(function: Callable) -> Callable:
+            def run(*args):
+                with mode:
+                    return function(*args)
+
+            return run
+
+        return kernels.Kernel(*map(watched, chosen))
+
+    monkeypatch.setattr(op, "select", select)
+    tensors = inputs(length, length, heads=(2, 1), head_dim=8, batch=1)
+    query, key, value = (tensor.requires_grad_() for tensor in tensors)
+    flash_attention(query, key, value, mask=mask, kernel="blockwise").sum().backward()
+    return mode
+
+
+def test_memory_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor grows with Tq * Tk: the largest stays the same when the length doubles twice."""
+    sizes = [
+        run_under(LargestTensor(), monkeypatch, length, AttentionMask.causal()).elements
+        for length in (2048, 8192)
+    ]
+    assert sizes[0] == sizes[1] < 2048 * 2048
+
+
+@pytest.mark.parametrize(
+    ("mask", "limit"),
+    [
+        (AttentionMask.causal(), 0.62),
+        (AttentionMask.causal(window=64), 0.16),
+        (AttentionMask.from_padding(torch.arange(2048) >= 1024), 0.51),
+        (AttentionMask.from_documents(torch.arange(0, 2049, 256), causal=True), 0.14),
+        (AttentionMask.chunked(256, 2048), 0.14),
+    ],
+    ids=["causal", "window", "padding", "documents", "chunks"],
+)
+def test_tiles_without_work_are_skipped(
+    monkeypatch: pytest.MonkeyPatch, mask: AttentionMask, limit: float
+) -> None:
+    """The products done, as a share of those of full attention."""
+
+    def flops(mask: AttentionMask) -> int:
+        mode = FlopCounterMode(display=False)
+        return run_under(mode, monkeypatch, 2048, mask).get_total_flops()
+
+    assert flops(mask) <= limit * flops(AttentionMask.full())
+
+
+# The function's own rules
+
+
+def test_dtype_follows_the_value(kernel: str, device: str) -> None:
+    """Rotary embeddings upcast query and key; gradients return in each tensor's own dtype."""
+    query, key, value = inputs(9, 20, device=device)
+    leaves = [query, key, value.bfloat16()]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    out, lse = attend(kernel, *leaves)
+    assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    grads = torch.autograd.grad(out.float().sum(), leaves)
+    assert [grad.dtype for grad in grads] == [torch.float32, torch.float32, torch.bfloat16]
+    same = attend(kernel, query.bfloat16(), key.bfloat16(), value.bfloat16())
+    assert torch.equal(out, same[0]) and torch.equal(lse, same[1])
+
+
+def test_lse_only_on_request(kernel: str, device: str) -> None:
+    tensors = inputs(9, 20, device=device)
+    out = flash_attention(*tensors, kernel=kernel)
+    assert isinstance(out, Tensor) and torch.equal(out, attend(kernel, *tensors)[0])
+
+
+def test_softcap_zero_is_off(kernel: str, device: str) -> None:
+    tensors = inputs(9, 20, device=device)
+    capped = flash_attention(*tensors, softcap=0, kernel=kernel)
+    assert torch.equal(capped, flash_attention(*tensors, kernel=kernel))
+
+
+def test_auto_is_a_kernel_by_name() -> None:
+    tensors = inputs(9, 20)
+    assert torch.equal(flash_attention(*tensors), flash_attention(*tensors, kernel="blockwise"))
+
+
+def test_bool_mask_broadcasts(kernel: str, device: str) -> None:
+    tensors = inputs(9, 20, device=device)
+    for shape in ((20,), (9, 20), (1, 9, 20), (BATCH, 1, 1, 20), (BATCH, 6, 9, 20)):
+        visible = torch.rand(shape, device=device) > 0.3
+        check(kernel, *tensors, mask=visible, visible=visible)
+
+
+Q, K = (2, 6, 9, 16), (2, 2, 20, 16)
+
+REFUSALS = {
+    "query-3d": ({"query": torch.zeros(Q[1:])}, r"query: expected 4 dimensions .* got shape \[6"),
+    "key-3d": ({"key": torch.zeros(K[1:])}, r"key: expected 4 dimensions"),
+    "value-5d": ({"value": torch.zeros(1, *K)}, r"value: expected 4 dimensions"),
+    "query-int": ({"query": torch.zeros(Q).long()}, r"query: expected float64, .*got torch.int64"),
+    "value-bool": ({"value": torch.zeros(K).bool()}, r"value: expected float64, .*torch.bool"),
+    "key-elsewhere": ({"key": torch.zeros(K, device="meta")}, r"key: expected device .*got meta"),
+    "dim-0": ({"query": torch.zeros(2, 6, 9, 0)}, r"query: expected head_dim from 1 to 576, got 0"),
+    "dim-577": ({"value": torch.zeros(2, 2, 20, 577)}, r"value: .*from 1 to 576, got 577"),
+    "batch": ({"key": torch.zeros(3, 2, 20, 16)}, r"key: expected .*\[2, \*, \*, 16\].*got \[3, 2"),
+    "dims": ({"key": torch.zeros(2, 2, 20, 8)}, r"key: .* as in query, got \[2, 2, 20, 8\]"),
+    "lengths": ({"value": torch.zeros(2, 2, 19, 16)}, r"value: .*\[2, 2, 20, \*\] as in key"),
+    "value-heads": ({"value": torch.zeros(2, 1, 20, 16)}, r"value: expected .* as in key"),
+    "heads": ({"query": torch.zeros(2, 5, 9, 16)}, r"query: .*a multiple of key's 2, got 5"),
+    "no-heads": (
+        {"key": torch.zeros(2, 0, 20, 16), "value": torch.zeros(2, 0, 20, 16)},
+        r"query: .*a multiple of key's 0, got 6",
+    ),
+    "mask-type": ({"mask": [1]}, r"mask: expected an AttentionMask, .*got list"),
+    "mask-float": ({"mask": torch.zeros(9, 20)}, r"visible: expected bool .*got torch.float32"),
+    "mask-5d": ({"mask": torch.ones(1, 1, 1, 9, 20).bool()}, r"visible: .*at most 4 .*got 5"),
+    "mask-dense": (
+        {"mask": torch.ones(9, 19).bool()},
+        r"mask: expected a tensor broadcastable to .*\[2, 6, 9, 20\], got \[1, 1, 9, 19\]",
+    ),
+    "mask-keys": (
+        {"mask": AttentionMask.from_padding(torch.ones(2, 19))},
+        r"mask: expected intervals of shape \[1 or 2, 20\] .*got \[2, 19\]",
+    ),
+    "mask-batch": (
+        {"mask": AttentionMask.from_padding(torch.ones(3, 20))},
+        r"mask: expected intervals of shape \[1 or 2, 20\] .*got \[3, 20\]",
+    ),
+    "bias-bool": ({"bias": torch.ones(9, 20).bool()}, r"bias: expected a float .*`mask`"),
+    "bias-shape": ({"bias": torch.zeros(9, 19)}, r"bias: .*\[2, 6, 9, 20\], got \[9, 19\]"),
+    "bias-5d": ({"bias": torch.zeros(1, 1, 1, 9, 20)}, r"bias: .*broadcastable"),
+    "bias-elsewhere": (
+        {"bias": torch.zeros(9, 20, device="meta")}, r"bias: expected device .*got meta"
+    ),
+    "slopes": ({"alibi_slopes": torch.ones(2)}, r"alibi_slopes: .*\[6\] or \[2, 6\], got \[2\]"),
+    "slopes-gradient": (
+        {"alibi_slopes": torch.ones(6, requires_grad=True)}, r"alibi_slopes: no gradient"
+    ),
+    "sinks": ({"sinks": torch.ones(6, 2)}, r"sinks: .*\[6\] or \[2, 6\], got \[6, 2\]"),
+    "sinks-elsewhere": (
+        {"sinks": torch.ones(6, device="meta")}, r"sinks: expected device .*got meta"
+    ),
+    "softcap": ({"softcap": -1.0}, r"softcap: expected None, 0 \(off\) or .*got -1.0"),
+    "softcap-nan": ({"softcap": math.nan}, r"softcap: .*got nan"),
+    "dropout-1": ({"dropout_p": 1.0}, r"dropout_p: expected 0 <= dropout_p < 1, got 1.0"),
+    "dropout-negative": ({"dropout_p": -0.1}, r"dropout_p: .*got -0.1"),
+    "seed-shape": (
+        {"dropout_p": 0.1, "dropout_seed": torch.zeros(2).long()},
+        r"dropout_seed: expected one element, got shape \[2\]",
+    ),
+    "kernel": ({"kernel": "fastest"}, r"kernel: expected .*blockwise.*got 'fastest'"),
+    "q-bucket": ({"q_bucket_size": 0}, r"q_bucket_size: expected None or at least 1, got 0"),
+    "k-bucket": ({"k_bucket_size": -3}, r"k_bucket_size: .*got -3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSALS.values(), ids=REFUSALS)
+def test_refusal(arguments: dict, message: str) -> None:
+    """Names the argument, what was expected and what came."""
+    tensors = {"query": torch.zeros(Q), "key": torch.zeros(K), "value": torch.zeros(K)}
+    with pytest.raises(ValueError, match=message):
+        flash_attention(**(tensors | arguments))
