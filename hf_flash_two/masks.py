@@ -69,7 +69,7 @@ class AttentionMask:
         """
         if window is not None and window < 1:
             raise ValueError(f"window: expected at least 1 (the query itself), got {window}")
-        left = None if window is None else window - 1
+        left = None if window is None else min(window - 1, FAR)
         return cls(window_left=left, window_right=0, query_offset=query_offset)
 
     @classmethod
@@ -80,6 +80,7 @@ class AttentionMask:
         for name, size in (("left", left), ("right", right)):
             if size is not None and size < 0:
                 raise ValueError(f"{name}: expected None or at least 0, got {size}")
+        left, right = (None if size is None else min(size, FAR) for size in (left, right))
         return cls(window_left=left, window_right=right, query_offset=query_offset)
 
     @classmethod
@@ -183,7 +184,7 @@ class AttentionMask:
             # The query that stands at this key's own place, counted from the ends of the document.
             own = last - (key_cu[document + 1] - key)
             first = torch.maximum(first, own)
-            last = last if window is None else torch.minimum(last, own + window)
+            last = last if window is None else torch.minimum(last, own + min(window, FAR))
         last = torch.where(inside, last, first)
         return cls.from_intervals(first, last, query_offset=0)
 
