@@ -1,0 +1,729 @@
+"""AttentionMask against brute force written from the plain description of each mask."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_attention import LargestTensor
+from torch import Tensor
+
+from hf_flash_two import AttentionMask
+from hf_flash_two.masks import FAR, KEY_GRANULE, TileMap
+
+BATCH = 3
+
+settings.register_profile("masks", max_examples=60, deadline=None, derandomize=True)
+settings.load_profile("masks")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mask and, computed without it, who sees whom."""
+
+    mask: AttentionMask
+    visible: Tensor  # bool [B or 1, 1, Tq, Tk]
+    description: str
+
+    def __repr__(self) -> str:
+        return f"{self.description} {list(self.visible.shape)}"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Lengths of a problem and where its first query stands."""
+
+    queries: int
+    keys: int
+    offset: int | None
+
+    @property
+    def first_position(self) -> int:
+        return self.keys - self.queries if self.offset is None else self.offset
+
+    def brute(self, sees: Callable) -> Tensor:
+        """``sees(b, i, j)`` for query position i and key j, all numbers."""
+        positions = range(self.first_position, self.first_position + self.queries)
+        return torch.tensor(
+            [
+                [[[bool(sees(b, i, j)) for j in range(self.keys)] for i in positions]]
+                for b in range(BATCH)
+            ],
+            dtype=torch.bool,
+        ).view(BATCH, 1, self.queries, self.keys)
+
+
+sizes = st.builds(Size, st.integers(1, 40), st.integers(1, 150), st.none() | st.integers(-20, 60))
+square_sizes = st.integers(1, 70).map(lambda length: Size(length, length, 0))
+widths = st.none() | st.integers(0, 50)
+
+
+def numbers(draw, count: int, low: int, high: int) -> list[int]:
+    return draw(st.lists(st.integers(low, high), min_size=count, max_size=count))
+
+
+def cuts(draw, length: int) -> list[int]:
+    """Boundaries that split ``length`` into up to six documents, some of them empty."""
+    inner = draw(st.lists(st.integers(0, length), max_size=5))
+    return [0, *sorted(inner), length]
+
+
+def part_of(boundaries: list[int], index: int) -> int:
+    """Which document holds a place."""
+    return max(n for n, start in enumerate(boundaries[:-1]) if start <= index)
+
+
+# One strategy for each constructor.
+
+
+def full(size: Size) -> st.SearchStrategy[Case]:
+    return st.just(Case(AttentionMask.full(), size.brute(lambda b, i, j: True), "full"))
+
+
+@st.composite
+def causal(draw, size: Size) -> Case:
+    window = draw(st.none() | st.integers(1, 60))
+    mask = AttentionMask.causal(window, query_offset=size.offset)
+    width = math.inf if window is None else window
+    return Case(mask, size.brute(lambda b, i, j: 0 <= i - j < width), f"causal {window}")
+
+
+@st.composite
+def window(draw, size: Size) -> Case:
+    left, right = draw(widths), draw(widths)
+    mask = AttentionMask.window(left, right, query_offset=size.offset)
+    behind = math.inf if left is None else left
+    ahead = math.inf if right is None else right
+    visible = size.brute(lambda b, i, j: j - ahead <= i <= j + behind)
+    return Case(mask, visible, f"window {left} {right}")
+
+
+@st.composite
+def intervals(draw, size: Size) -> Case:
+    rows = draw(st.sampled_from([1, BATCH]))
+    first = [numbers(draw, size.keys, -30, 120) for _ in range(rows)]
+    last = [numbers(draw, size.keys, -30, 120) for _ in range(rows)]
+    dtype = draw(st.sampled_from([torch.int32, torch.int64]))
+    mask = AttentionMask.from_intervals(
+        torch.tensor(first, dtype=dtype), torch.tensor(last, dtype=dtype), query_offset=size.offset
+    )
+    visible = size.brute(lambda b, i, j: first[b % rows][j] <= i < last[b % rows][j])
+    return Case(mask, visible, "intervals")
+
+
+@st.composite
+def padding(draw, size: Size) -> Case:
+    keep = [draw(st.lists(st.booleans(), min_size=size.keys, max_size=size.keys))] * BATCH
+    per_row = draw(st.booleans())
+    if per_row:
+        keep = [keep[0], [True] * size.keys, [False] * size.keys]
+    dtype = draw(st.sampled_from([torch.bool, torch.int64, torch.uint8, torch.float32]))
+    tensor = torch.tensor(keep if per_row else keep[0]).to(dtype)
+    visible = size.brute(lambda b, i, j: keep[b][j])
+    return Case(AttentionMask.from_padding(tensor), visible, f"padding {dtype}")
+
+
+@st.composite
+def prefix(draw, size: Size) -> Case:
+    lengths = numbers(draw, BATCH, 0, size.keys)
+    mask = AttentionMask.from_prefix(torch.tensor(lengths), size.keys)
+    visible = size.brute(lambda b, i, j: j <= i or j < lengths[b])
+    return Case(mask, visible, f"prefix {lengths}")
+
+
+@st.composite
+def blocks(draw, size: Size) -> Case:
+    ids = [numbers(draw, size.keys, -1, 1) for _ in range(BATCH)]
+
+    def sees(b: int, i: int, j: int) -> bool:
+        """Behind, or every token from i to j bears one id that is a block's."""
+        low, high = sorted((i, j))
+        if j <= i:
+            return True
+        return low >= 0 and high < size.keys and {*ids[b][low : high + 1]} in ({0}, {1})
+
+    return Case(AttentionMask.from_blocks(torch.tensor(ids)), size.brute(sees), "blocks")
+
+
+@st.composite
+def chunks(draw, size: Size) -> Case:
+    width = draw(st.integers(1, 40))
+    starts = draw(st.none() | st.lists(st.integers(0, 30), min_size=BATCH, max_size=BATCH))
+    tensor = None if starts is None else torch.tensor(starts)
+    mask = AttentionMask.chunked(width, size.keys, starts=tensor)
+
+    def sees(b: int, i: int, j: int) -> bool:
+        start = starts[b] if starts else 0
+        return j <= i and (i - start) // width == (j - start) // width
+
+    return Case(mask, size.brute(sees), f"chunks {width} from {starts}")
+
+
+@st.composite
+def dense(draw, size: Size) -> Case:
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    shape = draw(
+        st.sampled_from([(size.keys,), (size.queries, size.keys), (BATCH, 1, 1, size.keys)])
+    )
+    visible = torch.rand(shape, generator=generator) > 0.5
+    expanded = visible.expand(BATCH, 1, size.queries, size.keys)
+    return Case(AttentionMask.from_dense(visible), expanded, f"dense {shape}")
+
+
+@st.composite
+def segments(draw, size: Size) -> Case:
+    """Documents named by ids; the queries are the keys."""
+    boundaries = cuts(draw, size.keys)
+    ids = [part_of(boundaries, j) * 7 - 3 for j in range(size.keys)]
+    is_causal = draw(st.booleans())
+    mask = AttentionMask.from_documents(segment_ids=torch.tensor(ids), causal=is_causal)
+    visible = size.brute(lambda b, i, j: ids[i] == ids[j] and (j <= i or not is_causal))
+    return Case(mask, visible, f"segments {boundaries} causal={is_causal}")
+
+
+@st.composite
+def positions(draw, size: Size) -> Case:
+    """Documents shown by position ids that start again, each batch row on its own."""
+    boundaries = [cuts(draw, size.keys) for _ in range(BATCH)]
+    part = [[part_of(row, j) for j in range(size.keys)] for row in boundaries]
+    ids = [
+        [j - row[part_of(row, j)] + start for j in range(size.keys)]
+        for row, start in zip(boundaries, (0, 0, 5), strict=True)
+    ]
+    width = draw(st.none() | st.integers(1, 20))
+    mask = AttentionMask.from_documents(position_ids=torch.tensor(ids), causal=True, window=width)
+    visible = size.brute(
+        lambda b, i, j: part[b][i] == part[b][j] and 0 <= i - j < (width or math.inf)
+    )
+    return Case(mask, visible, f"positions {boundaries} window={width}")
+
+
+@st.composite
+def tree(draw, size: Size) -> Case:
+    """Segments in depth-first order, each with a parent among those still open."""
+    boundaries = cuts(draw, size.keys)
+    parents, path = [], []
+    for node in range(len(boundaries) - 1):
+        depth = draw(st.integers(0, len(path)))
+        path = path[:depth]
+        parents.append(path[-1] if path else -1)
+        path.append(node)
+    lengths = [b - a for a, b in itertools.pairwise(boundaries)]
+
+    def sees(b: int, i: int, j: int) -> bool:
+        walk, target = part_of(boundaries, i), part_of(boundaries, j)
+        while walk != -1 and walk != target:
+            walk = parents[walk]
+        return j <= i and walk == target
+
+    return Case(AttentionMask.from_tree(lengths, parents), size.brute(sees), f"tree {parents}")
+
+
+@st.composite
+def packed(draw, size: Size) -> Case:
+    """Documents whose queries and keys differ in number, bottom-right causal within each."""
+    key_cu = cuts(draw, size.keys)
+    query_cu = [0, *sorted(numbers(draw, len(key_cu) - 2, 0, size.queries)), size.queries]
+    is_causal = draw(st.booleans())
+    width = draw(st.none() | st.integers(1, 20)) if is_causal else None
+    length = draw(st.sampled_from([None, size.keys]))
+    mask = AttentionMask.from_documents(
+        torch.tensor(key_cu),
+        query_cu_seqlens=torch.tensor(query_cu, dtype=torch.int32),
+        key_length=length,
+        causal=is_causal,
+        window=width,
+    )
+
+    def sees(b: int, i: int, j: int) -> bool:
+        document = part_of(key_cu, j)
+        if not query_cu[document] <= i < query_cu[document + 1]:
+            return False
+        from_the_end = query_cu[document + 1] - i
+        behind = (key_cu[document + 1] - j) - from_the_end
+        return not is_causal or 0 <= behind < (width or math.inf)
+
+    description = f"packed {query_cu} {key_cu} causal={is_causal} window={width}"
+    return Case(mask, size.brute(sees), description)
+
+
+ANYWHERE = [full, causal, window, intervals, padding, dense]
+BOTTOM_RIGHT = [prefix, blocks, chunks]
+FROM_ZERO = [segments, positions, tree, packed]
+
+
+@st.composite
+def cases(draw, count: int = 1, kinds: list | None = None) -> tuple[Size, list[Case]]:
+    """Some masks over one size, all with their first query at one place."""
+    size = draw(sizes | square_sizes)
+    allowed = [*ANYWHERE]
+    if size.offset is None:
+        allowed += BOTTOM_RIGHT
+    if size.offset == 0 and size.queries == size.keys:
+        allowed += BOTTOM_RIGHT + FROM_ZERO
+    if kinds is not None:
+        allowed = [kind for kind in allowed if kind in kinds]
+    chosen = [draw(draw(st.sampled_from(allowed))(size)) for _ in range(count)]
+    return size, chosen
+
+
+def seen(mask: AttentionMask, size: Size) -> Tensor:
+    mask = dataclasses.replace(mask, query_offset=size.first_position)
+    return mask.to_dense(size.queries, size.keys).expand(BATCH, 1, size.queries, size.keys)
+
+
+# Constructors
+
+
+@pytest.mark.parametrize("kind", ANYWHERE, ids=lambda kind: kind.__name__)
+@given(data=st.data())
+def test_anywhere(kind: Callable, data) -> None:
+    size = data.draw(sizes)
+    case = data.draw(kind(size))
+    assert torch.equal(seen(case.mask, size), case.visible)
+
+
+@pytest.mark.parametrize("kind", [*ANYWHERE, *BOTTOM_RIGHT], ids=lambda kind: kind.__name__)
+@given(data=st.data())
+def test_bottom_right(kind: Callable, data) -> None:
+    """Without an offset the last query stands on the last key."""
+    size = data.draw(st.builds(Size, st.integers(1, 60), st.integers(1, 90), st.none()))
+    case = data.draw(kind(size))
+    dense = case.mask.to_dense(size.queries, size.keys)
+    assert torch.equal(dense.expand_as(case.visible), case.visible)
+
+
+@pytest.mark.parametrize("kind", FROM_ZERO, ids=lambda kind: kind.__name__)
+@given(data=st.data())
+def test_from_zero(kind: Callable, data) -> None:
+    """Masks that say where the queries are need no offset."""
+    size = data.draw(square_sizes)
+    case = data.draw(kind(size))
+    dense = case.mask.to_dense(size.queries, size.keys)
+    assert torch.equal(dense.expand_as(case.visible), case.visible)
+
+
+@given(data=st.data())
+def test_packed_queries_and_keys_differ_in_number(data) -> None:
+    size = data.draw(st.builds(Size, st.integers(1, 60), st.integers(1, 90), st.just(0)))
+    case = data.draw(packed(size))
+    dense = case.mask.to_dense(size.queries, size.keys)
+    assert torch.equal(dense.expand_as(case.visible), case.visible)
+
+
+def test_the_docstrings_picture() -> None:
+    picture = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]).bool()
+    assert torch.equal(AttentionMask.causal().to_dense(2, 5)[0, 0], picture)
+
+
+def test_documents_can_be_described_in_three_ways() -> None:
+    by_cu = AttentionMask.from_documents(torch.tensor([0, 4, 4, 9]), causal=True)
+    by_segment = AttentionMask.from_documents(
+        segment_ids=torch.tensor([3] * 4 + [1] * 5), causal=True
+    )
+    by_position = AttentionMask.from_documents(
+        position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]), causal=True
+    )
+    wanted = by_cu.to_dense(9, 9)
+    assert torch.equal(by_segment.to_dense(9, 9), wanted)
+    assert torch.equal(by_position.to_dense(9, 9), wanted)
+
+
+def test_keys_past_the_last_document_are_padding() -> None:
+    mask = AttentionMask.from_documents(torch.tensor([0, 3, 5]), key_length=8)
+    visible = mask.to_dense(8, 8)[0, 0]
+    assert visible[:3, :3].all() and visible[3:5, 3:5].all() and visible.sum() == 9 + 4
+
+
+def test_a_segment_that_returns_is_another_document() -> None:
+    mask = AttentionMask.from_documents(segment_ids=torch.tensor([1, 2, 1]))
+    assert torch.equal(mask.to_dense(3, 3)[0, 0], torch.eye(3).bool())
+
+
+@pytest.mark.parametrize("window", [1000, FAR, 2**31, 2**62])
+def test_a_window_longer_than_any_sequence(window: int) -> None:
+    causal = AttentionMask.causal(window)
+    keep = torch.tensor([0, 1, 1, 1])
+    for mask in (causal, causal & AttentionMask.from_padding(keep)):
+        reach = mask.to_dense(4, 4)[0, 0, :, 1:]
+        assert torch.equal(reach, torch.ones(4, 4).tril().bool()[:, 1:])
+    both_ways = AttentionMask.window(window, window) & AttentionMask.from_padding(keep)
+    assert both_ways.to_dense(4, 4)[0, 0, :, 1:].all()
+    assert causal.tiles(4, 4, 4).visit.all()
+    documents = AttentionMask.from_documents(torch.tensor([0, 4]), causal=True, window=window)
+    assert torch.equal(documents.to_dense(4, 4)[0, 0], torch.ones(4, 4).tril().bool())
+
+
+# Combining, slicing, moving
+
+
+@given(cases(count=3))
+def test_intersection(drawn) -> None:
+    size, (a, b, c) = drawn
+    both = a.visible & b.visible
+    assert torch.equal(seen(a.mask & b.mask, size), both)
+    assert torch.equal(seen(b.mask & a.mask, size), both)
+    all_three = both & c.visible
+    assert torch.equal(seen((a.mask & b.mask) & c.mask, size), all_three)
+    assert torch.equal(seen(a.mask & (b.mask & c.mask), size), all_three)
+
+
+def test_intersection_of_bands_needs_no_tensor() -> None:
+    mask = AttentionMask.causal(8) & AttentionMask.window(5, None) & AttentionMask.full()
+    assert (mask.window_left, mask.window_right) == (5, 0)
+    assert mask.first_query is None and mask.dense is None
+
+
+def test_intersection_takes_the_explicit_offset() -> None:
+    mask = AttentionMask.causal() & AttentionMask.window(3, 3, query_offset=7)
+    assert mask.resolve_offset(2, 20) == 7
+    assert AttentionMask.causal().resolve_offset(2, 20) == 18
+
+
+@given(cases(count=2), st.data())
+def test_slices(drawn, data) -> None:
+    """A shard of the queries, of the keys, and one of the other."""
+    size, (a, b) = drawn
+    mask = dataclasses.replace(a.mask & b.mask, query_offset=size.offset)
+    visible = a.visible & b.visible
+    q0 = data.draw(st.integers(0, size.queries))
+    q1 = data.draw(st.integers(q0, size.queries))
+    k0 = data.draw(st.integers(0, size.keys))
+    k1 = data.draw(st.integers(k0, size.keys))
+    by_query = mask.slice_queries(q0, q1, size.queries, size.keys)
+    by_key = mask.slice_keys(k0, k1, size.queries, size.keys)
+    both = by_query.slice_keys(k0, k1, q1 - q0, size.keys)
+    for got, want in (
+        (by_query.to_dense(q1 - q0, size.keys), visible[:, :, q0:q1]),
+        (by_key.to_dense(size.queries, k1 - k0), visible[..., k0:k1]),
+        (both.to_dense(q1 - q0, k1 - k0), visible[:, :, q0:q1, k0:k1]),
+    ):
+        assert torch.equal(got.expand_as(want), want)
+
+
+def test_slices_put_together_are_the_whole() -> None:
+    """Two shards of the keys, as two ranks would hold them."""
+    keep = torch.arange(130) % 5 != 0
+    mask = AttentionMask.causal(40) & AttentionMask.from_padding(keep)
+    parts = [mask.slice_keys(a, a + 65, 130, 130).to_dense(130, 65) for a in (0, 65)]
+    assert torch.equal(torch.cat(parts, dim=-1), mask.to_dense(130, 130))
+
+
+def test_to_moves_every_tensor() -> None:
+    mask = (
+        AttentionMask.from_padding(torch.ones(2, 9))
+        & AttentionMask.from_dense(torch.ones(9, 9).bool())
+        & AttentionMask.causal(3)
+    )
+    moved = mask.to("meta", non_blocking=True)
+    tensors = (moved.first_query, moved.last_query, moved.dense, moved.key_bounds())
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert mask.first_query.device.type == "cpu"
+    assert torch.equal(mask.to("cpu").to_dense(9, 9), mask.to_dense(9, 9))
+    band = AttentionMask.causal(3)
+    assert band.to("meta") is band
+
+
+def test_a_mask_can_be_copied() -> None:
+    mask = AttentionMask.from_padding(torch.tensor([0, 1, 1])) & AttentionMask.causal()
+    assert torch.equal(copy.deepcopy(mask).to_dense(3, 3), mask.to_dense(3, 3))
+
+
+# Tiles
+
+
+def tile_truth(visible: Tensor, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
+    """For each tile: does any pair see, do all."""
+    some, every = [], []
+    for rows in visible.split(block_q, dim=2):
+        tiles = rows.split(block_k, dim=3)
+        some.append(torch.stack([tile.flatten(1).any(1) for tile in tiles], dim=1))
+        every.append(torch.stack([tile.flatten(1).all(1) for tile in tiles], dim=1))
+    return torch.stack(some, dim=1), torch.stack(every, dim=1)
+
+
+def tiles_of(mask: AttentionMask, size: Size, block_q: int, block_k: int) -> TileMap:
+    mask = dataclasses.replace(mask, query_offset=size.first_position)
+    return mask.tiles(size.queries, size.keys, block_q, block_k)
+
+
+block_sizes = st.tuples(
+    st.integers(1, 50) | st.sampled_from([64, 128]),
+    st.integers(1, 3).map(lambda n: n * KEY_GRANULE),
+)
+
+
+@given(cases(count=2), block_sizes)
+def test_tiles_hold_what_is_seen(drawn, block) -> None:
+    """No visible pair is skipped; a tile called full is full."""
+    size, (a, b) = drawn
+    for mask, visible in (
+        (a.mask, a.visible),
+        (b.mask, b.visible),
+        (a.mask & b.mask, a.visible & b.visible),
+    ):
+        tiles = tiles_of(mask, size, *block)
+        some, every = tile_truth(visible, *block)
+        assert not (some & ~tiles.visit).any()
+        assert not (tiles.full & ~every).any()
+        assert not (tiles.full & ~tiles.visit).any()
+
+
+@given(cases(kinds=[full, causal, window]), block_sizes)
+def test_tiles_of_a_band_are_exact(drawn, block) -> None:
+    size, (case,) = drawn
+    tiles = tiles_of(case.mask, size, *block)
+    some, every = tile_truth(case.visible, *block)
+    assert torch.equal(tiles.visit.expand_as(some), some)
+    assert torch.equal(tiles.full.expand_as(every), every)
+
+
+@pytest.mark.parametrize("block_k", [64, 128, 256])
+@pytest.mark.parametrize("block_q", [1, 64, 100])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        AttentionMask.causal() & AttentionMask.from_padding(torch.arange(512) >= 256),
+        AttentionMask.from_padding(torch.arange(512) < 256),
+        AttentionMask.from_documents(torch.tensor([0, 256, 512])),
+        AttentionMask.from_documents(torch.tensor([0, 256, 512]), causal=True),
+        AttentionMask.from_prefix(torch.tensor(256), 512),
+    ],
+    ids=["left-padding", "right-padding", "documents", "causal-documents", "prefix"],
+)
+def test_tiles_are_exact_where_edges_meet_tiles(mask, block_q: int, block_k: int) -> None:
+    tiles = mask.tiles(512, 512, block_q, block_k)
+    some, every = tile_truth(mask.to_dense(512, 512), block_q, block_k)
+    assert torch.equal(tiles.visit, some)
+    assert torch.equal(tiles.full, every)
+
+
+@given(cases(), block_sizes)
+def test_tiles_read_by_query_and_by_key_agree(drawn, block) -> None:
+    size, (case,) = drawn
+    tiles = tiles_of(case.mask, size, *block)
+    rows, query_tiles, key_tiles = tiles.visit.shape
+    assert (query_tiles, key_tiles) == (-(-size.queries // block[0]), -(-size.keys // block[1]))
+    for b in range(rows):
+        by_query = {
+            (q, k, masked) for q in range(query_tiles) for k, masked in tiles.key_tiles(b, q)
+        }
+        by_key = {(q, k, masked) for k in range(key_tiles) for q, masked in tiles.query_tiles(b, k)}
+        truth = {
+            (q, k, not bool(tiles.full[b, q, k])) for q, k in tiles.visit[b].nonzero().tolist()
+        }
+        assert by_query == by_key == truth
+
+
+@given(cases(kinds=[intervals, padding, blocks, chunks, tree, packed, positions]))
+def test_key_bounds(drawn) -> None:
+    """Smallest and largest begin and end over each group of keys, those seen by nobody left out."""
+    _, (case,) = drawn
+    mask = case.mask
+    bounds = mask.key_bounds()
+    groups = zip(
+        mask.first_query.split(KEY_GRANULE, 1), mask.last_query.split(KEY_GRANULE, 1), strict=True
+    )
+    for index, (first, last) in enumerate(groups):
+        for row in range(first.shape[0]):
+            runs = list(zip(first[row].tolist(), last[row].tolist(), strict=True))
+            live = [run for run in runs if run[0] < run[1]]
+            got = bounds[row, index].tolist()
+            assert got[0] == min((a for a, _ in live), default=FAR)
+            assert got[3] == max((b for _, b in live), default=-FAR)
+            if len(live) == len(runs):
+                assert got[1:3] == [max(a for a, _ in live), min(b for _, b in live)]
+            else:
+                assert got[1] >= FAR or got[2] <= -FAR
+
+
+def test_key_bounds_are_computed_once() -> None:
+    mask = AttentionMask.from_padding(torch.ones(2, 100))
+    assert mask.key_bounds() is mask.key_bounds()
+    assert mask.slice_queries(5, 9, 100, 100).key_bounds() is mask.key_bounds()
+    assert AttentionMask.causal().key_bounds() is None
+
+
+def test_no_keys() -> None:
+    mask = AttentionMask.from_padding(torch.ones(2, 0))
+    assert mask.key_bounds().shape == (2, 0, 4)
+    assert mask.tiles(5, 0, 2).visit.shape == (2, 3, 0)
+    assert AttentionMask.causal().tiles(5, 0, 2).visit.shape == (1, 3, 0)
+
+
+# The value
+
+
+LONG = 100_000
+
+LONG_MASKS = {
+    "full": lambda: AttentionMask.full(),
+    "causal": lambda: AttentionMask.causal(500),
+    "padding": lambda: AttentionMask.from_padding(torch.ones(1, LONG)),
+    "cu_seqlens": lambda: AttentionMask.from_documents(
+        torch.arange(0, LONG + 1, 100), causal=True, window=20
+    ),
+    "segments": lambda: AttentionMask.from_documents(segment_ids=torch.arange(LONG) // 100),
+    "positions": lambda: AttentionMask.from_documents(position_ids=torch.arange(LONG) % 100),
+    "prefix": lambda: AttentionMask.from_prefix(torch.tensor([70]), LONG),
+    "blocks": lambda: AttentionMask.from_blocks(torch.arange(LONG) // 64 % 2 - 1),
+    "tree": lambda: AttentionMask.from_tree([LONG // 2, LONG // 4, LONG // 4], [-1, 0, 0]),
+    "chunks": lambda: AttentionMask.chunked(64, LONG),
+}
+
+
+@pytest.mark.parametrize("make", LONG_MASKS.values(), ids=LONG_MASKS)
+def test_memory_is_linear(make: Callable) -> None:
+    """Making, intersecting, moving, slicing and summarising never holds N x N."""
+    with LargestTensor() as largest:
+        mask = make() & AttentionMask.causal(query_offset=0)
+        mask = mask & AttentionMask.from_padding(torch.ones(LONG))
+        mask.slice_keys(10, LONG, LONG, LONG).slice_queries(5, 9, LONG, LONG - 10)
+        mask.to("cpu").key_bounds()
+    assert largest.elements < 2 * LONG
+    assert mask.first_query.dtype == mask.last_query.dtype == torch.int32
+    assert mask.first_query.numel() == mask.last_query.numel() == LONG
+
+
+def test_immutable() -> None:
+    mask = AttentionMask.causal()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        mask.window_left = 3
+
+
+def test_independent_of_what_it_was_made_from() -> None:
+    first, last = torch.zeros(1, 4, dtype=torch.int32), torch.full((1, 4), 9, dtype=torch.int32)
+    keep = torch.tensor([True, False, True, True])
+    masks = [AttentionMask.from_intervals(first, last), AttentionMask.from_padding(keep)]
+    before = [mask.to_dense(4, 4) for mask in masks]
+    first.fill_(3)
+    last.fill_(3)
+    keep.fill_(False)
+    for mask, dense in zip(masks, before, strict=True):
+        assert torch.equal(mask.to_dense(4, 4), dense)
+
+
+def test_inputs_are_not_written_to() -> None:
+    ids = torch.tensor([[0, 0, 1, 1, 2]])
+    cu = torch.tensor([0, 2, 5])
+    AttentionMask.from_documents(segment_ids=ids, causal=True)
+    AttentionMask.from_blocks(ids)
+    AttentionMask.from_documents(cu, causal=True, window=2)
+    assert ids.tolist() == [[0, 0, 1, 1, 2]] and cu.tolist() == [0, 2, 5]
+
+
+def test_check_accepts_what_fits() -> None:
+    AttentionMask.from_padding(torch.ones(7)).check(3, 4, 5, 7)
+    AttentionMask.from_padding(torch.ones(3, 7)).check(3, 4, 5, 7)
+    AttentionMask.from_dense(torch.ones(4, 5, 1).bool()).check(3, 4, 5, 7)
+    AttentionMask.causal().check(3, 4, 5, 7)
+
+
+REFUSALS = {
+    "causal-window": (lambda: AttentionMask.causal(0), r"window: expected at least 1 .*got 0"),
+    "window-left": (lambda: AttentionMask.window(-1, 2), r"left: expected None or .*got -1"),
+    "window-right": (lambda: AttentionMask.window(1, -2), r"right: expected None or .*got -2"),
+    "intervals-float": (
+        lambda: AttentionMask.from_intervals(torch.zeros(4), torch.ones(4)),
+        r"first_query, last_query: expected integers .*torch.float32 \[4\]",
+    ),
+    "intervals-3d": (
+        lambda: AttentionMask.from_intervals(*torch.zeros(2, 1, 2, 4).long()),
+        r"first_query, last_query: expected integers of shape .*, got .*\[1, 2, 4\]",
+    ),
+    "padding-4d": (
+        lambda: AttentionMask.from_padding(torch.ones(1, 1, 1, 4)),
+        r"keep: expected shape \[Tk\] or \[B, Tk\], got \[1, 1, 1, 4\]",
+    ),
+    "documents-none": (lambda: AttentionMask.from_documents(), r"give exactly one of cu_seqlens"),
+    "documents-two": (
+        lambda: AttentionMask.from_documents(
+            torch.tensor([0, 4]), segment_ids=torch.zeros(4).long()
+        ),
+        r"give exactly one of cu_seqlens",
+    ),
+    "documents-window": (
+        lambda: AttentionMask.from_documents(torch.tensor([0, 4]), window=2),
+        r"window: needs causal=True",
+    ),
+    "documents-query-cu": (
+        lambda: AttentionMask.from_documents(
+            segment_ids=torch.zeros(4).long(), query_cu_seqlens=torch.tensor([0, 4])
+        ),
+        r"query_cu_seqlens: only together with cu_seqlens",
+    ),
+    "documents-shapes": (
+        lambda: AttentionMask.from_documents(
+            torch.tensor([0, 2, 4]), query_cu_seqlens=torch.tensor([0, 4])
+        ),
+        r"cu_seqlens, query_cu_seqlens: expected one shape \[N \+ 1\], got \[3\] and \[2\]",
+    ),
+    "documents-empty": (
+        lambda: AttentionMask.from_documents(torch.tensor([0])),
+        r"cu_seqlens, query_cu_seqlens: expected one shape",
+    ),
+    "tree-lengths": (
+        lambda: AttentionMask.from_tree([2, 2], [-1]),
+        r"parents: expected 2 entries, got 1",
+    ),
+    "tree-order": (
+        lambda: AttentionMask.from_tree([1, 1, 1, 1], [-1, 0, 0, 1]),
+        r"parents: segment 3 does not follow its parent 1 depth-first",
+    ),
+    "tree-forward": (
+        lambda: AttentionMask.from_tree([1, 1], [1, -1]),
+        r"parents: segment 0 does not follow its parent 1",
+    ),
+    "chunk-size": (lambda: AttentionMask.chunked(0, 8), r"size: expected at least 1, got 0"),
+    "dense-float": (
+        lambda: AttentionMask.from_dense(torch.zeros(4, 4)),
+        r"visible: expected bool .*got torch.float32; .*argument `bias`",
+    ),
+    "dense-5d": (
+        lambda: AttentionMask.from_dense(torch.ones(1, 1, 1, 4, 4).bool()),
+        r"visible: expected at most 4 dimensions, got 5",
+    ),
+    "and-offsets": (
+        lambda: AttentionMask.causal(query_offset=1) & AttentionMask.full()
+        & AttentionMask.causal(query_offset=2),
+        r"query_offset: cannot intersect masks at 1 and 2",
+    ),
+    "and-lengths": (
+        lambda: (
+            AttentionMask.from_padding(torch.ones(4)) & AttentionMask.from_padding(torch.ones(5))
+        ),
+        r"cannot intersect masks over 4 and 5 keys",
+    ),
+    "check-batch": (
+        lambda: AttentionMask.from_padding(torch.ones(2, 4)).check(3, 1, 4, 4),
+        r"mask: expected intervals of shape \[1 or 3, 4\] .*got \[2, 4\]",
+    ),
+    "check-dense": (
+        lambda: AttentionMask.from_dense(torch.ones(3, 4).bool()).check(1, 1, 4, 4),
+        r"mask: expected a tensor broadcastable to .*\[1, 1, 4, 4\], got \[1, 1, 3, 4\]",
+    ),
+    "tiles-granule": (
+        lambda: AttentionMask.causal().tiles(8, 80, 8, 80),
+        r"block_k: expected a multiple of 64, got 80",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSALS.values(), ids=REFUSALS)
+def test_refusal(make: Callable, message: str) -> None:
+    """Names the argument, what was expected and what came."""
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_and_with_something_else() -> None:
+    with pytest.raises(TypeError):
+        AttentionMask.causal() & torch.ones(4, 4).bool()
