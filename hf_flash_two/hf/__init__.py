@@ -19,6 +19,7 @@ def register() -> None:
     Where Transformers has changed so that ``flash_two`` cannot be made to load and behave, only
     ``fa_two`` is registered, with a warning that says why.
     """
+    version = f"transformers {transformers.__version__}"
     compat.describe_mask_functions()
     names = [compat.FA_TWO]
     reason = compat.allow_flash_two()
@@ -26,9 +27,15 @@ def register() -> None:
         names.append(compat.FLASH_TWO)
     else:
         warnings.warn(
-            f"attn_implementation='flash_two' is not available with transformers "
-            f"{transformers.__version__}: {reason}. Use 'fa_two', the same attention under a name "
-            "that Transformers does not treat specially.",
+            f"attn_implementation='flash_two' is not available with {version}: {reason}. Use 'fa_two', "
+            "the same attention under a name that Transformers does not treat specially.",
+            stacklevel=2,
+        )
+    reason = compat.isolate_packed_documents()
+    if reason is not None:
+        warnings.warn(
+            f"packed documents are not kept apart in all models with {version}: {reason}. Pass "
+            "use_cache=False and no attention_mask with packed data.",
             stacklevel=2,
         )
     for name in names:

@@ -25,6 +25,8 @@ import torch
 import transformers
 from transformers import masking_utils
 
+from hf_flash_two.hf.packing import all_visible, document_ids, falls, may_be_packed
+
 FLASH_TWO = "flash_two"
 FA_TWO = "fa_two"
 
@@ -48,6 +50,11 @@ _BUILDERS = {
     "packed_sequence_mask_function": ("packed_sequence_mask",),
     "remap_positions_for_packed_sequence": ("mask_function", "position_ids"),
 }
+
+_PREPARE = "_preprocess_mask_arguments"
+_PREPARE_ARGUMENTS = [
+    "config", "inputs_embeds", "attention_mask", "past_key_values", "position_ids",
+]  # fmt: skip
 
 # Models that do arithmetic on the mask themselves, by model_type, and the kind that they expect.
 WANTS_BOOL_MASK = frozenset({"doge"})
@@ -83,6 +90,45 @@ def _false_for_flash_two(test: Callable) -> Callable:
 
     setattr(is_flash_attention_requested, FLASH_TWO, True)
     return is_flash_attention_requested
+
+
+def isolate_packed_documents() -> str | None:
+    """Let masks under our names separate packed documents in every case; the reason if impossible.
+
+    Transformers looks for them only without a cache and without an attention mask, though a cache
+    is made by default and a mask of ones is what many collators send.
+    """
+    prepare = getattr(masking_utils, _PREPARE, None)
+    if prepare is None:
+        return f"transformers.masking_utils.{_PREPARE} is missing"
+    if list(inspect.signature(prepare).parameters)[:5] != _PREPARE_ARGUMENTS:
+        return f"{_PREPARE} takes other arguments: {inspect.signature(prepare)}"
+    if not hasattr(prepare, FLASH_TWO):
+        setattr(masking_utils, _PREPARE, _finding_documents(prepare))
+    return None
+
+
+def _finding_documents(prepare: Callable) -> Callable:
+    @functools.wraps(prepare)
+    def preprocess_mask_arguments(
+        config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs
+    ):
+        prepared = prepare(
+            config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs
+        )
+        early_exit, mask, ids, queries, keys, offset, *rest = prepared
+        if early_exit or ids is not None or config._attn_implementation not in (FLASH_TWO, FA_TWO):
+            return prepared
+        if isinstance(offset, torch.Tensor) or offset != 0:
+            return prepared
+        if not may_be_packed(position_ids, inputs_embeds.shape[0], queries, keys):
+            return prepared
+        if torch.compiler.is_compiling() or (falls(position_ids) and all_visible(mask)):
+            ids = document_ids(position_ids, all_visible(mask))
+        return early_exit, mask, ids, queries, keys, offset, *rest
+
+    setattr(preprocess_mask_arguments, FLASH_TWO, True)
+    return preprocess_mask_arguments
 
 
 def describe_mask_functions() -> None:

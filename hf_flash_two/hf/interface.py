@@ -9,8 +9,9 @@ from torch import Tensor
 
 from hf_flash_two.attention import flash_attention
 from hf_flash_two.hf import compat
-from hf_flash_two.hf.mask_carrier import MaskCarrier, documents, falls
+from hf_flash_two.hf.mask_carrier import MaskCarrier, documents
 from hf_flash_two.hf.mask_function import from_tiles
+from hf_flash_two.hf.packing import falls, may_be_packed
 from hf_flash_two.masks import AttentionMask
 
 # What models and trainers send along and attention has no use for.
@@ -191,14 +192,7 @@ def _settle_mask(
         )
     if cu_seq_lens_q is not None:
         return mask & _from_cu_seqlens(cu_seq_lens_q, cu_seq_lens_k, batch, queries, keys), None
-    if (
-        position_ids is not None
-        and queries == keys
-        and queries > 1
-        and position_ids.dim() == 2
-        and position_ids.shape[1] == queries
-        and position_ids.shape[0] in (1, batch)
-    ):
+    if may_be_packed(position_ids, batch, queries, keys):
         if carried:
             return attention_mask.packed(position_ids), None
         return mask & _once(position_ids, "documents", lambda: _from_positions(position_ids)), None

@@ -10,6 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._pytree import tree_map
 from transformers.utils import logging
 
+from hf_flash_two.hf.packing import document_ids, falls
 from hf_flash_two.masks import AttentionMask
 
 logger = logging.get_logger(__name__)
@@ -189,28 +190,9 @@ class MaskCarrier(BlockMask):
     __str__ = __repr__
 
 
-def falls(position_ids: Tensor) -> bool:
-    """Whether positions fall anywhere, so that they tell of several documents (a device sync)."""
-    return bool((position_ids[..., 1:] < position_ids[..., :-1]).any())
-
-
 def documents(position_ids: Tensor, condition: bool | Tensor = True) -> AttentionMask:
-    """Documents laid end to end, from position_ids [1 or B, T] that restart.
-
-    A document starts where positions fall; in a row where they do so, also where they stay at the
-    row's lowest, which is a document of one token before. A row without a fall is one document:
-    multimodal positions stay or jump within one.
-
-    Args:
-        condition: if False, everything is one document.
-    """
-    before, after = position_ids[:, :-1], position_ids[:, 1:]
-    falls = after < before
-    lowest = position_ids.amin(1, keepdim=True)
-    stays = (after == before) & (after == lowest) & falls.any(1, keepdim=True)
-    starts = (falls | stays) & condition
-    segment = torch.nn.functional.pad(starts.cumsum(1), (1, 0))
-    return AttentionMask.from_documents(segment_ids=segment)
+    """The documents of `packing.document_ids` as a mask: none sees another."""
+    return AttentionMask.from_documents(segment_ids=document_ids(position_ids, condition))
 
 
 def _slices(index, shape):

@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from hf_flash_two.hf import compat
 from hf_flash_two.hf.mask_carrier import MaskCarrier
+from hf_flash_two.hf.packing import all_visible
 from hf_flash_two.masks import FAR, AttentionMask
 
 logger = logging.get_logger(__name__)
@@ -163,11 +164,8 @@ def _padding(attention_mask: Tensor | None, place: _Place) -> tuple[Tensor | Non
     keep = place.of_keys(attention_mask)
     missing = place.kv_length - keep.shape[1]
     keep = pad(keep, (0, missing)) if missing > 0 else keep
-    keep = keep if keep.dtype == torch.bool else keep != 0
-    if torch.compiler.is_compiling():
-        return keep, keep.all()
-    unpadded = bool(keep.all())
-    return (None if unpadded else keep), unpadded
+    unpadded = all_visible(keep)
+    return (None if unpadded is True else keep), unpadded
 
 
 def _at_queries(mask: AttentionMask, q_length: int, place: _Place) -> AttentionMask:
@@ -238,11 +236,13 @@ def _combine(builder: str, functions, place: _Place, position) -> AttentionMask 
         if builder == "and_masks" and name == "remap_positions_for_packed_sequence":
             # Within a document positions go up by one: all that is relative stays as it is.
             inner, position_ids = arguments
-            masks += [_documents(position_ids, place), _convert(inner, place, position_ids)]
-        elif name == "packed_sequence_mask_function" and any(
+            masks.append(_convert(inner, place, position_ids))
+        elif name == "packed_sequence_mask_function" and builder == "and_masks" and any(
             other == "remap_positions_for_packed_sequence" for other, _ in parts
         ):
-            continue
+            # The library numbers documents in order, so no number comes back.
+            runs = AttentionMask.from_documents(segment_ids=arguments[0])
+            masks.append(replace(runs, query_offset=None))
         else:
             masks.append(_convert(function, place, position))
     if any(mask is None for mask in masks):
@@ -272,12 +272,6 @@ def _chunks(size: int, left_padding: Tensor, place: _Place, position) -> Attenti
     position = key if position is None else place.of_keys(position)
     first = key - (position - left_padding[:, None]) % size
     return AttentionMask.from_intervals(first - place.kv_offset, first - place.kv_offset + size)
-
-
-def _documents(position_ids: Tensor, place: _Place) -> AttentionMask:
-    """Documents as `packed_sequence_compatibility_function` sees them: positions go up by one."""
-    mask = AttentionMask.from_documents(position_ids=position_ids)
-    return replace(mask, query_offset=None)
 
 
 def _equal_ids(ids: Tensor, place: _Place, hidden: Tensor | None = None) -> AttentionMask | None:

@@ -1,0 +1,48 @@
+"""Packed documents: which tokens belong together, read off position_ids that restart."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+def falls(position_ids: Tensor) -> bool:
+    """Whether positions fall anywhere, so that they tell of several documents (a device sync)."""
+    return bool((position_ids[..., 1:] < position_ids[..., :-1]).any())
+
+
+def document_ids(position_ids: Tensor, condition: bool | Tensor = True) -> Tensor:
+    """[1 or B, T] positions -> the number of the document that each token belongs to, same shape.
+
+    A document starts where positions fall; in a row where they do so, also where they stay at the
+    row's lowest, since then the token before was a document of its own. A row without a fall is one
+    document: the positions of images stay, and may jump ahead.
+
+    Args:
+        condition: where False, everything is one document.
+    """
+    before, after = position_ids[:, :-1], position_ids[:, 1:]
+    falls = after < before
+    lowest = position_ids.amin(1, keepdim=True)
+    stays = (after == before) & (after == lowest) & falls.any(1, keepdim=True)
+    return pad(((falls | stays) & condition).cumsum(1), (1, 0))
+
+
+def may_be_packed(position_ids: Tensor | None, batch: int, queries: int, keys: int) -> bool:
+    """Whether the shapes allow it: self-attention without a past, one position per token."""
+    return (
+        position_ids is not None
+        and 1 < queries == keys
+        and position_ids.dim() == 2
+        and position_ids.shape[1] == queries
+        and position_ids.shape[0] in (1, batch)
+    )
+
+
+def all_visible(attention_mask: Tensor | None) -> bool | Tensor:
+    """Whether [B, T] hides nothing; a bool tensor [] while torch.compile traces."""
+    if attention_mask is None:
+        return True
+    unpadded = (attention_mask != 0).all()
+    return unpadded if torch.compiler.is_compiling() else bool(unpadded)
