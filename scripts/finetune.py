@@ -1,0 +1,570 @@
+"""Fine-tune a causal language model with Accelerate, on packed text, with any attention.
+
+    python scripts/finetune.py --output-dir runs/demo --compare eager
+    python scripts/finetune.py --output-dir runs/notes --model MODEL --data notes.jsonl --resume
+    accelerate launch --num_processes 2 scripts/finetune.py --output-dir runs/two  # GPUs
+    torchrun --nproc_per_node 2 scripts/finetune.py --output-dir runs/two          # GPUs or CPUs
+
+Without --model a small Llama over bytes is built on the spot; without --data it reads the language
+reference that every Python carries. The same command gives the same losses on one process and on
+several; after a kill at any moment, --resume continues to the same losses.
+
+The output folder receives losses.jsonl (a line per step), step-N.pt (the newest checkpoints) and
+model/ (for from_pretrained).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import pydoc_data.topics
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, DistributedType
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.logging import disable_progress_bar
+
+import hf_flash_two  # noqa: F401  registers "flash_two"
+
+TOLERANCE = 1e-4
+"""Largest relative difference that --compare accepts between two attentions in float32."""
+
+# What a resumed run must share with the run it continues; the rest does not change the losses.
+IDENTITY = ["model", "max_length", "batch_size", "steps", "learning_rate", "warmup_steps", "seed"]
+IDENTITY += ["weight_decay", "max_grad_norm", "eval_fraction", "precision", "lora_rank"]
+
+
+# Arguments
+
+
+def number(kind: type, low: float, high: float = math.inf):
+    """An argparse type: a ``kind`` from ``low`` to ``high``, and a message that says so."""
+
+    def parse(text: str):
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"expected {kind.__name__} {limits}, got {text!r}")
+
+    return parse
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def add(name: str, help: str, default=None, **options) -> None:
+        help += "" if default is None else f" ({default})"
+        parser.add_argument(name, help=help, default=default, **options)
+
+    natural, positive, share = number(int, 0), number(int, 1), number(float, 0, 0.5)
+    amount, precisions = number(float, 0), ("no", "bf16", "fp16")
+    add("--output-dir", "folder of this run", type=Path, required=True)
+    add("--resume", "continue from the newest checkpoint, if there is one", action="store_true")
+    add("--model", "hub id or local folder; a small model over bytes if not given")
+    add("--data", ".txt or .jsonl file, or a data set; Python's own documentation if not given")
+    add("--text-field", "field of each record that holds the text", "text")
+    add("--attn-implementation", "attention to train with", "flash_two", metavar="ATTENTION")
+    add("--compare", "check the trained model against this attention", metavar="ATTENTION")
+    add("--max-length", "tokens in a packed row", 256, type=number(int, 2))
+    add("--batch-size", "rows in a step, over all processes", 8, type=positive)
+    add("--micro-batch-size", "rows at once in a process; all if not given", type=positive)
+    add("--steps", "optimizer steps", 600, type=positive)
+    add("--learning-rate", "peak; 4e-3 for the small model, 2e-4 for LoRA, else 2e-5", type=amount)
+    add("--warmup-steps", "steps of linear warm-up, before a cosine to 0", 20, type=natural)
+    add("--weight-decay", "decay of matrices", 0.01, type=amount)
+    add("--max-grad-norm", "limit on the gradient's norm; 0 is none", 1.0, type=amount)
+    add("--precision", "autocast: no, bf16 or fp16", "no", choices=precisions, metavar="DTYPE")
+    add("--gradient-checkpointing", "recompute activations", action="store_true")
+    add("--lora-rank", "train adapters of this rank; 0 trains all weights", 0, type=natural)
+    add("--eval-fraction", "share of the rows held out, one row at least", 0.05, type=share)
+    add("--eval-every", "steps between evaluations; 0: first and last only", 0, type=natural)
+    add("--save-every", "steps between checkpoints", 100, type=positive)
+    add("--keep", "how many checkpoints stay", 2, type=positive)
+    add("--prompt", "beginning of the sample", "The ")
+    add("--sample-tokens", "length of the sample", 200, type=positive)
+    add("--seed", "of new weights, the order of rows and dropout", 0, type=natural)
+    args = parser.parse_args()
+    check_arguments(args)
+    return args
+
+
+def refuse(argument: str, reason: str) -> NoReturn:
+    sys.exit(f"error: argument --{argument}: {reason}")
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse before any work what can be refused, and complete the rest."""
+    known = sorted({"eager", *AttentionInterface().valid_keys()})
+    for name in ("attn_implementation", "compare"):
+        value = getattr(args, name)
+        if value is not None and value not in known and "/" not in value:
+            refuse(name.replace("_", "-"), f"expected one of {', '.join(known)}, got {value!r}")
+    if args.warmup_steps >= args.steps:
+        refuse("warmup-steps", f"expected fewer than --steps {args.steps}, got {args.warmup_steps}")
+    if args.precision == "fp16" and not torch.accelerator.is_available():
+        refuse("precision", "fp16 needs a GPU and none is visible; use bf16 or no")
+    if args.lora_rank and importlib.util.find_spec("peft") is None:
+        refuse("lora-rank", "needs the package peft: pip install peft")
+    if not args.prompt:
+        refuse("prompt", "expected some text, got none")
+    is_file = args.data is not None and Path(args.data).suffix in (".txt", ".jsonl")
+    if is_file and not Path(args.data).is_file():
+        refuse("data", f"there is no file {args.data}")
+    if args.data and not is_file and importlib.util.find_spec("datasets") is None:
+        refuse("data", f"{args.data} is no .txt or .jsonl file, and a data set needs the package "
+               "datasets: pip install datasets")  # fmt: skip
+    if args.model is not None:
+        try:
+            config = AutoConfig.from_pretrained(args.model).get_text_config()
+        except (OSError, ValueError) as reason:
+            refuse("model", f"cannot read {args.model!r}: {reason}")
+        limit = getattr(config, "max_position_embeddings", args.max_length)
+        if args.max_length > limit:
+            refuse("max-length", f"{args.model} takes at most {limit}, got {args.max_length}")
+    if args.learning_rate is None:
+        args.learning_rate = 4e-3 if args.model is None else 2e-4 if args.lora_rank else 2e-5
+    if not args.resume and args.output_dir.exists() and any(args.output_dir.iterdir()):
+        refuse("output-dir", f"{args.output_dir} is not empty; pass --resume to continue that run, "
+               "or name another folder")  # fmt: skip
+
+
+def check_processes(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        print("warning: `accelerate launch --cpu` has started one process only; for more of them "
+              "use `torchrun --nproc_per_node N`", file=sys.stderr)  # fmt: skip
+    sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    if accelerator.distributed_type in sharded:
+        kind = accelerator.distributed_type.value
+        sys.exit(f"error: accelerate is set up for {kind}; this script is data parallel only")
+    rows, rest = divmod(args.batch_size, accelerator.num_processes)
+    if rest:
+        refuse("batch-size", f"expected a multiple of the {accelerator.num_processes} processes, "
+               f"got {args.batch_size}")  # fmt: skip
+    args.micro_batch_size = args.micro_batch_size or rows
+    if rows % args.micro_batch_size:
+        refuse("micro-batch-size", f"expected a divisor of {rows}, each process's rows in a step, "
+               f"got {args.micro_batch_size}")  # fmt: skip
+
+
+# Text
+
+
+def load_documents(data: str | None, text_field: str) -> list[str]:
+    if data is None:
+        return list(pydoc_data.topics.topics.values())
+    if data.endswith(".txt"):
+        return [Path(data).read_text(encoding="utf-8")]
+    if data.endswith(".jsonl"):
+        lines = Path(data).read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines if line.strip()]
+    else:
+        import datasets
+
+        records = datasets.load_dataset(data, split="train")
+    for index, record in enumerate(records):
+        if not isinstance(record.get(text_field), str):
+            refuse("text-field", f"record {index} of {data} has no text under {text_field!r}; "
+                   f"its fields are {', '.join(record)}")  # fmt: skip
+    return [record[text_field] for record in records]
+
+
+def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of each document, closed by the end-of-text token if there is one."""
+    end = tokenizer.eos_token_id
+    encoded = tokenizer(documents, verbose=False).input_ids
+    return [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in encoded]
+
+
+def pack(documents: list[list[int]], length: int) -> tuple[Tensor, Tensor]:
+    """Documents laid end to end and cut into rows of ``length`` tokens; nothing is dropped.
+
+    Returns:
+        tokens, positions: int64 [rows, length]. Positions restart at 0 with each document and each
+        row. They tell the attention where documents begin, and the loss which tokens nothing
+        predicts: those at position 0. The padding of the last row is documents of one token, which
+        teach nothing.
+    """
+    tokens = torch.tensor([token for document in documents for token in document])
+    lengths = torch.tensor([len(document) for document in documents])
+    starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    index = torch.arange(len(tokens))
+    positions = index - torch.maximum(starts, index - index % length)
+    padding = -len(tokens) % length
+    return tuple(F.pad(tensor, (0, padding)).view(-1, length) for tensor in (tokens, positions))
+
+
+@functools.lru_cache(maxsize=2)
+def shuffled(rows: int, seed: int, epoch: int) -> list[int]:
+    return random.Random(f"{seed}/{epoch}").sample(range(rows), rows)
+
+
+def rows_of_step(step: int, batch_size: int, rows: int, seed: int) -> Tensor:
+    """The rows of a step: a function of its number, so that resuming has nothing to restore."""
+    places = [divmod(step * batch_size + i, rows) for i in range(batch_size)]
+    return torch.tensor([shuffled(rows, seed, epoch)[place] for epoch, place in places])
+
+
+# Model
+
+
+def load_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    torch.manual_seed(args.seed)
+    options = {"attn_implementation": args.attn_implementation, "dtype": torch.float32}
+    if args.model is None:
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+            max_position_embeddings=max(2048, args.max_length), bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_config(config, **options)
+    else:
+        # Weights that are trained stay in float32 under autocast; frozen ones need not.
+        if args.lora_rank and args.precision != "no":
+            options["dtype"] = torch.bfloat16 if args.precision == "bf16" else torch.float16
+        model = AutoModelForCausalLM.from_pretrained(args.model, **options)
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        refuse("model", f"{type(model).__name__} takes no position_ids, so documents cannot be "
+               "packed")  # fmt: skip
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.lora_rank:
+        import peft
+
+        rank = {"r": args.lora_rank, "lora_alpha": 2 * args.lora_rank}
+        config = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **rank)
+        model = peft.get_peft_model(model, config)
+    return model
+
+
+def trained_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def logits_of(model, tokens: Tensor, positions: Tensor) -> Tensor:
+    # With a cache or an attention mask, eager and sdpa would let documents see each other.
+    return model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+
+
+def loss_sum(model, tokens: Tensor, positions: Tensor) -> Tensor:
+    """Cross entropy, summed over the targets: all tokens but the first of each document."""
+    logits = logits_of(model, tokens, positions)[:, :-1].float()
+    labels = tokens.masked_fill(positions == 0, -100)[:, 1:]
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+
+
+@torch.no_grad()
+def check_isolation(model: PreTrainedModel, vocabulary: int) -> None:
+    """Stop if a document's logits depend on the document packed before it."""
+    model.eval()
+    first, other, last = torch.arange(48, device=model.device).view(3, 1, 16) % vocabulary
+    positions = torch.arange(16, device=model.device).repeat(1, 2)
+    rows = [torch.cat([before, last], dim=1) for before in (first, other)]
+    a, b = (logits_of(model, row, positions)[:, 16:] for row in rows)
+    if (a - b).abs().max() > 1e-3 * a.abs().max():
+        refuse("attn-implementation", "packed documents see each other in "
+               f"{type(model).__name__} with this attention")  # fmt: skip
+
+
+def make_optimizer(model: PreTrainedModel, args: argparse.Namespace) -> torch.optim.Optimizer:
+    weights = list(trained_weights(model).values())
+    decayed = {"params": [w for w in weights if w.dim() > 1], "weight_decay": args.weight_decay}
+    others = {"params": [w for w in weights if w.dim() <= 1], "weight_decay": 0.0}
+    return torch.optim.AdamW([decayed, others], betas=(0.9, 0.95))
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    if step < args.warmup_steps:
+        return args.learning_rate * (step + 1) / args.warmup_steps
+    done = (step - args.warmup_steps) / (args.steps - args.warmup_steps)
+    return args.learning_rate * (1 + math.cos(math.pi * done)) / 2
+
+
+# Files: each gets its name only when it is whole and on the disk
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Rename a finished file or folder, replacing an older one."""
+    for path in (partial, *partial.rglob("*"), partial.parent):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    if final.is_dir():
+        shutil.rmtree(final.rename(f"{final}.old.partial"))
+    partial.replace(final)
+
+
+def prepare_folder(folder: Path, step: int) -> None:
+    """Remove what a killed run left half done, and the log of steps that will be taken again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*.partial"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    log = folder / "losses.jsonl"
+    lines = log.read_text().splitlines(keepends=True) if step else []
+    log.with_suffix(".partial").write_text("".join(lines[: step + 1]))
+    publish(log.with_suffix(".partial"), log)
+
+
+def save_checkpoint(args: argparse.Namespace, state: dict) -> None:
+    final = args.output_dir / f"step-{state['step']:08d}.pt"
+    torch.save(state, final.with_suffix(".partial"))
+    publish(final.with_suffix(".partial"), final)
+    for old in sorted(args.output_dir.glob("step-*.pt"))[: -args.keep]:
+        old.unlink()
+
+
+def load_checkpoint(folder: Path, identity: dict) -> dict:
+    """The newest checkpoint, which must be of the same run; step 0 if there is none."""
+    path = max(folder.glob("step-*.pt"), default=None)
+    if path is None:
+        return {"step": 0}
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for name, now in identity.items():
+        then = state["identity"][name]
+        if then != now:
+            refuse("resume", f"{path} was written with {name} {then!r}, not {now!r}; the losses "
+                   "would not continue")  # fmt: skip
+    return state
+
+
+# Training
+
+
+@torch.no_grad()
+def perplexity(accelerator: Accelerator, model, rows: tuple[Tensor, Tensor], size: int) -> float:
+    """exp(mean loss) over all targets of ``rows``, which the processes share out."""
+    model = accelerator.unwrap_model(model).eval()
+    total = torch.zeros((), device=accelerator.device)
+    share = slice(accelerator.process_index, None, accelerator.num_processes)
+    for batch in zip(*(tensor[share].split(size) for tensor in rows), strict=True):
+        total += loss_sum(model, *(tensor.to(accelerator.device) for tensor in batch))
+    targets = max(1, int((rows[1] != 0).sum()))
+    return (accelerator.reduce(total) / targets).exp().item()
+
+
+def train_step(args, accelerator: Accelerator, model, optimizer, rows, step: int) -> dict:
+    """One update from ``batch_size`` rows; returns its line of the log."""
+    tokens, positions = rows
+    device, processes = accelerator.device, accelerator.num_processes
+    model.train()
+    # Dropout depends on the step, not on what was drawn before it.
+    torch.manual_seed((args.seed * args.steps + step) * processes + accelerator.process_index)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, args)
+
+    batch = rows_of_step(step, args.batch_size, len(tokens), args.seed)
+    # The mean is over the targets of the whole step, not of one process or micro-batch.
+    targets = max(1, int((positions[batch] != 0).sum()))
+    total = torch.zeros((), device=device)
+    micro_batches = batch[accelerator.process_index :: processes].split(args.micro_batch_size)
+    for index, chosen in enumerate(micro_batches, start=1):
+        last = index == len(micro_batches)
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            loss = loss_sum(model, tokens[chosen].to(device), positions[chosen].to(device))
+            # Data parallelism averages the gradients of the processes; their sum is wanted.
+            accelerator.backward(loss * processes / targets)
+        total += loss.detach()
+    norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+    optimizer.step()
+    optimizer.zero_grad()
+    loss = accelerator.reduce(total).item() / targets
+    if not math.isfinite(loss):
+        refuse("learning-rate", f"the loss of step {step + 1} is {loss}; try a smaller one")
+    return {"step": step + 1, "loss": loss, "grad_norm": float(norm)}
+
+
+def train(args, accelerator: Accelerator, model, optimizer, training, held_out, start, identity):
+    """Take the steps from ``start`` on, with a progress bar, a log and checkpoints."""
+    main = accelerator.is_main_process
+    bar = tqdm(total=args.steps, initial=start, unit="step", disable=not main)
+    log = open(args.output_dir / "losses.jsonl" if main else os.devnull, "a")
+    evaluate = functools.partial(perplexity, accelerator, model, held_out, args.micro_batch_size)
+    if start == 0:
+        print(json.dumps({"step": 0, "perplexity": evaluate()}), file=log, flush=True)
+    for step in range(start, args.steps):
+        began = time.perf_counter()
+        entry = train_step(args, accelerator, model, optimizer, training, step)
+        speed = args.batch_size * args.max_length / (time.perf_counter() - began)
+        done, finished = step + 1, step + 1 == args.steps
+        if finished or (args.eval_every and done % args.eval_every == 0):
+            entry["perplexity"] = evaluate()
+        print(json.dumps(entry), file=log, flush=True)
+        if main and (finished or done % args.save_every == 0):
+            os.fsync(log.fileno())
+            state = {"step": done, "identity": identity, "optimizer": optimizer.state_dict()}
+            state["weights"] = trained_weights(accelerator.unwrap_model(model))
+            state["scaler"] = accelerator.scaler and accelerator.scaler.state_dict()
+            save_checkpoint(args, state)
+        bar.update()
+        bar.set_postfix_str(f"loss {entry['loss']:.4f}, {speed:,.0f} tokens/s")
+    bar.close()
+    log.close()
+
+
+# The end of a run
+
+
+def save_model(model: PreTrainedModel, tokenizer, folder: Path) -> None:
+    """Write the model, adapters merged, and make sure that it comes back as it was."""
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    partial = folder.with_suffix(".partial")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    publish(partial, folder)
+    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).state_dict()
+    for name, weight in model.state_dict().items():
+        if not torch.equal(reloaded[name], weight.cpu()):
+            sys.exit(f"error: {folder} does not give {name} back as it was saved")
+
+
+def generate(model, tokenizer, prompt: str, count: int, **options) -> Tensor:
+    ids = tokenizer(prompt).input_ids
+    ids = ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
+    ids = torch.tensor([ids], device=model.device)
+    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, **options)
+
+
+def measure(folder: Path, attention: str, tokenizer, rows, prompt: str, device) -> dict:
+    """What the saved model does with one attention, in float32."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation=attention, dtype=torch.float32
+    )
+    model.to(device).eval()
+    tokens, positions = (tensor.to(device) for tensor in rows)
+    loss = loss_sum(model, tokens, positions) / (positions != 0).sum()
+    loss.backward()
+    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    with torch.no_grad():
+        logits = logits_of(model, tokens, positions)
+    greedy = generate(model, tokenizer, prompt, 64, do_sample=False)
+    return {"loss": [loss.detach()], "logits": [logits], "gradients": gradients, "greedy": greedy}
+
+
+def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """Largest difference relative to the largest entry of its tensor."""
+    # A gradient that is 0 but for rounding has no largest entry worth the name.
+    floor = 1e-3 * max(b.abs().max() for b in theirs)
+    pairs = zip(ours, theirs, strict=True)
+    return max(float((a - b).abs().max() / b.abs().max().clamp(min=floor)) for a, b in pairs)
+
+
+def compare(names: tuple[str, str], folder: Path, *setting) -> None:
+    """Print how far two attentions differ on the saved model; stop if by more than rounding."""
+    ours, theirs = (measure(folder, name, *setting) for name in names)
+    same = torch.equal(ours.pop("greedy"), theirs.pop("greedy"))
+    differences = {key: difference(ours[key], theirs[key]) for key in ours}
+    print(f"\n{'':<16}{names[0]:>12}{names[1]:>12}{'difference':>12}{'allowed':>10}")
+    for key, value in differences.items():
+        shown = [f"{float(x[key][0]):.6f}" if key == "loss" else "" for x in (ours, theirs)]
+        print(f"{key:<16}{shown[0]:>12}{shown[1]:>12}{value:>12.1e}{TOLERANCE:>10.0e}")
+    print(f"{'greedy sample':<40}{'equal' if same else 'DIFFERENT':>12}{'equal':>10}")
+    if not same or not max(differences.values()) <= TOLERANCE:
+        sys.exit(f"error: {names[0]} and {names[1]} disagree on the trained model")
+
+
+def finish(args: argparse.Namespace, model: PreTrainedModel, tokenizer, held_out, device) -> None:
+    """Save the model, show what it writes, compare attentions, sum up."""
+    disable_progress_bar()
+    folder = args.output_dir / "model"
+    save_model(model, tokenizer, folder)
+    print(f"\nsaved, and reloaded as it was: {folder}")
+    options = {"attn_implementation": args.attn_implementation}
+    model = AutoModelForCausalLM.from_pretrained(folder, **options).to(device)
+    torch.manual_seed(args.seed)
+    options = {"do_sample": True, "temperature": 0.7}
+    sample = generate(model, tokenizer, args.prompt, args.sample_tokens, **options)
+    print(f"\nsample: {tokenizer.decode(sample[0], skip_special_tokens=True)}")
+    log = (args.output_dir / "losses.jsonl").read_text().splitlines()
+    before, *steps = [json.loads(line) for line in log]
+    first, last = (sum(s["loss"] for s in part) / len(part) for part in (steps[:10], steps[-10:]))
+    after = steps[-1]["perplexity"]
+    print(f"\n{'':<28}{'before':>12}{'after':>12}")
+    print(f"{'loss, mean of ten steps':<28}{first:>12.4f}{last:>12.4f}")
+    print(f"{'perplexity of held-out text':<28}{before['perplexity']:>12.2f}{after:>12.2f}")
+    if args.compare:
+        rows = [tensor[: args.micro_batch_size] for tensor in held_out]
+        names = (args.attn_implementation, args.compare)
+        compare(names, folder, tokenizer, rows, args.prompt, device)
+
+
+def main() -> None:
+    args = parse_arguments()
+    cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(mixed_precision=args.precision, cpu=cpu)
+    check_processes(args, accelerator)
+    documents = load_documents(args.data, args.text_field)
+    tokenizer = AutoTokenizer.from_pretrained(args.model) if args.model else ByT5Tokenizer()
+    tokens, positions = pack(tokenize(documents, tokenizer), args.max_length)
+    held_out_rows = max(1, round(args.eval_fraction * len(tokens)))
+    rows = len(tokens) - held_out_rows
+    if rows < 1:
+        refuse("data", f"the text fills one row of {args.max_length} tokens and two are needed; "
+               "take more text or a smaller --max-length")  # fmt: skip
+    # At most one document has a part on either side.
+    training, held_out = (tokens[:rows], positions[:rows]), (tokens[rows:], positions[rows:])
+
+    identity = {name: getattr(args, name) for name in IDENTITY}
+    identity["text"] = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    state = load_checkpoint(args.output_dir, identity)
+    start = state["step"]
+    model = load_model(args, tokenizer)
+    if start:
+        model.load_state_dict(state["weights"], strict=False)
+    optimizer = make_optimizer(model, args)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if start:
+        optimizer.load_state_dict(state["optimizer"])
+    if start and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    check_isolation(accelerator.unwrap_model(model), len(tokenizer))
+    if accelerator.is_main_process:
+        prepare_folder(args.output_dir, start)
+
+    trained = sum(weight.numel() for weight in trained_weights(model).values())
+    accelerator.print(
+        f"model  {sum(w.numel() for w in model.parameters()):,} parameters, {trained:,} trained, "
+        f"{args.attn_implementation}, precision {args.precision}\n"
+        f"text   {len(documents):,} documents in {rows:,} rows of {args.max_length} tokens, "
+        f"{held_out_rows:,} more held out\n"
+        f"steps  {start:,} to {args.steps:,}, {args.batch_size} rows each on "
+        f"{accelerator.num_processes} x {accelerator.device.type}, {args.micro_batch_size} at once"
+    )
+    train(args, accelerator, model, optimizer, training, held_out, start, identity)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        bare_model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        finish(args, bare_model, tokenizer, held_out, accelerator.device)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
