@@ -1,0 +1,56 @@
+# `make demo` and `make test` set up everything they need in $(VENV); see README.md.
+#
+# TORCH picks another build of PyTorch than the pinned one, in pip's words, while the environment is
+# made: make demo TORCH="torch==2.13.0 --index-url URL"
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+JOBS ?= 2
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test test-gpu test-lowest quality style bench clean
+
+demo: $(INSTALLED)
+	rm -rf runs/demo
+	$(BIN)/python scripts/finetune.py --output-dir runs/demo --compare eager
+
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+# The same tests on a GPU: the kernels run on it instead of in Triton's interpreter.
+test-gpu: $(INSTALLED)
+	$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("error: PyTorch sees no GPU")'
+	$(BIN)/python -m pytest
+
+# The lowest supported versions, in an environment of their own.
+test-lowest:
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+
+quality: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)
+	$(BIN)/python scripts/benchmark.py
+
+clean:
+	rm -rf .venv .venv-lowest runs build dist
+
+$(INSTALLED): $(CONSTRAINTS) pyproject.toml
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+ifdef TORCH
+	$(BIN)/pip install $(TORCH)
+	grep -vE '^(torch|triton)==' $(CONSTRAINTS) > $(VENV)/constraints.txt
+	$(BIN)/pip install -c $(VENV)/constraints.txt -e '.[test]'
+else
+	$(BIN)/pip install -c $(CONSTRAINTS) -e '.[test]'
+endif
+	touch $@
