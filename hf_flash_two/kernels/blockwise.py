@@ -50,7 +50,7 @@ def backward(
     """Gradients of query, key, value, bias, sinks; tiles in a fixed order: bitwise repeatable."""
     dq, dk, dv = (empty_output(tensor, tensor.shape[3]) for tensor in (query, key, value))
     stats = statistics_dtype(query.dtype)
-    d_bias = torch.zeros_like(problem.bias, dtype=stats) if need_d_bias else None
+    d_bias = problem.bias.new_zeros(problem.bias.shape, dtype=stats) if need_d_bias else None
     d_sinks = None if problem.sinks is None else torch.zeros_like(problem.sinks)
     with torch.autocast(query.device.type, enabled=False):
         for lane in lanes(query, key, value, problem):
