@@ -1,0 +1,470 @@
+"""The op under everything that traces, transforms or recomputes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+from oracle import dense_attention
+from test_attention import inputs
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from hf_flash_two import AttentionMask, attention, flash_attention, op
+
+FORWARD = torch.ops.hf_flash_two.flash_attn_fwd
+BACKWARD = torch.ops.hf_flash_two.flash_attn_bwd
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+def transposed(query_length: int, key_length: int, **options) -> list[Tensor]:
+    """As Transformers hands them over: [B, T, H, D] seen as [B, H, T, D]."""
+    return [
+        x.transpose(1, 2).contiguous().transpose(1, 2)
+        for x in inputs(query_length, key_length, **options)
+    ]
+
+
+def op_arguments(monkeypatch: pytest.MonkeyPatch, tensors: list[Tensor], **arguments) -> tuple:
+    """What `flash_attention` passes to the forward op."""
+    seen = []
+
+    def record(query, key, value, problem, kernel):
+        settings = [getattr(problem, field.name) for field in dataclasses.fields(problem)]
+        seen.extend([query, key, value, *settings, kernel])
+        return query, key
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "flash_attn", record)
+        flash_attention(*tensors, kernel="blockwise", **arguments)
+    return tuple(seen)
+
+
+OP_CASES = {
+    "plain": lambda: {},
+    "causal": lambda: {"mask": AttentionMask.causal(window=5)},
+    "padding": lambda: {"mask": AttentionMask.from_padding(torch.rand(2, 20) > 0.3)},
+    "dense": lambda: {"mask": torch.rand(9, 20) > 0.3},
+    "bias": lambda: {"bias": torch.randn(1, 6, 9, 20)},
+    "bias-transposed": lambda: {"bias": torch.randn(1, 20, 9, 6).transpose(1, 3)},
+    "bias-expanded": lambda: {"bias": torch.randn(1, 1, 9, 20).expand(2, 6, 9, 20)},
+    "sinks": lambda: {"sinks": torch.randn(6), "alibi_slopes": torch.rand(6), "softcap": 3.0},
+    "dropout": lambda: {"dropout_p": 0.2, "dropout_seed": 5},
+    "buckets": lambda: {"q_bucket_size": 4, "k_bucket_size": 64},
+}
+
+CHECKS = ("test_schema", "test_faketensor")
+"""Not test_autograd_registration: the gradient lives in the autograd.Function around the op."""
+
+
+@pytest.mark.parametrize("case", OP_CASES.values(), ids=OP_CASES)
+@pytest.mark.parametrize("make", [inputs, transposed], ids=["contiguous", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_opcheck(monkeypatch, make: Callable, dtype: torch.dtype, case: Callable) -> None:
+    """Schema, shapes and strides of the fakes, and in float32 the tracing of both ops."""
+    checks = CHECKS + (("test_aot_dispatch_dynamic",) if dtype == torch.float32 else ())
+    tensors = make(9, 20, dtype=dtype, value_dim=24)
+    arguments = op_arguments(monkeypatch, tensors, **case())
+    torch.library.opcheck(FORWARD, arguments, test_utils=checks)
+    out, lse = FORWARD(*arguments)
+    d_out, d_lse = torch.randn_like(out), torch.randn_like(lse)
+    backward = (*arguments[:3], out, lse, "bias" in case(), *arguments[3:])
+    torch.library.opcheck(BACKWARD, (d_out, d_lse, *backward), test_utils=checks)
+    torch.library.opcheck(BACKWARD, (d_out, None, *backward), test_utils=CHECKS)
+    torch.library.opcheck(BACKWARD, (None, d_lse, *backward), test_utils=CHECKS)
+
+
+# torch.compile
+
+
+class Layer(torch.nn.Module):
+    """Projections around the attention, with a mask made outside as Transformers makes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = torch.nn.Linear(24, 3 * 24)
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        query, key, value = self.project(x).unflatten(-1, (3, 4, 6)).permute(2, 0, 3, 1, 4)
+        mask = AttentionMask.causal()
+        if keep is not None:
+            mask = mask & AttentionMask.from_padding(keep)
+        out = flash_attention(query, key[:, :2], value[:, :2], mask=mask)
+        return out.transpose(1, 2).flatten(2)
+
+
+def train(layer: Callable, parameters: list[Tensor], *arguments) -> list[Tensor]:
+    out = layer(*arguments)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), parameters)]
+
+
+def check_compiled(backend, padded: bool, lengths: tuple[int, ...], **options) -> list[int]:
+    """Results and gradients equal the layer's own; how many graphs there were after each length."""
+    layer = Layer()
+    compiled = torch.compile(layer, backend=backend, fullgraph=True, **options)
+    parameters = list(layer.parameters())
+    counts = []
+    for length in lengths:
+        x = torch.randn(2, length, 24)
+        keep = (torch.rand(2, length) > 0.3,) if padded else ()
+        got, want = train(compiled, parameters, x, *keep), train(layer, parameters, x, *keep)
+        torch.testing.assert_close(got, want)
+        counts.append(getattr(backend, "frame_count", 0))
+    return counts
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["causal", "padded"])
+def test_compile_fullgraph(padded: bool) -> None:
+    check_compiled("aot_eager", padded, (40,))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_compile_with_inductor() -> None:
+    """The strides it was promised are asserted at run time."""
+    check_compiled("inductor", True, (40,))
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["causal", "padded"])
+def test_one_graph_for_every_length(padded: bool) -> None:
+    """With dynamic shapes the first compilation serves all lengths, by default the second.
+
+    Only keys that make a single group of the mask's summary are a shape of their own.
+    """
+    lengths = (80, 81, 150, 128, 333)
+    assert check_compiled(CompileCounter(), padded, lengths, dynamic=True) == [1, 1, 1, 1, 1]
+    torch._dynamo.reset()
+    assert check_compiled(CompileCounter(), padded, lengths) == [1, 2, 2, 2, 2]
+    torch._dynamo.reset()
+    short = check_compiled(CompileCounter(), padded, (80, 40, 33, 64, 81), dynamic=True)
+    assert short == ([1, 2, 2, 2, 2] if padded else [1, 1, 1, 1, 1])
+
+
+def test_backward_compiles_once_for_every_length() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    first, *later = check_compiled(counter, True, (80, 150, 128), dynamic=True)
+    assert later == [first, first]
+
+
+def test_no_graph_break_with_every_argument() -> None:
+    def function(query, key, value, bias, sinks, slopes, seed):
+        mask = AttentionMask.causal(window=11) & AttentionMask.chunked(16, key.shape[2])
+        out, lse = flash_attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            bias=bias,
+            sinks=sinks,
+            alibi_slopes=slopes,
+            softcap=5.0,
+            scale=0.2,
+            dropout_p=0.3,
+            dropout_seed=seed,
+            return_lse=True,
+            q_bucket_size=16,
+        )
+        return out.sum() + lse.sum()
+
+    leaves = transposed(30, 40) + [torch.randn(1, 6, 1, 40), torch.randn(6)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    others = (torch.rand(6), torch.tensor([7]))
+    explanation = torch._dynamo.explain(function)(*leaves, *others)
+    assert explanation.graph_break_count == 0 and explanation.graph_count == 1
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    got = torch.autograd.grad(compiled(*leaves, *others), leaves)
+    torch.testing.assert_close(got, torch.autograd.grad(function(*leaves, *others), leaves))
+
+
+def test_compile_draws_its_own_seeds() -> None:
+    def function(*tensors):
+        return flash_attention(*tensors, dropout_p=0.5)
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    tensors = inputs(9, 20)
+    assert not torch.equal(compiled(*tensors), compiled(*tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_compile_under_autocast(dtype: torch.dtype) -> None:
+    """Query and key arrive in float32, value in the lower dtype, as after rotary embeddings."""
+
+    def function(query, key, value):
+        with torch.autocast("cpu", dtype=dtype):
+            return flash_attention(query, key, value.to(dtype), mask=AttentionMask.causal())
+
+    leaves = [leaf.requires_grad_() for leaf in transposed(9, 20)]
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    got, want = compiled(*leaves), function(*leaves)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(
+        torch.autograd.grad(got.float().sum(), leaves),
+        torch.autograd.grad(want.float().sum(), leaves),
+    )
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+def test_export(strict: bool) -> None:
+    """One op in the graph, for any length."""
+    length = torch.export.Dim("length", min=65, max=4096)
+    program = torch.export.export(
+        Layer(),
+        (torch.randn(2, 80, 24), torch.rand(2, 80) > 0.3),
+        dynamic_shapes=({1: length}, {1: length}),
+        strict=strict,
+    )
+    graphs = [
+        m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)
+    ]
+    targets = [str(node.target) for graph in graphs for node in graph.nodes]
+    assert sum("flash_attn" in target for target in targets) == 1
+    layer = Layer()
+    module = program.module()
+    module.load_state_dict(layer.state_dict())
+    for size in (80, 177):
+        x, keep = torch.randn(2, size, 24), torch.rand(2, size) > 0.3
+        torch.testing.assert_close(module(x, keep), layer(x, keep))
+
+
+# Recomputation
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernel's runs, in order."""
+    record = []
+    select = op.select
+
+    def counting(*arguments):
+        kernel = select(*arguments)
+
+        def named(name: str) -> Callable:
+            def run(*arguments):
+                record.append(name)
+                return getattr(kernel, name)(*arguments)
+
+            return run
+
+        return type(kernel)(named("forward"), named("backward"))
+
+    monkeypatch.setattr(op, "select", counting)
+    return record
+
+
+def check_recomputed(wrap: Callable, **arguments) -> None:
+    """The gradients under ``wrap`` are those without it, bit for bit."""
+    leaves = [leaf.requires_grad_() for leaf in inputs(30, 40)]
+
+    def block(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return flash_attention(
+            query * 2, key, value, mask=AttentionMask.causal(), **arguments
+        ).sin()
+
+    plain = torch.autograd.grad(block(*leaves).sum(), leaves)
+    wrap(block, *leaves).sum().backward()
+    for leaf, want in zip(leaves, plain, strict=True):
+        assert torch.equal(leaf.grad, want)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_checkpoint(calls: list[str], reentrant: bool, dropout_p: float) -> None:
+    check_recomputed(
+        lambda block, *leaves: checkpoint(block, *leaves, use_reentrant=reentrant),
+        dropout_p=dropout_p,
+    )
+    assert calls == ["forward", "backward", "forward", "forward", "backward"]
+
+
+def test_selective_checkpoint_saves_the_attention(calls: list[str]) -> None:
+    """A policy that knows the op by its name, as TRL's does, spares the second forward."""
+
+    def policy(context, function, *arguments, **options) -> CheckpointPolicy:
+        save = "flash_attn" in str(function)
+        return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def wrap(block: Callable, *leaves: Tensor) -> Tensor:
+        def contexts():
+            return create_selective_checkpoint_contexts(policy)
+
+        return checkpoint(block, *leaves, use_reentrant=False, context_fn=contexts)
+
+    check_recomputed(wrap)
+    assert calls == ["forward", "backward", "forward", "backward"]
+
+
+# torch.func
+
+
+MAPPED = {
+    "query": (0, None, None),
+    "query-key-value": (0, 0, 0),
+    "key-value": (None, 0, 0),
+    "last-axis": (3, 0, None),
+}
+
+
+@pytest.mark.parametrize("in_dims", MAPPED.values(), ids=MAPPED)
+def test_vmap(in_dims: tuple) -> None:
+    """Over any of the tensors, along any axis, equal to a loop."""
+    query, key, value = inputs(9, 20)
+    tensors = [
+        tensor if dim is None else torch.randn(*tensor.shape[:dim], 3, *tensor.shape[dim:])
+        for tensor, dim in zip((query, key, value), in_dims, strict=True)
+    ]
+    mask = AttentionMask.causal() & AttentionMask.from_padding(torch.rand(2, 20) > 0.3)
+
+    def function(*tensors):
+        return flash_attention(*tensors, mask=mask, return_lse=True)
+
+    got = torch.vmap(function, in_dims=in_dims)(*tensors)
+    for n in range(3):
+        chosen = [
+            tensor if dim is None else tensor.select(dim, n)
+            for tensor, dim in zip(tensors, in_dims, strict=True)
+        ]
+        for mapped, single in zip(got, function(*chosen), strict=True):
+            torch.testing.assert_close(mapped[n], single)
+
+
+BIASES = {
+    "1111": (1, 1, 1, 1),
+    "head": (1, 6, 9, 20),
+    "batch": (2, 1, 1, 20),
+    "whole": (2, 6, 9, 20),
+}
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["shared", "mapped"])
+@pytest.mark.parametrize("shape", BIASES.values(), ids=BIASES)
+def test_vmap_of_grad_with_bias(shape: tuple, mapped: bool) -> None:
+    """Per-sample gradients of query, bias and sinks, the bias shared by the samples or not."""
+    queries, key, value = torch.randn(3, 2, 6, 9, 16), *inputs(9, 20)[1:]
+    bias = torch.randn(*([3] if mapped else []), *shape)
+    sinks = torch.randn(*([3] if mapped else []), 6)
+    dim = 0 if mapped else None
+
+    def loss(query, bias, sinks):
+        return flash_attention(query, key, value, bias=bias, sinks=sinks).sin().sum()
+
+    per_sample = torch.func.grad(loss, argnums=(0, 1, 2))
+    got = torch.vmap(per_sample, in_dims=(0, dim, dim))(queries, bias, sinks)
+    for n in range(3):
+        own = (bias[n], sinks[n]) if mapped else (bias, sinks)
+        for name, a, b in zip("qbs", got, per_sample(queries[n], *own), strict=True):
+            torch.testing.assert_close(a[n], b, msg=lambda text, name=name: f"d{name}: {text}")
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("which", ["intervals", "dense"])
+def test_vmap_over_masks(which: str, rows: int) -> None:
+    tensors = inputs(9, 20)
+
+    def function(keep):
+        if which == "dense":
+            mask = AttentionMask.from_dense(keep[:, None, None])
+        else:
+            mask = AttentionMask.from_padding(keep)
+        return flash_attention(*tensors, mask=mask & AttentionMask.causal())
+
+    keep = torch.rand(3, rows, 20) > 0.4
+    got = torch.vmap(function)(keep)
+    for n in range(3):
+        torch.testing.assert_close(got[n], function(keep[n]))
+
+
+def test_func_grad_equals_autograd() -> None:
+    tensors = inputs(9, 20)
+    mask = AttentionMask.causal()
+
+    def loss(*tensors):
+        out, lse = flash_attention(*tensors, mask=mask, return_lse=True)
+        return out.sin().sum() + lse.sum()
+
+    got = torch.func.grad(loss, argnums=(0, 1, 2))(*tensors)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    torch.testing.assert_close(got, torch.autograd.grad(loss(*leaves), leaves))
+
+
+def test_vmap_over_dropout_seeds_is_refused() -> None:
+    tensors = inputs(9, 20)
+    with pytest.raises(ValueError, match="dropout_seed: vmap over seeds is not supported"):
+        torch.vmap(lambda seed: flash_attention(*tensors, dropout_p=0.5, dropout_seed=seed))(
+            torch.arange(3)
+        )
+
+
+def test_forward_mode_raises() -> None:
+    """It is not implemented; a zero tangent would be a wrong answer."""
+    query, key, value = inputs(9, 20)
+    with pytest.raises(RuntimeError, match="jvp|forward AD|forward mode"):
+        torch.func.jvp(lambda q: flash_attention(q, key, value), (query,), (query,))
+
+
+def test_double_backward_raises() -> None:
+    query, key, value = (leaf.requires_grad_() for leaf in inputs(9, 20))
+    out = flash_attention(query, key, value)
+    (grad,) = torch.autograd.grad(out.sin().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+# Autocast
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_settles_the_dtype(dtype: torch.dtype) -> None:
+    """Its dtype wins, gradients keep each tensor's, and backward needs no autocast."""
+    query, key, value = inputs(9, 20)
+    leaves = [leaf.requires_grad_() for leaf in (query, key, value.to(dtype))]
+    bias = torch.randn(1, 6, 9, 20, requires_grad=True)
+    with torch.autocast("cpu", dtype=dtype):
+        out, lse = flash_attention(*leaves, bias=bias, return_lse=True)
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    grads = torch.autograd.grad(out.float().square().sum(), [*leaves, bias])
+    assert [g.dtype for g in grads] == [torch.float32, torch.float32, dtype, torch.float32]
+    same = [leaf.detach().to(dtype) for leaf in leaves]
+    assert torch.equal(out, flash_attention(*same, bias=bias))
+    exact = dense_attention(*(leaf.double() for leaf in same), bias=bias.double())[0]
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=0.02)
+
+
+def test_autocast_does_not_reach_into_the_kernel() -> None:
+    """The arithmetic is the same with autocast on, in the forward and in the backward."""
+    leaves = [leaf.bfloat16().requires_grad_() for leaf in inputs(9, 20)]
+    out = flash_attention(*leaves)
+    grads = torch.autograd.grad(out.float().sum(), leaves)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        same = flash_attention(*leaves)
+        same_grads = torch.autograd.grad(same.float().sum(), leaves)
+    assert torch.equal(out, same)
+    assert all(torch.equal(a, b) for a, b in zip(grads, same_grads, strict=True))
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    tensors = inputs(9, 20, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert flash_attention(*tensors).dtype == torch.float64
+
+
+# Tensors without data
+
+
+def test_meta_tensors_give_shapes() -> None:
+    query, key, value = inputs(9, 20, value_dim=24, device="meta")
+    out, lse = flash_attention(query, key, value, mask=AttentionMask.causal(), return_lse=True)
+    assert out.shape == (2, 6, 9, 24) and lse.shape == (2, 6, 9)
+    assert out.device.type == "meta"
