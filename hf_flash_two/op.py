@@ -26,7 +26,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "flash_attn_bwd(Tensor? d_out, Tensor? d_lse, Tensor query, Tensor key, Tensor value, "
-    f"Tensor out, Tensor lse, bool need_d_bias, {_PROBLEM}) "
+    f"Tensor out, Tensor lse, {_PROBLEM}, bool need_d_bias) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _PROBLEM_TENSORS = 8
@@ -38,8 +38,8 @@ def _forward(query, key, value, *settings):
     return select(kernel, query).forward(query, key, value, Problem(*problem))
 
 
-def _backward(d_out, d_lse, query, key, value, out, lse, need_d_bias, *settings):
-    *problem, kernel = settings
+def _backward(d_out, d_lse, query, key, value, out, lse, *settings):
+    *problem, kernel, need_d_bias = settings
     d_out = torch.zeros_like(out) if d_out is None else d_out
     grads = select(kernel, query).backward(
         d_out, d_lse, query, key, value, out, lse, Problem(*problem), need_d_bias
@@ -51,8 +51,9 @@ def _forward_fake(query, key, value, *settings):
     return empty_output(query, value.shape[3]), empty_lse(query)
 
 
-def _backward_fake(d_out, d_lse, query, key, value, out, lse, need_d_bias, *settings):
-    problem = Problem(*settings[:-1])
+def _backward_fake(d_out, d_lse, query, key, value, out, lse, *settings):
+    *problem, _, need_d_bias = settings
+    problem = Problem(*problem)
     inputs = (query, key, value)
     d_inputs = tuple(empty_output(tensor, tensor.shape[3]) for tensor in inputs)
     extras = (problem.bias if need_d_bias else None, problem.sinks)
@@ -96,13 +97,13 @@ def _forward_vmap(info, in_dims, *args):
 
 def _backward_vmap(info, in_dims, *args):
     size, batch = info.batch_size, _batch_of(args[2], in_dims[2])
-    first, last = 8, 8 + _PROBLEM_TENSORS - 1
+    first, last = 7, 7 + _PROBLEM_TENSORS - 1
     tensors = _fold_all(args[:7], in_dims[:7], size, batch, share=False)
     # Bias and sinks need a gradient for each mapped sample, so they are never shared.
     problem = _fold_all(args[first:last], in_dims[first:last], size, batch, share=False)
-    grads = torch.ops.hf_flash_two.flash_attn_bwd(*tensors, args[7], *problem, *args[last:])
+    grads = torch.ops.hf_flash_two.flash_attn_bwd(*tensors, *problem, *args[last:])
     unfolded = [grad.unflatten(0, (size, batch)) if grad.numel() else grad for grad in grads]
-    for index, position in ((3, 12), (4, 14)):
+    for index, position in ((3, 11), (4, 13)):
         source, dim = args[position], in_dims[position]
         if source is not None and _batch_of(source, dim) != batch:
             unfolded[index] = unfolded[index].sum(1, keepdim=True)
@@ -153,9 +154,9 @@ class _FlashAttention(torch.autograd.Function):
             value,
             out,
             lse,
-            ctx.needs_input_grad[7],
             *problem,
             *ctx.settings,
+            ctx.needs_input_grad[7],
         )
         grads: list[Tensor | None] = [None] * (_PROBLEM_TENSORS + len(ctx.settings))
         grads[4] = d_bias if ctx.needs_input_grad[7] else None

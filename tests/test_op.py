@@ -80,7 +80,7 @@ def test_opcheck(monkeypatch, make: Callable, dtype: torch.dtype, case: Callable
     torch.library.opcheck(FORWARD, arguments, test_utils=checks)
     out, lse = FORWARD(*arguments)
     d_out, d_lse = torch.randn_like(out), torch.randn_like(lse)
-    backward = (*arguments[:3], out, lse, "bias" in case(), *arguments[3:])
+    backward = (*arguments[:3], out, lse, *arguments[3:], "bias" in case())
     torch.library.opcheck(BACKWARD, (d_out, d_lse, *backward), test_utils=checks)
     torch.library.opcheck(BACKWARD, (d_out, None, *backward), test_utils=CHECKS)
     torch.library.opcheck(BACKWARD, (None, d_lse, *backward), test_utils=CHECKS)
