@@ -1,0 +1,515 @@
+"""scripts/finetune.py: what it learns, resumes, shares out over processes, and refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import DistributedType
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "finetune.py"
+sys.path.insert(0, str(SCRIPT.parent))
+import finetune  # noqa: E402
+
+SMALL = "--max-length 64 --batch-size 4 --steps 12 --warmup-steps 2 --save-every 3".split()
+SMALL += "--eval-fraction 0.001 --sample-tokens 5".split()
+
+# A server that has imported what takes long and then forks: each run is a fresh process.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    ["accelerate", "hf_flash_two", "transformers.models.llama.modeling_llama", "pytest"]
+)
+
+
+def kill_half_way_through_a_checkpoint() -> None:
+    save, calls = torch.save, []
+
+    def save_half(state, path) -> None:
+        calls.append(path)
+        if len(calls) < 2:
+            return save(state, path)
+        save(state, path)
+        os.truncate(path, path.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = save_half
+
+
+def kill_before(owner: type, name: str, call: int) -> None:
+    original, calls = getattr(owner, name), []
+
+    def method(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, method)
+
+
+def kill_before_a_checkpoint_gets_its_name() -> None:
+    # Call 1 gives the log its name, calls 2 and 3 the checkpoints of steps 3 and 6.
+    kill_before(Path, "replace", 3)
+
+
+def kill_before_an_old_checkpoint_goes() -> None:
+    kill_before(Path, "unlink", 1)
+
+
+def kill_between_accumulation_and_update() -> None:
+    kill_before(torch.optim.AdamW, "step", 8)
+
+
+def kill_while_the_model_is_saved() -> None:
+    kill_before(finetune.PreTrainedTokenizerBase, "save_pretrained", 1)
+
+
+def call(arguments: list[str], output: Path, sabotage: Callable[[], None] | None) -> None:
+    sys.stdout = sys.stderr = open(output, "a", buffering=1)
+    sys.argv = [str(SCRIPT), *arguments]
+    torch.set_num_threads(1)
+    if sabotage:
+        sabotage()
+    finetune.main()
+
+
+def run(folder: Path, *arguments: str, sabotage: Callable[[], None] | None = None) -> int:
+    """The exit code of a run in a process of its own; its words go to ``folder``.txt."""
+    arguments = ["--output-dir", str(folder), *SMALL, *arguments]
+    output = folder.with_suffix(".txt")
+    process = PROCESSES.Process(target=call, args=(arguments, output, sabotage))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    return [entry["loss"] for entry in log(folder)[1:]]
+
+
+def words(folder: Path) -> str:
+    return folder.with_suffix(".txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("finetune") / "finished"
+    assert run(folder, "--compare", "eager") == 0, words(folder)
+    return folder
+
+
+def separate_losses(model, rows: torch.Tensor, positions: torch.Tensor) -> list[torch.Tensor]:
+    """The losses of every document piece of packed rows, each computed on its own."""
+    pieces = []
+    for tokens, position in zip(rows, positions, strict=True):
+        starts = [i for i, p in enumerate(position.tolist()) if p == 0] + [len(tokens)]
+        for begin, end in zip(starts[:-1], starts[1:], strict=True):
+            if end - begin > 1:
+                piece = tokens[None, begin:end]
+                logits = model(input_ids=piece, use_cache=False).logits[0, :-1]
+                pieces.append(F.cross_entropy(logits, piece[0, 1:], reduction="none"))
+    return pieces
+
+
+# What a run does
+
+
+def test_loss_falls_and_all_steps_are_logged(finished: Path) -> None:
+    entries = log(finished)
+    assert [entry["step"] for entry in entries] == list(range(13))
+    assert sum(losses(finished)[-3:]) / 3 < losses(finished)[0] - 1.5
+    assert entries[-1]["perplexity"] < entries[0]["perplexity"] / 4
+
+
+def test_first_loss_is_the_mean_over_documents_taken_alone(finished: Path) -> None:
+    tokenizer = ByT5Tokenizer()
+    args = SimpleNamespace(
+        model=None, seed=0, attn_implementation="eager", max_length=64, lora_rank=0,
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    model = finetune.load_model(args, tokenizer).eval()
+    documents = finetune.tokenize(finetune.load_documents(None, "text"), tokenizer)
+    tokens, positions = finetune.pack(documents, 64)
+    held_out = max(1, round(0.001 * len(tokens)))
+    rows = finetune.rows_of_step(0, 4, len(tokens) - held_out, seed=0)
+    expected = torch.cat(separate_losses(model, tokens[rows], positions[rows])).mean()
+    expected.backward()
+    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
+    assert log(finished)[1]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert log(finished)[1]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_saved_model_reloads_with_the_logged_perplexity(finished: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(finished / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(finished / "model")
+    documents = finetune.tokenize(finetune.load_documents(None, "text"), tokenizer)
+    tokens, positions = finetune.pack(documents, 64)
+    held_out = max(1, round(0.001 * len(tokens)))
+    with torch.no_grad():
+        pieces = separate_losses(model, tokens[-held_out:], positions[-held_out:])
+    expected = torch.cat(pieces).mean().exp()
+    assert log(finished)[-1]["perplexity"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_comparison_with_eager_is_shown(finished: Path) -> None:
+    for quantity in ("loss", "logits", "gradients"):
+        found = re.search(rf"^{quantity} .* (\S+) +1e-04$", words(finished), re.MULTILINE)
+        assert found and float(found[1]) < 1e-4
+    assert re.search(r"^greedy sample +equal +equal$", words(finished), re.MULTILINE)
+
+
+def test_comparison_fails_loudly_when_the_attentions_differ(finished: Path) -> None:
+    def without_mask(module, query, key, value, attention_mask, **kwargs):
+        out = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("without_mask", without_mask)
+    model = AutoModelForCausalLM.from_pretrained(finished / "model")
+    documents = finetune.tokenize(["A first text.", "A second one, longer."], ByT5Tokenizer())
+    setting = (ByT5Tokenizer(), finetune.pack(documents, 36), "The ", model.device)
+    with pytest.raises(SystemExit, match="flash_two and without_mask disagree"):
+        finetune.compare(("flash_two", "without_mask"), finished / "model", *setting)
+
+
+def test_only_the_newest_checkpoints_stay(finished: Path) -> None:
+    names = sorted(path.name for path in finished.iterdir())
+    assert names == ["losses.jsonl", "model", "step-00000009.pt", "step-00000012.pt"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(["--micro-batch-size", "1"], id="accumulation"),
+        pytest.param(["--gradient-checkpointing"], id="gradient-checkpointing"),
+        pytest.param(["--attn-implementation", "eager"], id="eager"),
+    ],
+)
+def test_losses_do_not_depend_on(arguments: list[str], finished: Path, tmp_path: Path) -> None:
+    assert run(tmp_path / "run", *arguments) == 0, words(tmp_path / "run")
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=1e-4)
+
+
+def test_bfloat16_learns_the_same_within_its_precision(finished: Path, tmp_path: Path) -> None:
+    assert run(tmp_path / "run", "--precision", "bf16") == 0, words(tmp_path / "run")
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=2e-2)
+    assert losses(tmp_path / "run") != losses(finished)
+
+
+def test_two_processes_give_the_losses_of_one(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "two"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, str(SCRIPT), "--output-dir", str(folder), *SMALL, "--micro-batch-size", "1"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 x cpu" in done.stdout
+    for key in ("loss", "grad_norm"):
+        ours, theirs = ([entry[key] for entry in log(f)[1:]] for f in (folder, finished))
+        assert ours == pytest.approx(theirs, rel=1e-4), key
+    ours, theirs = log(folder)[-1]["perplexity"], log(finished)[-1]["perplexity"]
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_lora_trains_adapters_and_saves_them_merged(finished: Path, tmp_path: Path) -> None:
+    base, folder = tmp_path / "base", tmp_path / "lora"
+    arguments = ["--model", str(base), "--lora-rank", "4", "--learning-rate", "1e-2"]
+    shutil.copytree(finished / "model", base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.3}))
+
+    assert run(tmp_path / "whole", *arguments) == 0, words(tmp_path / "whole")
+    assert run(folder, *arguments, sabotage=kill_between_accumulation_and_update) == -9
+    assert run(folder, *arguments, "--resume") == 0, words(folder)
+    assert log(folder) == log(tmp_path / "whole")
+    assert losses(folder)[-1] < losses(folder)[0]
+    saved = torch.load(folder / "step-00000012.pt")["weights"]
+    assert saved and all("lora_" in name for name in saved)
+    before = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "_proj" in name}
+
+
+# Kill and resume
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "resumed_at"),
+    [
+        (kill_half_way_through_a_checkpoint, 3),
+        (kill_before_a_checkpoint_gets_its_name, 3),
+        (kill_before_an_old_checkpoint_goes, 6),
+        (kill_between_accumulation_and_update, 6),
+        (kill_while_the_model_is_saved, 12),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_resume_continues_to_the_same_losses(
+    sabotage: Callable[[], None], resumed_at: int, finished: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    assert run(folder, "--keep", "1", sabotage=sabotage) == -signal.SIGKILL
+    assert run(folder, "--keep", "1", "--resume") == 0, words(folder)
+    assert re.findall(r"steps  (\d+) to 12", words(folder)) == ["0", str(resumed_at)]
+    assert log(folder) == log(finished)
+    assert sorted(p.name for p in folder.iterdir()) == ["losses.jsonl", "model", "step-00000012.pt"]
+    ours, theirs = (
+        AutoModelForCausalLM.from_pretrained(path / "model").state_dict()
+        for path in (folder, finished)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_resume_after_a_kill_from_outside(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    arguments = ["--output-dir", str(folder), *SMALL]
+    process = PROCESSES.Process(target=call, args=(arguments, tmp_path / "run.txt", None))
+    process.start()
+    seen = folder / "losses.jsonl"
+    while process.is_alive() and not (seen.exists() and len(seen.read_bytes()) > 300):
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and 0 < len(losses(folder)) < 12
+    assert run(folder, "--resume") == 0, words(folder)
+    assert log(folder) == log(finished)
+
+
+def test_resume_without_a_checkpoint_starts_at_the_beginning(
+    finished: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "step-00000003.partial").write_bytes(b"half")
+    (folder / "losses.jsonl").write_text('{"step": 0, "perpl')
+    assert run(folder, "--resume") == 0, words(folder)
+    assert log(folder) == log(finished)
+
+
+def test_resume_refuses_another_run(finished: Path) -> None:
+    before = (finished / "losses.jsonl").read_bytes()
+    assert run(finished, "--resume", "--seed", "1") == 1
+    assert re.search(
+        r"--resume: .*step-00000012.pt was written with seed 0, not 1", words(finished)
+    )
+    assert (finished / "losses.jsonl").read_bytes() == before
+
+
+# Packing
+
+
+def test_pack_matches_a_loop_over_the_tokens() -> None:
+    documents = [[5, 6, 7], [8], [], [9] * 11, [10, 11]]
+    tokens, positions = finetune.pack(documents, 4)
+    flat, position = [], []
+    for document in documents:
+        place = 0
+        for token in document:
+            place = 0 if len(flat) % 4 == 0 else place
+            flat.append(token)
+            position.append(place)
+            place += 1
+    assert tokens.shape == positions.shape == (5, 4)
+    assert tokens.flatten().tolist() == [*flat, 0, 0, 0]
+    assert positions.flatten().tolist() == [*position, 0, 0, 0]
+
+
+def test_a_document_does_not_change_the_losses_of_others(finished: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(
+        finished / "model", attn_implementation="flash_two"
+    ).eval()
+
+    def token_losses(first: str) -> torch.Tensor:
+        texts = [first, "The second one.", "A third."]
+        tokens, positions = finetune.pack(finetune.tokenize(texts, ByT5Tokenizer()), 37)
+        logits = finetune.logits_of(model, tokens, positions)[:, :-1]
+        labels = tokens.masked_fill(positions == 0, -100)[:, 1:]
+        return F.cross_entropy(logits.mT, labels, reduction="none")[0]
+
+    with torch.no_grad():
+        ours, other = token_losses("The first.."), token_losses("Another one")
+    # The first document is 12 tokens long with its end; the second has no loss for its first.
+    assert not torch.isclose(ours[:11], other[:11]).all()
+    assert ours[11] == other[11] == 0
+    torch.testing.assert_close(ours[12:], other[12:], rtol=1e-6, atol=1e-6)
+
+
+def test_attention_that_leaks_between_documents_is_refused(finished: Path) -> None:
+    def leaking(module, query, key, value, attention_mask, **kwargs):
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("leaking", leaking)
+    for attention in ("flash_two", "sdpa", "eager"):
+        model = AutoModelForCausalLM.from_pretrained(
+            finished / "model", attn_implementation=attention
+        )
+        finetune.check_isolation(model, 384)
+    model = AutoModelForCausalLM.from_pretrained(finished / "model", attn_implementation="leaking")
+    with pytest.raises(SystemExit, match="documents see each other in LlamaForCausalLM"):
+        finetune.check_isolation(model, 384)
+
+
+def test_every_epoch_visits_every_row_once_in_a_new_order() -> None:
+    rows = torch.cat([finetune.rows_of_step(step, 6, 9, seed=0) for step in range(6)])
+    epochs = rows.view(4, 9).tolist()
+    assert all(sorted(epoch) == list(range(9)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_learning_rate_warms_up_and_falls_to_zero() -> None:
+    args = SimpleNamespace(learning_rate=2.0, warmup_steps=4, steps=12)
+    rates = [finetune.learning_rate(step, args) for step in range(12)]
+    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
+    assert rates[8] == pytest.approx(1.0)
+    assert rates[4:] == sorted(rates[4:], reverse=True) and 0 < rates[-1] < 0.1
+
+
+# What is refused
+
+
+def refusal(capsys: pytest.CaptureFixture, monkeypatch, *arguments: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        finetune.parse_arguments()
+    return f"{stop.value} {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--steps 0", "--steps: expected int of at least 1, got '0'"),
+        ("--batch-size two", "--batch-size: expected int of at least 1, got 'two'"),
+        ("--learning-rate nan", "--learning-rate: expected float of at least 0, got 'nan'"),
+        ("--eval-fraction 0.6", "--eval-fraction: expected float from 0 to 0.5, got '0.6'"),
+        ("--precision fp8", "--precision: invalid choice: 'fp8'"),
+        ("--warmup-steps 600", "--warmup-steps: expected fewer than --steps 600, got 600"),
+        ("--attn-implementation flash", "--attn-implementation: expected one of eager, "),
+        ("--compare sdap", "--compare: expected one of eager, "),
+        ("--data missing.txt", "--data: there is no file missing.txt"),
+        ("--model /missing", "--model: cannot read '/missing'"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message, capsys, monkeypatch, tmp_path) -> None:
+    folder = str(tmp_path / "run")
+    assert message in refusal(capsys, monkeypatch, "--output-dir", folder, *arguments.split())
+    assert not Path(folder).exists()
+
+
+def test_an_output_folder_is_needed(capsys, monkeypatch) -> None:
+    message = refusal(capsys, monkeypatch)
+    assert "the following arguments are required: --output-dir" in message
+
+
+def test_an_empty_prompt_is_refused(capsys, monkeypatch, tmp_path) -> None:
+    message = refusal(capsys, monkeypatch, "--output-dir", str(tmp_path), "--prompt", "")
+    assert "--prompt: expected some text" in message
+
+
+def test_a_used_output_folder_is_refused(finished, capsys, monkeypatch) -> None:
+    message = refusal(capsys, monkeypatch, "--output-dir", str(finished))
+    assert "is not empty; pass --resume" in message
+
+
+def test_rows_longer_than_the_model_are_refused(finished, capsys, monkeypatch, tmp_path) -> None:
+    arguments = ["--model", str(finished / "model"), "--max-length", "2049"]
+    message = refusal(capsys, monkeypatch, "--output-dir", str(tmp_path), *arguments)
+    assert "takes at most 2048, got 2049" in message
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments"),
+    [("peft", ["--lora-rank", "2"]), ("datasets", ["--data", "owner/name"])],
+    ids=["peft", "datasets"],
+)
+def test_a_missing_package_is_named(package, arguments, capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(finetune.importlib.util, "find_spec", lambda name: None)
+    message = refusal(capsys, monkeypatch, "--output-dir", str(tmp_path), *arguments)
+    assert f"pip install {package}" in message
+
+
+def test_half_precision_without_a_gpu_is_refused(capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    arguments = ["--output-dir", str(tmp_path), "--precision", "fp16"]
+    assert "fp16 needs a GPU" in refusal(capsys, monkeypatch, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro_batch_size", "kind", "message"),
+    [
+        (3, None, DistributedType.MULTI_CPU, "a multiple of the 2 processes, got 3"),
+        (8, 3, DistributedType.MULTI_CPU, "a divisor of 4, each process's rows in a step, got 3"),
+        (8, 4, DistributedType.FSDP, "set up for FSDP; this script is data parallel only"),
+    ],
+    ids=["batch", "micro-batch", "sharded"],
+)
+def test_batches_that_do_not_divide_are_refused(batch_size, micro_batch_size, kind, message):
+    args = SimpleNamespace(batch_size=batch_size, micro_batch_size=micro_batch_size)
+    accelerator = SimpleNamespace(num_processes=2, distributed_type=kind)
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        finetune.check_processes(args, accelerator)
+
+
+def test_one_process_where_several_were_asked_for_is_told(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    args = SimpleNamespace(batch_size=8, micro_batch_size=None)
+    accelerator = SimpleNamespace(num_processes=1, distributed_type=DistributedType.NO)
+    finetune.check_processes(args, accelerator)
+    assert "one process only" in capsys.readouterr().err and args.micro_batch_size == 8
+
+
+def test_text_too_short_for_two_rows_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Short.")
+    folder = tmp_path / "run"
+    assert run(folder, "--data", str(tmp_path / "short.txt")) == 1
+    assert "--data: the text fills one row of 64 tokens and two are needed" in words(folder)
+    assert not folder.exists()
+
+
+def test_records_without_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "good"}\n\n{"body": "bad", "title": 1}\n')
+    with pytest.raises(SystemExit, match="record 1 of .* no text under 'text'.* body, title"):
+        finetune.load_documents(str(path), "text")
+    path.write_text('{"body": "one"}\n{"body": "two"}\n')
+    assert finetune.load_documents(str(path), "body") == ["one", "two"]
+
+
+def test_models_without_position_ids_are_refused(tmp_path: Path) -> None:
+    from transformers import BloomConfig
+
+    config = BloomConfig(vocab_size=384, hidden_size=16, n_layer=1, n_head=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bloom")
+    args = SimpleNamespace(
+        model=str(tmp_path / "bloom"), seed=0, attn_implementation="eager", precision="no",
+        lora_rank=0, gradient_checkpointing=False,
+    )  # fmt: skip
+    with pytest.raises(SystemExit, match="BloomForCausalLM takes no position_ids"):
+        finetune.load_model(args, ByT5Tokenizer())
