@@ -1,5 +1,7 @@
 """FlashAttention-2 for every attention model in Transformers, on every device PyTorch runs on."""
 
+import torch
+
 from hf_flash_two.attention import flash_attention
 from hf_flash_two.hf import register
 from hf_flash_two.masks import AttentionMask
@@ -8,3 +10,7 @@ __all__ = ["AttentionMask", "flash_attention"]
 __version__ = "0.1.0"
 
 register()
+if torch.distributed.is_available():
+    from hf_flash_two.parallel import dtensor
+
+    dtensor.register()
