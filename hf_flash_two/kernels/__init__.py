@@ -30,7 +30,7 @@ NAMES = ("auto", "blockwise", "triton")
 def select(name: str, query: Tensor) -> Kernel:
     """The kernel that computes attention for ``query``.
 
-    "auto" is Triton wherever it can run, else blockwise. A kernel asked for by name is never replaced.
+    "auto" is Triton wherever it can run, else blockwise. One asked for by name is never replaced.
 
     Raises:
         ValueError: Triton was asked for and cannot run, for the reason given.

@@ -4,10 +4,10 @@ Source: Dao 2023, arXiv:2307.08691, Algorithms 1 and 2. Scores are kept in base 
 in the sequence, and a tile's passes stay in a CPU's L2 cache.
 
 The running maximum is lazy. Softmax is invariant to the reference that is subtracted from a row's
-scores, so instead of following the maximum tile by tile, a row takes as reference the maximum over a
-few keys that all rows of its tile see, and hands it to the matrix product, which subtracts it for
-nothing. Only if a row's sum shows that to be a poor reference is the tile of queries computed again
-with the usual online softmax.
+scores, so instead of following the maximum tile by tile, a row takes as reference the maximum over
+a few keys that all rows of its tile see, and hands it to the matrix product, which subtracts it
+for nothing. Only if a row's sum shows that to be a poor reference is the tile of queries computed
+again with the usual online softmax.
 """
 
 from __future__ import annotations

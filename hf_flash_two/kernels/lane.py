@@ -28,7 +28,7 @@ _FEW_ROWS = 64
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Neighbouring keys that one tile of queries meets at once, stored in ``block`` at ``inside``."""
+    """Neighbouring keys that a tile of queries meets at once, stored in ``block`` at ``inside``."""
 
     cols: slice
     block: int

@@ -1,8 +1,8 @@
 """The backward pass as Triton kernels, in separate passes without atomics: bitwise repeatable.
 
-Source: Dao 2023, arXiv:2307.08691, Algorithm 2, split in two: one kernel walks the queries of a tile of
-keys for dK and dV, one walks the keys of a tile of queries for dQ; each recomputes the probabilities
-from lse. The gradient of the bias is a third walk, over whatever axes the bias broadcasts.
+Source: Dao 2023, arXiv:2307.08691, Algorithm 2, split in two: one kernel walks the queries of a
+tile of keys for dK and dV, one walks the keys of a tile of queries for dQ; each recomputes the
+probabilities from lse. The gradient of the bias is a third walk, over whatever axes the bias broadcasts.
 """
 
 from __future__ import annotations
@@ -434,7 +434,7 @@ def _bias_kernel(
     PLAIN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one tile of the bias, summed over every axis along which the bias has size 1."""
+    """The gradient of one tile of the bias, summed over every axis where the bias has size 1."""
     at_batch = tl.program_id(2) // bias_heads
     at_head = tl.program_id(2) % bias_heads
     batch_end, head_end, row_end, col_end = (
@@ -483,7 +483,7 @@ def _bias_kernel(
                 delta = tl.load(delta_ptr + stats, row_inside, 0.0)
                 start = row_tile * BLOCK_Q + offset
                 stop = tl.minimum(row_tile * BLOCK_Q + BLOCK_Q, query_length) + offset
-                first, last, _, _ = key_tiles(
+                first, last, full, full_end = key_tiles(
                     bounds_at, start, stop, key_length, left, right,
                     MASK, LEFT, RIGHT, DENSE, BLOCK_K,
                 )  # fmt: skip
@@ -505,7 +505,7 @@ def _bias_kernel(
                         first_at, last_at, dense_at, dense_sq, dense_sk, left, right,
                         MASK, LEFT, RIGHT, DENSE,
                     )  # fmt: skip
-                    p, _ = probabilities(
+                    p, slack = probabilities(
                         s, lse[:, None], row[:, None], position[:, None], col[None, :], seen, slope,
                         bias_ptr + batch * bias_sb + head * bias_sh, bias_sq, bias_sk,
                         scale, softcap, True, PLAIN, SOFTCAP, BIAS, ALIBI,

@@ -1,8 +1,8 @@
-"""How the Triton kernels are launched: tile sizes by shape, dtype and device, and compile-time flags.
+"""How the Triton kernels are launched: tile sizes by shape, dtype and device; compile-time flags.
 
-Tile sizes are a pure function of their arguments, never timed at run time: recomputation repeats the
-forward bit for bit. The tables were measured with ``scripts/tune_triton.py`` on an H200; a GPU with less
-shared memory gets the smaller column.
+Tile sizes are a pure function of their arguments, never timed at run time: recomputation repeats
+the forward bit for bit. The table keeps every kernel within the registers and the shared memory of
+its class of GPU, as the compiler reports them; ``scripts/tune_triton.py`` times candidates.
 """
 
 from __future__ import annotations
@@ -43,6 +43,48 @@ class Device:
 
     processors: int
     shared_memory: int
+
+
+# (block_q, block_k, warps, stages) of the forward, the walk for keys and the walk for queries, by
+# shared memory in KiB at least, dtype (float32 is "wide") and padded head dim at most.
+_TABLE = {
+    128: {
+        "half": {
+            64: ((128, 128, 4, 3), (64, 128, 8, 2), (128, 128, 8, 2)),
+            128: ((128, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
+            256: ((128, 64, 8, 2), (32, 64, 8, 1), (64, 64, 8, 1)),
+        },
+        "wide": {
+            64: ((64, 64, 4, 2), (32, 64, 4, 1), (32, 64, 4, 1)),
+            256: ((32, 64, 4, 1), (32, 64, 4, 1), (32, 64, 4, 1)),
+        },
+    },
+    96: {
+        "half": {
+            64: ((64, 64, 4, 2), (32, 64, 4, 1), (32, 64, 4, 1)),
+            128: ((64, 64, 4, 2), (32, 32, 4, 1), (32, 32, 4, 1)),
+            256: ((32, 64, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
+        },
+        "wide": {256: ((32, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1))},
+    },
+    0: {
+        "half": {
+            64: ((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+            128: ((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1)),
+            256: ((16, 32, 4, 1), (16, 16, 4, 1), (16, 32, 4, 1)),
+        },
+        "wide": {256: ((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1))},
+    },
+}
+
+
+def _table_row(width: int, wide: bool, device: Device, problem: Problem):
+    """The three launches; tiles of a bias or a dense mask leave room for fewer stages."""
+    rows = next(rows for kib, rows in _TABLE.items() if device.shared_memory >= kib * 2**10)
+    rows = rows["wide" if wide else "half"]
+    row = next(row for limit, row in rows.items() if width <= limit)
+    most = 4 if problem.bias is None and problem.dense is None else 2
+    return [(*sizes, min(stages, most)) for *sizes, stages in row]
 
 
 @lru_cache
@@ -89,28 +131,15 @@ def forward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -
         return Tiles(
             block_q, block_k, block_d, block_v, 4, 3 if widest <= 128 else 2, group, splits
         )
-    block_q, block_k, warps, stages = _forward_table(max(block_d, block_v), wide, device)
+    block_q, block_k, warps, stages = _table_row(max(block_d, block_v), wide, device, problem)[0]
     return Tiles(
         min(_cap(block_q, problem.block_q, 16), max(16, _padded(query_length))),
-        _cap(block_k, problem.block_k, 64),
+        _cap(block_k, problem.block_k, 16),
         block_d,
         block_v,
         warps,
         stages,
     )
-
-
-def _forward_table(width: int, wide: bool, device: Device) -> tuple[int, int, int, int]:
-    """(block_q, block_k, warps, stages) by the padded head dim."""
-    if wide:
-        return (64, 64, 4, 2) if width <= 64 else (32, 64, 4, 1)
-    if device.shared_memory < 2**17:
-        return (64, 64, 4, 2) if width <= 128 else (32, 64, 4, 1)
-    if width <= 64:
-        return 128, 128, 4, 3
-    if width <= 128:
-        return 128, 64, 8, 3
-    return 128, 64, 8, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,32 +161,17 @@ def backward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) 
         keys = queries = (32, 64, 64, 64, 4, 1)
     else:
         sizes = (_padded(head_dim), _padded(value_dim))
-        keys, queries = _backward_table(width, wide, device)
+        _, keys, queries = _table_row(width, wide, device, problem)
         keys, queries = (*keys[:2], *sizes, *keys[2:]), (*queries[:2], *sizes, *queries[2:])
 
     def capped(block_q, block_k, *rest):
         return Tiles(
             min(_cap(block_q, problem.block_q, 16), _padded(query.shape[2])),
-            _cap(block_k, problem.block_k, 64),
+            _cap(block_k, problem.block_k, 16),
             *rest,
         )
 
     return BackwardTiles(capped(*keys), capped(*queries))
-
-
-def _backward_table(width: int, wide: bool, device: Device):
-    """(block_q, block_k, warps, stages) of the walk for keys, then of the walk for queries."""
-    if wide:
-        return ((32, 64, 4, 1), (32, 64, 4, 1))
-    if device.shared_memory < 2**17:
-        return (
-            ((32, 64, 4, 1), (64, 64, 4, 1)) if width <= 128 else ((16, 64, 4, 1), (32, 64, 4, 1))
-        )
-    if width <= 64:
-        return (64, 128, 4, 2), (128, 64, 4, 3)
-    if width <= 128:
-        return (64, 128, 8, 2), (128, 64, 8, 2)
-    return (32, 64, 8, 1), (64, 64, 8, 1)
 
 
 def launch_flags(query: Tensor, problem: Problem) -> dict:

@@ -1,8 +1,8 @@
 """The forward pass as Triton kernels: training and prefill, decode, and the merge of split keys.
 
 Source: Dao 2023, arXiv:2307.08691, Algorithm 1; keys split over programs as in Flash-Decoding.
-One kernel serves both ends. A tile holds ``PACK`` query heads of one group side by side: one for long
-queries, the whole group in decode, so that a few queries still fill the tile and each key is read once.
+One kernel serves both ends. A tile holds ``PACK`` query heads of one group side by side: one for
+long queries, the whole group in decode, so that few queries fill the tile and a key is read once.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def _forward_kernel(
                     s = tl.where(seen, s, float("-inf"))
                 new_peak = tl.maximum(peak, tl.max(s, 1) * score_scale)
             else:
-                s, _ = modify(
+                s, slack = modify(
                     s, row[:, None], position[:, None], col[None, :], seen, slope,
                     bias_ptr, bias_sq, bias_sk, scale, softcap, SOFTCAP, BIAS, ALIBI,
                 )  # fmt: skip

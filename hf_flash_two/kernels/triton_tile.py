@@ -1,6 +1,6 @@
 """What one tile of scores needs, shared by the Triton kernels: its place, its mask, its changes.
 
-Everything here runs inside a kernel. Features are compile-time flags, so an absent one costs nothing.
+Everything here runs inside a kernel. Features are compile-time flags: an absent one costs nothing.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def key_tiles(
 
 @triton.jit
 def _classify(bounds_ptr, group, groups, start, stop):
-    """Which groups of keys queries at [start, stop) see at all, and which all of them see wholly."""
+    """Which groups of keys queries at [start, stop) see at all, and which they all see wholly."""
     inside = group < groups
     at = bounds_ptr + group * 4
     min_first = tl.load(at, inside, 2**30)
@@ -98,7 +98,7 @@ def query_tiles(
             high = tl.minimum(key_stop + left - offset, query_length)
             full_high = tl.minimum(key_start + left + 1 - offset, query_length)
     elif MASK == INTERVALS:
-        group = key_start // _GRANULE + tl.arange(0, BLOCK_K // _GRANULE)
+        group = key_start // _GRANULE + tl.arange(0, (BLOCK_K + _GRANULE - 1) // _GRANULE)
         inside = group < tl.cdiv(key_length, _GRANULE)
         at = bounds_ptr + group * 4
         low = tl.maximum(tl.min(tl.load(at, inside, 2**30)) - offset, 0)

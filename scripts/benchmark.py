@@ -1,0 +1,347 @@
+"""Time attention against the other implementations of this machine, and weigh its peak memory.
+
+    python scripts/benchmark.py                       # the default table of this device
+    python scripts/benchmark.py --workloads packed --lengths 8192 --dtypes bf16
+    python scripts/benchmark.py --memory              # peak memory of a forward and backward
+
+Every peer runs in turn within a row, so a ratio holds when the machine's speed drifts; times are medians.
+A row is timed only if all peers agree on its result. FLOP/s count 4 * B * H * D per visible pair in the
+forward pass and 3.5 times that for forward and backward. Running out of memory is a row, not a gap.
+The last line of the output is the table as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from hf_flash_two import AttentionMask, flash_attention
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WORKLOADS = ("full", "causal", "padded", "window", "packed", "decode")
+WINDOW = DOCUMENT = 512
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a workload, its shape and what is timed."""
+
+    workload: str
+    dtype: str
+    length: int
+    head_dim: int
+    mode: str
+    device: str
+    batch: int
+    heads: int
+    key_heads: int
+
+    @property
+    def queries(self) -> int:
+        return 1 if self.workload == "decode" else self.length
+
+    def tensors(self) -> list[Tensor]:
+        shapes = [
+            (self.batch, self.heads, self.queries, self.head_dim),
+            (self.batch, self.key_heads, self.length, self.head_dim),
+            (self.batch, self.key_heads, self.length, self.head_dim),
+        ]
+        kind = {"dtype": DTYPES[self.dtype], "device": self.device}
+        return [torch.randn(s, **kind, requires_grad=self.mode == "both") for s in shapes]
+
+    def mask(self) -> AttentionMask:
+        if self.workload == "padded":
+            padding = torch.arange(self.batch, device=self.device) % 2 * (self.length // 2)
+            keep = torch.arange(self.length, device=self.device) >= padding[:, None]
+            return AttentionMask.causal() & AttentionMask.from_padding(keep)
+        if self.workload == "packed":
+            documents = torch.arange(self.length, device=self.device) // DOCUMENT
+            return AttentionMask.from_documents(segment_ids=documents, causal=True)
+        if self.workload == "window":
+            return AttentionMask.causal(WINDOW)
+        return AttentionMask.causal() if self.workload == "causal" else AttentionMask.full()
+
+    def flops(self) -> float:
+        if self.workload in ("full", "decode"):
+            pairs = float(self.batch * self.queries * self.length)
+        elif self.workload == "causal":
+            pairs = self.batch * self.length * (self.length + 1) / 2
+        else:
+            dense = self.mask().to_dense(self.length, self.length, self.device)
+            pairs = dense.sum().item() * self.batch / dense.shape[0]
+        return pairs * 4 * self.heads * self.head_dim * (3.5 if self.mode == "both" else 1)
+
+
+def peers(case: Case) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Name -> attention; ours first, then everything this machine offers for the case."""
+    mask, length = case.mask(), case.length
+    found = {"flash_two": lambda q, k, v: flash_attention(q, k, v, mask=mask)}
+    gqa = case.heads != case.key_heads
+    if case.workload in ("full", "causal", "decode"):
+        settings = {"is_causal": case.workload == "causal", "enable_gqa": gqa}
+    else:
+        # What Transformers hands to sdpa: a boolean tensor of one head.
+        dense = mask.to_dense(length, length, case.device)
+        dense = dense.expand(case.batch, -1, -1, -1).contiguous()
+        settings = {"attn_mask": dense, "enable_gqa": gqa}
+    found["sdpa"] = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **settings)
+    if case.device == "cuda":
+        for backend in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"):
+            found[f"sdpa-{backend.split('_')[0].lower()}"] = _forced(backend, settings)
+        found["flex"] = _flex(case, mask)
+    return found
+
+
+def _forced(backend: str, settings: dict):
+    def attend(q, k, v):
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return F.scaled_dot_product_attention(q, k, v, **settings)
+
+    return attend
+
+
+def _flex(case: Case, mask: AttentionMask):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch.compiler.reset()
+    compiled = torch.compile(flex_attention)
+    block_mask = None
+    if case.workload not in ("full", "decode"):
+        visible = mask.to_dense(case.length, case.length, case.device)
+
+        def visible_pair(b, h, q, k):
+            return visible[b % visible.shape[0], 0, q, k]
+
+        block_mask = create_block_mask(
+            visible_pair, case.batch, None, case.length, case.length, device=case.device
+        )
+    gqa = case.heads != case.key_heads
+    return lambda q, k, v: compiled(q, k, v, block_mask=block_mask, enable_gqa=gqa)
+
+
+def measure(case: Case, repeats: int) -> list[dict]:
+    """One result per peer: milliseconds, FLOP/s, peak memory on a GPU, or why there is no time."""
+    tensors, results, runs, reference = case.tensors(), [], {}, None
+    for name, attend in peers(case).items():
+        row = vars(case) | {"peer": name}
+        results.append(row)
+        try:
+            run = _runner(case, attend, tensors)
+            out = run()
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            row["failed"] = "out of memory" if "memory" in str(error) else str(error).split("\n")[0]
+            continue
+        seen = _comparable(case, out.detach())
+        reference = seen if reference is None else reference
+        error = (seen - reference).norm() / reference.norm()
+        if not error < (1e-5 if case.dtype == "fp32" else 2e-2):
+            raise RuntimeError(f"{name} disagrees on {case}: relative error {error:.1e}")
+        runs[name] = run
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            times[name].append(_seconds(run, case.device))
+    base = statistics.median(times["flash_two"])
+    for row in results:
+        if row["peer"] in times:
+            seconds = statistics.median(times[row["peer"]])
+            row |= {"ms": seconds * 1e3, "gflops": case.flops() / seconds / 1e9}
+            row["ratio"] = seconds / base
+            if case.device == "cuda":
+                row["peak_mib"] = _cuda_peak(runs[row["peer"]])
+    return results
+
+
+def _runner(case: Case, attend, tensors: list[Tensor]):
+    if case.mode == "forward":
+        return lambda: attend(*tensors)
+    d_out = torch.randn(
+        case.batch, case.heads, case.queries, case.head_dim,
+        dtype=DTYPES[case.dtype], device=case.device,
+    )  # fmt: skip
+
+    def run():
+        out = attend(*tensors)
+        torch.autograd.grad(out, tensors, d_out)
+        return out
+
+    return run
+
+
+def _comparable(case: Case, out: Tensor) -> Tensor:
+    """Rows that see no key are left out: peers answer 0, an average or NaN there."""
+    if case.workload != "padded":
+        return out.float()
+    seen = case.mask().to_dense(case.length, case.length).any(-1)
+    return out.float()[seen.expand(out.shape[:3])]
+
+
+def _seconds(run, device: str) -> float:
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _cuda_peak(run) -> float:
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def memory(device: str) -> None:
+    """Peak memory of one forward and backward at 32k tokens, each in a fresh process."""
+    print(f"\n{'dtype':6}{'D':>5}{'tensors MiB':>13}{'peak MiB':>10}{'beyond MiB':>12}")
+    for dtype, head_dim in (("fp32", 64), ("fp32", 128), ("bf16", 64), ("bf16", 128)):
+        command = [sys.executable, __file__, "--device", device, "--weigh", dtype, str(head_dim)]
+        weighed = json.loads(subprocess.check_output(command, text=True))
+        beyond = weighed["peak"] - weighed["tensors"]
+        print(
+            f"{dtype:6}{head_dim:5}{weighed['tensors']:13.0f}{weighed['peak']:10.0f}{beyond:12.0f}"
+        )
+
+
+def weigh(dtype: str, head_dim: int, device: str) -> None:
+    """Print the bytes of inputs, output and gradients, and what the process grew by at its peak."""
+    small = Case("causal", dtype, 1024, head_dim, "both", device, 1, 4, 4)
+    _runner(small, peers(small)["flash_two"], small.tensors())()
+    case = Case("causal", dtype, 32768, head_dim, "both", device, 1, 4, 4)
+    gc.collect()
+    start = torch.cuda.memory_allocated() if device == "cuda" else _resident()
+    tensors = case.tensors()
+    out = flash_attention(*tensors, mask=case.mask())
+    grads = torch.autograd.grad(out, tensors, torch.ones_like(out))
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _peak_resident()
+    # The gradient of the output is one more tensor of its size.
+    tensors = sum(t.nbytes for t in (*tensors, out, out, *grads))
+    print(json.dumps({"tensors": tensors / 2**20, "peak": (peak - start) / 2**20}))
+
+
+def _resident() -> int:
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize()
+
+
+def _peak_resident() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def show(results: list[dict]) -> None:
+    head = f"{'workload':9}{'mode':8}{'dtype':6}{'T':>6}{'D':>5}  {'peer':16}"
+    print(f"\n{head}{'ms':>10}{'GFLOP/s':>10}{'peak MiB':>10}{'flash_two is':>14}")
+    for row in results:
+        line = (
+            f"{row['workload']:9}{row['mode']:8}{row['dtype']:6}{row['length']:6}"
+            f"{row['head_dim']:5}  {row['peer']:16}"
+        )
+        if "failed" in row:
+            print(f"{line}  {row['failed'][:60]}")
+            continue
+        peak = f"{row['peak_mib']:10.0f}" if "peak_mib" in row else f"{'':10}"
+        ratio = "" if row["peer"] == "flash_two" else f"{row['ratio']:.2f}x faster"
+        print(f"{line}{row['ms']:10.2f}{row['gflops']:10.0f}{peak}{ratio:>14}")
+
+
+def plot(results: list[dict], path: str) -> None:
+    """Bars of the ratio to each peer, one per row; needs matplotlib."""
+    import matplotlib.pyplot as plt
+
+    rows = [r for r in results if "ratio" in r and r["peer"] != "flash_two"]
+    labels = [
+        f"{r['workload']} {r['mode']} {r['dtype']} T{r['length']} D{r['head_dim']} vs {r['peer']}"
+        for r in rows
+    ]
+    figure, axes = plt.subplots(figsize=(8, 0.25 * len(rows) + 1))
+    axes.barh(labels, [r["ratio"] for r in rows])
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_xlabel("times faster than the peer")
+    axes.invert_yaxis()
+    figure.savefig(path, bbox_inches="tight", dpi=150)
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    found = []
+    for workload in args.workloads:
+        for dtype in args.dtypes:
+            for head_dim in args.head_dims:
+                for length in [max(args.lengths)] if workload == "decode" else args.lengths:
+                    for mode in ["forward"] if workload == "decode" else args.modes:
+                        heads, key_heads = (32, 8) if workload == "decode" else (8, 8)
+                        batch = 2 if workload == "padded" else 1
+                        if args.device == "cuda":
+                            batch = max(batch, 16384 // length)
+                            heads, key_heads = 2048 // head_dim, 2048 // head_dim
+                        found.append(
+                            Case(
+                                workload, dtype, length, head_dim, mode, args.device,
+                                batch, heads, key_heads,
+                            )
+                        )  # fmt: skip
+    return found
+
+
+def main() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default=device, choices=["cpu", "cuda"])
+    parser.add_argument("--workloads", nargs="+", default=WORKLOADS, choices=WORKLOADS)
+    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
+    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096, 8192])
+    parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128])
+    parser.add_argument("--modes", nargs="+", default=["forward", "both"])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--plot", help="write a bar chart to this file (needs matplotlib)")
+    parser.add_argument("--memory", action="store_true", help="weigh peak memory instead")
+    parser.add_argument("--weigh", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.weigh:
+        weigh(args.weigh[0], int(args.weigh[1]), args.device)
+        return
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
+    print(
+        f"{machine or platform.machine()} | {args.threads} threads | torch {torch.__version__} | "
+        f"{date.today()} | median of {args.repeats}"
+    )
+    if args.memory:
+        memory(args.device)
+        return
+    torch.manual_seed(0)
+    results = []
+    for case in tqdm(cases(args), unit="case", file=sys.stderr):
+        results += measure(case, args.repeats)
+    show(results)
+    if args.plot:
+        plot(results, args.plot)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
