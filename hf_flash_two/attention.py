@@ -147,7 +147,8 @@ def _check_device(name: str, tensor: Tensor, query: Tensor) -> None:
 def _settle_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     device = query.device.type
     dtype = value.dtype
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # `is_autocast_available` would ask this too, but torch.compile cannot trace it before 2.11.
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
     if autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     return query.to(dtype), key.to(dtype), value.to(dtype)
