@@ -5,8 +5,9 @@ import torch
 from hf_flash_two.attention import flash_attention
 from hf_flash_two.hf import register
 from hf_flash_two.masks import AttentionMask
+from hf_flash_two.module import FlashAttentionTwo
 
-__all__ = ["AttentionMask", "flash_attention"]
+__all__ = ["AttentionMask", "FlashAttentionTwo", "flash_attention"]
 __version__ = "0.1.0"
 
 register()

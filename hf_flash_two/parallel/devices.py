@@ -1,0 +1,53 @@
+"""Attention split over the devices of one process; gradients come back through the copies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hf_flash_two.attention import flash_attention
+from hf_flash_two.masks import AttentionMask
+
+
+def attend_over_devices(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    devices: Sequence[torch.device],
+    **settings,
+) -> Tensor:
+    """`flash_attention` with key heads (and their query heads), or else batch rows, spread out.
+
+    Returns:
+        [B, Hq, Tq, Dv] on the device of ``query``; the same numbers as on one device.
+    """
+    dim = 1 if key.shape[1] >= len(devices) else 0
+    parts, count = [], key.shape[dim]
+    ends = [count * (i + 1) // len(devices) for i in range(len(devices))]
+    for start, stop, device in zip([0, *ends], ends, devices, strict=False):
+        if start == stop:
+            continue
+        share = query.shape[dim] // count
+        tensors = (
+            query.narrow(dim, start * share, (stop - start) * share),
+            key.narrow(dim, start, stop - start),
+            value.narrow(dim, start, stop - start),
+        )
+        part = _part(mask, dim, slice(start * share, stop * share)).to(device)
+        out = flash_attention(*(x.to(device) for x in tensors), mask=part, **settings)
+        parts.append(out.to(query.device))
+    return torch.cat(parts, dim=dim)
+
+
+def _part(mask: AttentionMask, dim: int, part: slice) -> AttentionMask:
+    """The mask of some heads (``dim`` 1) or batch rows (0)."""
+    changes = {}
+    if mask.dense is not None and mask.dense.shape[dim] > 1:
+        changes["dense"] = mask.dense[:, part] if dim else mask.dense[part]
+    if dim == 0 and mask.first_query is not None and mask.first_query.shape[0] > 1:
+        changes |= {"first_query": mask.first_query[part], "last_query": mask.last_query[part]}
+    return replace(mask, _bounds=[], **changes) if changes else mask

@@ -1,0 +1,93 @@
+"""What ``parallel=True`` means for one call: where its attention is computed, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from hf_flash_two.attention import flash_attention
+from hf_flash_two.masks import AttentionMask
+from hf_flash_two.parallel.devices import attend_over_devices
+from hf_flash_two.parallel.sequence import attend_over_mesh, gather_sequence
+
+LAYOUTS = ("contiguous", "head_tail")
+_WORTH_SPLITTING = 2**30
+"""Multiplications below which sending tensors to other devices costs more than it saves."""
+
+
+@dataclass(frozen=True)
+class ParallelPlan:
+    """Where attention is computed, and why there.
+
+    Attributes:
+        kind: "local", "devices" (split over the devices of this process) or "sequence" (each rank
+            of ``mesh`` holds a shard of the sequence).
+        reason: one clause.
+        expected: False where the caller, who asked for parallel computation, gets none.
+    """
+
+    kind: str
+    reason: str
+    devices: tuple[torch.device, ...] = ()
+    mesh: DeviceMesh | None = None
+    layout: str = "contiguous"
+    expected: bool = True
+
+    def whole_sequence(self, x: Tensor) -> Tensor:
+        """[B, T] over the whole sequence, of a rank's shard of it if it is sharded."""
+        if self.kind != "sequence":
+            return x
+        shard = x[:, None, :, None].to(torch.int32)
+        group, ranks = self.mesh.get_group(), self.mesh.size()
+        return gather_sequence(shard, group, ranks, self.layout)[:, 0, :, 0]
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, **settings
+    ) -> Tensor:
+        """`flash_attention` carried out by this plan."""
+        if self.kind == "sequence":
+            return attend_over_mesh(query, key, value, mask, self.mesh, self.layout, **settings)
+        if self.kind == "devices":
+            return attend_over_devices(query, key, value, mask, self.devices, **settings)
+        return flash_attention(query, key, value, mask=mask, **settings)
+
+
+def make_plan(
+    query: Tensor,
+    key: Tensor,
+    *,
+    mesh: DeviceMesh | None = None,
+    layout: str = "contiguous",
+    devices: Sequence[torch.device | str] | None = None,
+) -> ParallelPlan:
+    """The first that applies: a mesh, the ranks of a distributed run, several devices, local.
+
+    Args:
+        query, key: what will be attended with; only shapes and device are read.
+        mesh: one dimension; every rank passes its shard of the sequence.
+        devices: to split over; all accelerators this process sees if None.
+    """
+    if mesh is not None:
+        return ParallelPlan("sequence", f"over {mesh.size()} ranks", mesh=mesh, layout=layout)
+    if dist.is_available() and dist.is_initialized():
+        return ParallelPlan("local", "the ranks of the distributed run are the parallelism")
+    if devices is None:
+        devices = _visible_devices(query.device)
+        work = query.numel() * key.shape[2]
+        if len(devices) > 1 and work < _WORTH_SPLITTING:
+            return ParallelPlan("local", "too little work to send to other devices")
+    if len(devices) < 2:
+        return ParallelPlan("local", f"{query.device} is the only device", expected=False)
+    devices = tuple(torch.device(device) for device in devices)
+    return ParallelPlan("devices", f"over {len(devices)} devices", devices=devices)
+
+
+def _visible_devices(device: torch.device) -> list[torch.device]:
+    if device.type == "cpu" or not torch.accelerator.is_available():
+        return [device]
+    return [torch.device(device.type, i) for i in range(torch.accelerator.device_count())]
