@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -56,9 +57,11 @@ _PREPARE_ARGUMENTS = [
     "config", "inputs_embeds", "attention_mask", "past_key_values", "position_ids",
 ]  # fmt: skip
 
-# Models that do arithmetic on the mask themselves, by model_type, and the kind that they expect.
-WANTS_BOOL_MASK = frozenset({"doge"})
-WANTS_ADDITIVE_MASK = frozenset({"deepseek_v4", "gemma4_audio"})
+# Families that ask whether the mask is a tensor, by model_type: those that know a bool one, and not.
+WANTS_BOOL_TENSOR = frozenset({"doge"})
+WANTS_FLOAT_TENSOR = frozenset({"deepseek_v4", "gemma4_audio"})
+# Families with bidirectional layers that say is_causal, which no mask bears out.
+NOT_CAUSAL_WITHOUT_MASK = frozenset({"bridgetower", "bridgetower_text_model"})
 
 
 def allow_flash_two() -> str | None:
@@ -173,3 +176,17 @@ def makes_masks(module: torch.nn.Module) -> bool:
     """Whether the implementation that ``module`` is set to has a mask function."""
     name = getattr(getattr(module, "config", None), "_attn_implementation", FLASH_TWO)
     return name in transformers.AttentionMaskInterface()
+
+
+def is_causal_without_mask(module: torch.nn.Module) -> bool:
+    """Whether ``module.is_causal`` may be believed where no mask came."""
+    family = getattr(getattr(module, "config", None), "model_type", None)
+    return family not in NOT_CAUSAL_WITHOUT_MASK
+
+
+def has_own_attention(config: transformers.PreTrainedConfig) -> bool:
+    """Whether the family computes attention itself, and so wants the float mask that eager gets."""
+    name = type(config).__module__.replace(".configuration_", ".modeling_")
+    return not hasattr(
+        sys.modules.get(name, transformers.modeling_utils), "ALL_ATTENTION_FUNCTIONS"
+    )

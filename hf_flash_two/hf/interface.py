@@ -28,8 +28,8 @@ _INFORMATIONAL = frozenset(
         "deterministic",
         # used by the model before attention, or where the mask was made
         "position_embeddings", "token_type_ids", "mm_token_type_ids",
-        # of a paged cache, read by the cache
-        "read_index", "write_index", "block_table",
+        # of continuous batching, read by its cache and its sampler
+        "read_index", "write_index", "block_table", "logits_processor_args",
     }
 )  # fmt: skip
 _MEMO = "_flash_two_memo"
@@ -146,7 +146,7 @@ def attention_forward(
 def _causality(module: torch.nn.Module, attention_mask, is_causal: bool | None) -> bool:
     modules = getattr(module, "is_causal", True)
     if is_causal is None:
-        return modules
+        return modules and (attention_mask is not None or compat.is_causal_without_mask(module))
     if not is_causal and modules and isinstance(attention_mask, MaskCarrier):
         if attention_mask.causal:
             raise ValueError(
@@ -173,6 +173,8 @@ def _settle_mask(
     bias = None
     carried = isinstance(attention_mask, MaskCarrier)
     if carried:
+        if attention_mask.shape[2:] == (1, keys):
+            attention_mask = attention_mask.for_all_queries(queries)
         if attention_mask.shape[2:] != (queries, keys):
             raise ValueError(
                 f"attention_mask: made for {list(attention_mask.shape[2:])} queries and keys, but "
@@ -286,9 +288,7 @@ def _from_cu_seqlens(
     key_ends = query_ends if key_ends is None else key_ends
 
     def build() -> AttentionMask:
-        return AttentionMask.from_documents(
-            key_ends, query_cu_seqlens=query_ends, key_length=keys
-        )
+        return AttentionMask.from_documents(key_ends, query_cu_seqlens=query_ends, key_length=keys)
 
     return _once(key_ends, ("cu_seqlens", query_ends.data_ptr(), queries, keys), build)
 

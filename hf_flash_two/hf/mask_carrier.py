@@ -23,17 +23,17 @@ class MaskCarrier(BlockMask):
 
     Transformers lets a mask pass untouched if it is a tensor or a ``BlockMask`` of four dimensions;
     nothing else of ``BlockMask`` is used. Whatever treats it as a tensor gets the dense mask it
-    stands for, at O(Tq * Tk) memory: additive (0 and the smallest number) in a sum, boolean (True
-    may attend) everywhere else.
+    stands for, at O(Tq * Tk) memory: additive (0 and the smallest number) where ``dtype`` is a float,
+    in a sum, or converted to a float; boolean (True may attend) everywhere else.
 
     Attributes:
         mask: what the attention uses.
+        dtype: that of the tensor it stands for.
         causal: whether causality is part of the mask.
         may_pack: whether ``position_ids`` that restart say more than the mask: False if it already
             holds the documents, or padding. A bool tensor [] where only the device knows.
     """
 
-    dtype = torch.bool
     ndim = 4
 
     def __init__(
@@ -41,6 +41,7 @@ class MaskCarrier(BlockMask):
         mask: AttentionMask,
         shape: tuple[int, int, int, int],
         device: torch.device | str,
+        dtype: torch.dtype = torch.bool,
         *,
         causal: bool,
         may_pack: bool | Tensor,
@@ -48,6 +49,7 @@ class MaskCarrier(BlockMask):
         self.mask = mask
         self._shape = tuple(shape)
         self.device = torch.device(device)
+        self.dtype = dtype
         self.causal = causal
         self.may_pack = may_pack
         self._packed: tuple[Tensor, AttentionMask] | None = None
@@ -74,6 +76,14 @@ class MaskCarrier(BlockMask):
             self._packed = (position_ids, self.mask if restarts is None else self.mask & restarts)
         return self._packed[1]
 
+    def for_all_queries(self, queries: int) -> MaskCarrier:
+        """The mask of one query, broadcast to all."""
+        if self._shape[2] == queries:
+            return self
+        batch, heads, _, keys = self._shape
+        mask = AttentionMask.from_padding(self.as_bool()[:, 0, 0])
+        return self._replace(mask, (batch, heads, queries, keys))
+
     def as_bool(self) -> Tensor:
         """bool [B, 1, Tq, Tk], True may attend."""
         return self.mask.to_dense(*self._shape[2:], device=self.device).expand(self._shape)
@@ -83,19 +93,33 @@ class MaskCarrier(BlockMask):
         hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=self.device)
         return torch.where(self.as_bool(), torch.zeros_like(hidden), hidden)
 
-    to_dense = as_bool
+    def as_tensor(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense mask in its own ``dtype``, or in another."""
+        dtype = self.dtype if dtype is None else dtype
+        return self.as_additive(dtype) if dtype.is_floating_point else self.as_bool().to(dtype)
+
+    def to_dense(self) -> Tensor:
+        return self.as_tensor()
 
     def contiguous(self, *_, **__) -> MaskCarrier:
         return self
 
     def to(self, *args, **kwargs) -> MaskCarrier | Tensor:
-        device = kwargs.get("device", args[0] if args else None)
-        if len(args) > 1 and not isinstance(args[1], bool) or "dtype" in kwargs:
-            return self.as_bool().to(*args, **kwargs)
-        if not isinstance(device, (torch.device, str, int)):
-            return self.as_bool().to(*args, **kwargs)
-        device = torch.device(device)
-        return self if device == self.device else self._replace(self.mask.to(device), device=device)
+        options = [*args, *kwargs.values()]
+        for like in (x for x in options if isinstance(x, Tensor)):
+            options += [like.device, like.dtype]
+        dtypes = [x for x in options if isinstance(x, torch.dtype) and x != self.dtype]
+        devices = [x for x in options if isinstance(x, (torch.device, str))]
+        moved = self
+        if devices and torch.device(devices[0]) != self.device:
+            moved = self._replace(self.mask.to(devices[0]), device=torch.device(devices[0]))
+        return moved.as_tensor(dtypes[0]) if dtypes else moved
+
+    def float(self) -> Tensor:
+        return self.as_tensor(torch.float32)
+
+    def type_as(self, other: Tensor) -> Tensor:
+        return self.as_tensor(other.dtype)
 
     def _replace(self, mask: AttentionMask, shape=None, device=None) -> MaskCarrier:
         may_pack = self.may_pack
@@ -105,6 +129,7 @@ class MaskCarrier(BlockMask):
             mask,
             self._shape if shape is None else shape,
             self.device if device is None else device,
+            self.dtype,
             causal=self.causal,
             may_pack=may_pack,
         )
@@ -112,7 +137,7 @@ class MaskCarrier(BlockMask):
     def __getitem__(self, index) -> MaskCarrier | Tensor:
         rows = _slices(index, self._shape)
         if rows is None:
-            return self.as_bool()[index]
+            return self.as_tensor()[index]
         batch, (start_q, stop_q), (start_k, stop_k) = rows
         _, _, queries, keys = self._shape
         mask = self.mask.slice_queries(start_q, stop_q, queries, keys)
@@ -129,60 +154,37 @@ class MaskCarrier(BlockMask):
 
     def __and__(self, other) -> MaskCarrier | Tensor:
         if not isinstance(other, MaskCarrier) or other._shape != self._shape:
-            return self.as_bool() & (other.as_bool() if isinstance(other, MaskCarrier) else other)
+            return torch.bitwise_and(self, other)
         queries, keys = self._shape[2:]
-        offsets = [m.mask.resolve_offset(queries, keys) for m in (self, other)]
-        if offsets[0] != offsets[1]:
-            return self.as_bool() & other.as_bool()
-        both = replace(self.mask, query_offset=None) & replace(other.mask, query_offset=None)
-        carrier = self._replace(replace(both, query_offset=offsets[0]))
-        carrier.causal = self.causal or other.causal
-        carrier.may_pack = False
+        offset, others = (m.mask.resolve_offset(queries, keys) for m in (self, other))
+        if offset != others:
+            return torch.bitwise_and(self, other)
+        both = replace(self.mask, query_offset=offset) & replace(other.mask, query_offset=offset)
+        carrier = self._replace(both)
+        carrier.causal, carrier.may_pack = self.causal or other.causal, False
         return carrier
-
-    def __rand__(self, other) -> Tensor:
-        return other & self.as_bool()
-
-    def __or__(self, other) -> Tensor:
-        return self.as_bool() | (other.as_bool() if isinstance(other, MaskCarrier) else other)
-
-    __ror__ = __or__
-
-    def __invert__(self) -> Tensor:
-        return ~self.as_bool()
-
-    def __eq__(self, other) -> Tensor:
-        return self.as_bool() == other
-
-    def __ne__(self, other) -> Tensor:
-        return self.as_bool() != other
-
-    __hash__ = object.__hash__
-
-    def __add__(self, other: Tensor) -> Tensor:
-        return torch.add(self, other)
-
-    __radd__ = __add__
 
     def __getattr__(self, name: str):
         if name.startswith("_") or not hasattr(Tensor, name):
             raise AttributeError(f"MaskCarrier has no attribute {name!r}")
-        return getattr(self.as_bool(), name)
+        return getattr(self.as_tensor(), name)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        args = (args, kwargs or {})
-        if getattr(func, "__name__", "") not in _SUMS:
-            args, kwargs = tree_map(lambda x: x.as_bool() if isinstance(x, cls) else x, args)
-            return func(*args, **kwargs)
-        logger.warning_once(
-            "A mask of `flash_two` was added to scores: an attention of this model does not go "
-            "through Transformers' attention interface, and computes them as it always did. "
-            "`hf_flash_two.patch(model)` reports which, and replaces what it can."
+        dtype = None
+        if getattr(func, "__name__", "") in _SUMS:
+            dtype = next((x.dtype for x in args if isinstance(x, Tensor)), None)
+            logger.warning_once(
+                "A mask of `flash_two` was added to scores: an attention of this model does not go "
+                "through Transformers' attention interface, and computes them as it always did. "
+                "`hf_flash_two.patch(model)` reports which, and replaces what it can."
+            )
+        args, kwargs = tree_map(
+            lambda x: x.as_tensor(dtype) if isinstance(x, cls) else x, (args, kwargs or {})
         )
-        dtype = next(x.dtype for x in args[0] if isinstance(x, Tensor))
-        args, kwargs = tree_map(lambda x: x.as_additive(dtype) if isinstance(x, cls) else x, args)
         return func(*args, **kwargs)
+
+    __hash__ = object.__hash__
 
     def __repr__(self) -> str:
         return f"MaskCarrier({self.mask}, shape={list(self._shape)}, device={self.device})"
@@ -209,3 +211,15 @@ def _slices(index, shape):
     if len(ranges[1]) != 1 or not all(map(len, ranges)):
         return None
     return index[0], *((r.start, r.stop) for r in ranges[2:])
+
+
+def _operator(name: str):
+    def operate(self: MaskCarrier, *others) -> Tensor:
+        return self.__torch_function__(getattr(Tensor, name), (MaskCarrier,), (self, *others))
+
+    return operate
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "rand", "or", "ror", "invert", "eq", "ne",
+              "lt", "le", "gt", "ge"):  # fmt: skip
+    setattr(MaskCarrier, f"__{_name}__", _operator(f"__{_name}__"))

@@ -78,7 +78,7 @@ def make_mask(
         use_vmap: ``mask_function`` must be called with scalars.
 
     Returns:
-        A `MaskCarrier`; a plain tensor for models that need one (`compat`).
+        A `MaskCarrier`; a plain tensor for the few families that insist on one (`compat`).
     """
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
@@ -113,17 +113,19 @@ def make_mask(
     if allow_is_bidirectional_skip and _is_full(mask):
         return None
     shape = (batch_size, 1, q_length, kv_length)
+    own_attention = config is not None and compat.has_own_attention(config)
     carrier = MaskCarrier(
         mask,
         shape,
         device,
+        dtype if own_attention else torch.bool,
         causal="causal" in kinds,
         may_pack=False if "packed_sequence_mask_function" in kinds else unpadded,
     )
     family = getattr(config, "model_type", None)
-    if family in compat.WANTS_BOOL_MASK:
+    if family in compat.WANTS_BOOL_TENSOR:
         return carrier.as_bool()
-    return carrier.as_additive(dtype) if family in compat.WANTS_ADDITIVE_MASK else carrier
+    return carrier.as_additive(dtype) if family in compat.WANTS_FLOAT_TENSOR else carrier
 
 
 def from_tiles(
@@ -237,8 +239,10 @@ def _combine(builder: str, functions, place: _Place, position) -> AttentionMask 
             # Within a document positions go up by one: all that is relative stays as it is.
             inner, position_ids = arguments
             masks.append(_convert(inner, place, position_ids))
-        elif name == "packed_sequence_mask_function" and builder == "and_masks" and any(
-            other == "remap_positions_for_packed_sequence" for other, _ in parts
+        elif (
+            name == "packed_sequence_mask_function"
+            and builder == "and_masks"
+            and any(other == "remap_positions_for_packed_sequence" for other, _ in parts)
         ):
             # The library numbers documents in order, so no number comes back.
             runs = AttentionMask.from_documents(segment_ids=arguments[0])

@@ -1,0 +1,145 @@
+"""Packed documents never see each other: against each document alone, because eager leaks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checks import assert_close, assert_same_gradients, backward, error
+from models import DECODERS, MULTIMODAL, Family, named, tokens
+
+from hf_flash_two.hf.packing import document_ids
+
+LENGTHS = (7, 1, 11, 8)
+LENGTH = sum(LENGTHS)
+
+
+def positions(*lengths: int) -> torch.Tensor:
+    return torch.cat([torch.arange(n) for n in lengths])[None]
+
+
+def alone(model, ids: torch.Tensor) -> torch.Tensor:
+    return torch.cat([model(part).logits for part in ids.split(LENGTHS, dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("mask", ["no mask", "ones"])
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no cache"])
+@pytest.mark.parametrize("family", named(DECODERS))
+def test_documents_are_computed_as_alone(family: Family, use_cache: bool, mask: str) -> None:
+    flash, eager = family.pair("flash_two")
+    ids = tokens(2, LENGTH)
+    given = {"attention_mask": torch.ones_like(ids)} if mask == "ones" else {}
+    packed = flash(ids, position_ids=positions(*LENGTHS), use_cache=use_cache, **given).logits
+    expected = alone(eager, ids)
+    assert_close(packed, expected)
+    leaking = flash(ids, position_ids=positions(LENGTH), **given).logits
+    assert error(leaking, expected) > 1e-2
+
+
+@pytest.mark.parametrize("family", named(DECODERS))
+def test_gradients_of_training_with_the_default_cache(family: Family) -> None:
+    flash, eager = family.pair("flash_two")
+    ids = tokens(2, LENGTH)
+    flash.train()
+    backward(flash(ids, position_ids=positions(*LENGTHS).expand(2, -1)).logits)
+    backward(alone(eager, ids))
+    assert_same_gradients(flash, eager)
+
+
+@pytest.mark.parametrize("family", named([f for f in DECODERS if f.name in ("llama", "gpt-oss")]))
+def test_rows_packed_differently(family: Family) -> None:
+    flash, eager = family.pair("flash_two")
+    ids = tokens(3, 12)
+    rows = [(5, 7), (12,), (1, 1, 10)]
+    position_ids = torch.cat([positions(*row) for row in rows])
+    packed = flash(ids, position_ids=position_ids).logits
+    for row, lengths in enumerate(rows):
+        parts = ids[row : row + 1].split(lengths, dim=1)
+        expected = torch.cat([eager(part).logits for part in parts], dim=1)
+        assert_close(packed[row : row + 1], expected)
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no cache"])
+@pytest.mark.parametrize(
+    "family", named([f for f in DECODERS if f.name in ("llama", "mistral", "gemma3", "gpt-oss")])
+)
+def test_cu_seq_lens(family: Family, use_cache: bool) -> None:
+    """As trainers send them with position_ids: boundaries, lengths and a sequence index."""
+    flash, eager = family.pair("flash_two")
+    ids = tokens(1, LENGTH)
+    ends = torch.tensor((0, *LENGTHS)).cumsum(0).to(torch.int32)
+    packed = flash(
+        ids,
+        position_ids=positions(*LENGTHS),
+        cu_seq_lens_q=ends,
+        cu_seq_lens_k=ends,
+        max_length_q=max(LENGTHS),
+        max_length_k=max(LENGTHS),
+        seq_idx=document_ids(positions(*LENGTHS)).to(torch.int32),
+        use_cache=use_cache,
+    ).logits
+    assert_close(packed, alone(eager, ids))
+
+
+def test_one_document_changes_and_nothing_else_moves() -> None:
+    model = DECODERS[0].build("flash_two")
+    ids = tokens(1, LENGTH)
+    before = model(ids, position_ids=positions(*LENGTHS)).logits
+    ids[0, 8:19] = tokens(1, 11, seed=9)
+    after = model(ids, position_ids=positions(*LENGTHS)).logits
+    changed = (before != after).any(-1)[0]
+    assert changed[8:19].all() and not changed[:8].any() and not changed[19:].any()
+
+
+def test_padding_and_positions_of_its_own_are_no_packing() -> None:
+    """generate gives padding and tokens after a hole positions that stay or fall."""
+    flash, eager = DECODERS[0].pair("flash_two")
+    ids = tokens(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = mask[1, 5:8] = 0
+    position_ids = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    assert (position_ids[:, 1:] < position_ids[:, :-1]).any()
+    given = {"attention_mask": mask, "position_ids": position_ids}
+    real = mask.bool()
+    assert_close(flash(ids, **given).logits[real], eager(ids, **given).logits[real])
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+def test_multimodal_positions_are_no_packing(batch: int) -> None:
+    """[3, B, T]: rows of an image fall, and with a batch of 3 the shape could pass for tokens'."""
+    family = next(f for f in MULTIMODAL if f.name == "qwen2.5-vl")
+    flash, eager = family.pair("flash_two")
+    ids = tokens(batch, 12)
+    temporal = torch.tensor([0, 1, 2, 2, 2, 2, 2, 2, 5, 6, 7, 8])
+    height = torch.tensor([0, 1, 2, 2, 2, 3, 3, 3, 5, 6, 7, 8])
+    width = torch.tensor([0, 1, 2, 3, 4, 2, 3, 4, 5, 6, 7, 8])
+    position_ids = torch.stack([temporal, height, width])[:, None].expand(3, batch, 12)
+    given = {"input_ids": ids, "position_ids": position_ids}
+    assert_close(flash(**given).logits, eager(**given).logits)
+
+
+def test_packed_multimodal_positions() -> None:
+    """[4, B, T]: the first row are the text's, which restart with each document."""
+    family = next(f for f in MULTIMODAL if f.name == "qwen2.5-vl")
+    flash, eager = family.pair("flash_two")
+    ids = tokens(1, LENGTH)
+    position_ids = positions(*LENGTHS)[None].expand(4, 1, LENGTH)
+    for use_cache in (True, False):
+        packed = flash(input_ids=ids, position_ids=position_ids, use_cache=use_cache).logits
+        assert_close(packed, alone(eager, ids))
+
+
+@pytest.mark.parametrize(
+    ("position_ids", "expected"),
+    [
+        ([0, 1, 2, 3], [0, 0, 0, 0]),
+        ([0, 1, 2, 0, 1], [0, 0, 0, 1, 1]),
+        ([0, 0, 1, 0, 0], [0, 1, 1, 2, 3]),
+        ([2, 3, 4, 2, 2, 3], [0, 0, 0, 1, 2, 2]),
+        ([5, 6, 7, 0, 1], [0, 0, 0, 1, 1]),
+        ([0, 1, 1, 1, 1, 5], [0, 0, 0, 0, 0, 0]),
+        ([0, 1, 2, 7, 8], [0, 0, 0, 0, 0]),
+        ([4, 0, 1, 1, 2, 0], [0, 1, 1, 1, 1, 2]),
+    ],
+)
+def test_where_documents_start(position_ids: list[int], expected: list[int]) -> None:
+    assert document_ids(torch.tensor([position_ids])).tolist() == [expected]
