@@ -1,4 +1,4 @@
-"""The Transformers side: ``attn_implementation="flash_two"``, and "fa_two" for the same without a shim."""
+"""The Transformers side: ``attn_implementation="flash_two"``, or "fa_two", the same unshimmed."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def register() -> None:
         names.append(compat.FLASH_TWO)
     else:
         warnings.warn(
-            f"attn_implementation='flash_two' is not available with {version}: {reason}. Use 'fa_two', "
-            "the same attention under a name that Transformers does not treat specially.",
+            f"attn_implementation='flash_two' is not available with {version}: {reason}. Use "
+            "'fa_two', the same attention under a name that Transformers does not treat specially.",
             stacklevel=2,
         )
     reason = compat.isolate_packed_documents()

@@ -6,11 +6,11 @@ Tested with transformers 5.4 to 5.23; what differs there:
   document's; encoders of the T5 line take ``position_bias`` through the interface from 5.14.
 * 5.19: continuous batching hands its paged cache to the ordinary attention function.
 
-"flash" in a name makes Transformers take it for Tri Dao's package: three library modules then load a
-kernel, re-route models that list the kernels they like, and refuse chunked attention and fullgraph
+"flash" in a name makes Transformers take it for Tri Dao's package: three library modules then load
+a kernel, re-route models that list the kernels they like, and refuse chunked attention and fullgraph
 compilation. Models, on the other hand, hand over ``cu_seq_lens`` only to such names. So the three
-modules, each through its own reference to the test, are told that ``flash_two`` is no such name, while
-models go on believing it.
+modules, each through its own reference to the test, are told that ``flash_two`` is no such name,
+while models go on believing it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _PREPARE_ARGUMENTS = [
     "config", "inputs_embeds", "attention_mask", "past_key_values", "position_ids",
 ]  # fmt: skip
 
-# Families that ask whether the mask is a tensor, by model_type: those that know a bool one, and not.
+# Families that ask whether the mask is a tensor, by model_type: bool where they know it.
 WANTS_BOOL_TENSOR = frozenset({"doge"})
 WANTS_FLOAT_TENSOR = frozenset({"deepseek_v4", "gemma4_audio"})
 # Families with bidirectional layers that say is_causal, which no mask bears out.
@@ -65,7 +65,7 @@ NOT_CAUSAL_WITHOUT_MASK = frozenset({"bridgetower", "bridgetower_text_model"})
 
 
 def allow_flash_two() -> str | None:
-    """Let ``flash_two`` load and behave as any registered name; the reason if that is impossible."""
+    """Let ``flash_two`` load and behave as any registered name; the reason if impossible."""
     found = {}
     for name in _FLASH_TEST_MODULES:
         module = importlib.import_module(name)
@@ -190,3 +190,27 @@ def has_own_attention(config: transformers.PreTrainedConfig) -> bool:
     return not hasattr(
         sys.modules.get(name, transformers.modeling_utils), "ALL_ATTENTION_FUNCTIONS"
     )
+
+
+def uses_interface(model: transformers.PreTrainedModel) -> bool:
+    """Whether the layers of this very model (not of others in it) go through the interface."""
+    return model._can_set_attn_implementation()
+
+
+def configs_of(config: transformers.PretrainedConfig) -> list[transformers.PretrainedConfig]:
+    """A config and all its sub-configs."""
+    found = [config]
+    for name in config.sub_configs:
+        sub = getattr(config, name, None)
+        if sub is not None:
+            found += configs_of(sub)
+    return found
+
+
+def implementation(config: transformers.PretrainedConfig) -> str | None:
+    return config._attn_implementation_internal
+
+
+def set_implementation(config: transformers.PretrainedConfig, name: str | None) -> None:
+    """Set it for this config alone, without the checks and the recursion of the public setter."""
+    config._attn_implementation_internal = name

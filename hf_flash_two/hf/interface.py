@@ -1,4 +1,4 @@
-"""The attention function Transformers calls, `attention_forward`: it refuses, settles the mask, calls."""
+"""The attention function that Transformers calls: it refuses, settles the mask, calls."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def attention_forward(
     Args:
         module: the calling attention layer; its ``is_causal`` counts where no mask came.
         query: [B, Hq, Tq, D]; key, value: [B, Hk, Tk, D or Dv].
-        attention_mask: what our mask function made; or a bool [B, H, Tq, Tk], True may attend; or a
-            float one, which is added to the scores; or [B, Tk], nonzero for the keys to see; or None.
+        attention_mask: what our mask function made; or a bool [B, H, Tq, Tk], True may attend; or
+            a float one, which is added to the scores; or [B, Tk], nonzero for the keys to see.
         is_causal: overrides ``module.is_causal`` where no mask came.
         sliding_window: used where no mask came; a mask already holds it.
         s_aux: [Hq], attention sinks; sinks: the same, or one per query [B, Hq, Tq, 1].
@@ -89,8 +89,8 @@ def attention_forward(
     for name, given in kwargs.items():
         if name not in _INFORMATIONAL and given is not None and given is not False:
             raise TypeError(
-                f"{name}: flash_two does not know this argument and will not ignore it; drop it from "
-                f"the call of the model, or use attn_implementation='eager'"
+                f"{name}: flash_two does not know this argument and will not ignore it; drop it "
+                "from the call of the model, or use attn_implementation='eager'"
             )
     if cache is not None:
         key, value, mask = _from_paged_cache(
@@ -208,20 +208,20 @@ def _without_mask(
     if not causal:
         if sliding_window is not None and keys > sliding_window:
             raise ValueError(
-                f"attention_mask: a bidirectional layer with sliding_window={sliding_window} got no "
-                f"mask for its {keys} keys"
+                f"attention_mask: a bidirectional layer with sliding_window={sliding_window} got "
+                f"no mask for its {keys} keys"
             )
         return AttentionMask.full()
     if queries > 1:
         if not torch.compiler.is_compiling() and not compat.makes_masks(module):
             raise ValueError(
-                "attention_mask: the attention function is registered under a name without its mask "
-                "function, so masks are lost; call hf_flash_two.hf.register() and use 'flash_two'"
+                "attention_mask: the attention function is registered under a name without its "
+                "mask function, so masks are lost; use 'flash_two' or 'fa_two'"
             )
         if queries != keys:
             raise ValueError(
-                f"attention_mask: causal attention of {queries} queries to {keys} keys needs a mask "
-                "that says where the queries stand, and none came"
+                f"attention_mask: causal attention of {queries} queries to {keys} keys needs a "
+                "mask that says where the queries stand, and none came"
             )
     elif sliding_window is None:
         return AttentionMask.full()
@@ -234,7 +234,8 @@ def _from_tensor(
     if mask.dim() == 2:
         if mask.shape != (batch, keys):
             raise ValueError(
-                f"attention_mask: expected [batch, keys] = [{batch}, {keys}], got {list(mask.shape)}"
+                f"attention_mask: expected [batch, keys] = [{batch}, {keys}], got "
+                f"{list(mask.shape)}"
             )
         padding = _once(mask, "padding", lambda: AttentionMask.from_padding(mask))
         return (padding & AttentionMask.causal() if causal and queries > 1 else padding), None
@@ -247,8 +248,8 @@ def _from_tensor(
         return _once(mask, "dense", lambda: _from_dense(mask, queries)), None
     if not mask.is_floating_point():
         raise ValueError(
-            "attention_mask: expected bool (True may attend) or float (added to the scores) in four "
-            f"dimensions, got {mask.dtype}"
+            "attention_mask: expected bool (True may attend) or float (added to the scores) in "
+            f"four dimensions, got {mask.dtype}"
         )
     visible = None
     if mask.shape[1] == 1 and not mask.requires_grad and not torch.compiler.is_compiling():
@@ -342,7 +343,7 @@ def _weights(
     scale: float | None,
     softcap: float | None,
 ) -> Tensor:
-    """softmax's probabilities once more, [B, Hq, Tq, Tk] in the dtype of ``query``, from the lse."""
+    """The probabilities once more, [B, Hq, Tq, Tk] in the dtype of ``query``, from the lse."""
     group = query.shape[1] // key.shape[1]
     key = key.repeat_interleave(group, dim=1).to(lse.dtype)
     scale = query.shape[3] ** -0.5 if scale is None else scale

@@ -21,10 +21,10 @@ _SUMS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
 class MaskCarrier(BlockMask):
     """An `AttentionMask` that Transformers passes through and foreign code may use as a tensor.
 
-    Transformers lets a mask pass untouched if it is a tensor or a ``BlockMask`` of four dimensions;
-    nothing else of ``BlockMask`` is used. Whatever treats it as a tensor gets the dense mask it
-    stands for, at O(Tq * Tk) memory: additive (0 and the smallest number) where ``dtype`` is a float,
-    in a sum, or converted to a float; boolean (True may attend) everywhere else.
+    Transformers lets a mask pass untouched if it is a tensor or a ``BlockMask`` of four
+    dimensions; nothing else of ``BlockMask`` is used. What treats it as a tensor gets the dense mask it
+    stands for, at O(Tq * Tk) memory: additive (0 and the smallest number) where ``dtype`` is a
+    float, in a sum, or converted to a float; boolean (True may attend) everywhere else.
 
     Attributes:
         mask: what the attention uses.
@@ -171,17 +171,21 @@ class MaskCarrier(BlockMask):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        dtype = None
-        if getattr(func, "__name__", "") in _SUMS:
-            dtype = next((x.dtype for x in args if isinstance(x, Tensor)), None)
+        in_sum = getattr(func, "__name__", "") in _SUMS
+        if in_sum:
             logger.warning_once(
                 "A mask of `flash_two` was added to scores: an attention of this model does not go "
                 "through Transformers' attention interface, and computes them as it always did. "
                 "`hf_flash_two.patch(model)` reports which, and replaces what it can."
             )
-        args, kwargs = tree_map(
-            lambda x: x.as_tensor(dtype) if isinstance(x, cls) else x, (args, kwargs or {})
-        )
+        scores = next((x.dtype for x in args if isinstance(x, Tensor)), None) if in_sum else None
+
+        def as_tensor(x):
+            if not isinstance(x, cls):
+                return x
+            return x.as_tensor() if x.dtype.is_floating_point else x.as_tensor(scores)
+
+        args, kwargs = tree_map(as_tensor, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     __hash__ = object.__hash__
@@ -220,6 +224,5 @@ def _operator(name: str):
     return operate
 
 
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "rand", "or", "ror", "invert", "eq", "ne",
-              "lt", "le", "gt", "ge"):  # fmt: skip
+for _name in "add radd sub rsub mul rmul rand or ror invert eq ne lt le gt ge".split():
     setattr(MaskCarrier, f"__{_name}__", _operator(f"__{_name}__"))

@@ -33,7 +33,7 @@ _TILE_ELEMENTS = 2**22
 
 @dataclass(frozen=True)
 class _Place:
-    """Query i stands at ``i + q_offset`` and key j at ``j + kv_offset`` on the axis of mask functions.
+    """Where mask functions see query i, at ``i + q_offset``, and key j, at ``j + kv_offset``.
 
     `AttentionMask` counts from key 0 instead.
     """
@@ -152,8 +152,8 @@ def from_tiles(
     if q_length == 1 or bool((count == (last - first).clamp(min=0)).all()):
         return AttentionMask.from_intervals(first, last, query_offset=0)
     logger.warning_once(
-        "flash_two: this attention mask has keys that are seen by more than one run of queries. It is "
-        "kept as a dense tensor of batch x queries x keys bytes, and no tile of it is skipped."
+        "flash_two: this attention mask has keys that are seen by more than one run of queries. It "
+        "is kept as a dense tensor of batch x queries x keys bytes, and no tile of it is skipped."
     )
     tiles = [visible(start, min(start + step, q_length)) for start in starts]
     return replace(AttentionMask.from_dense(torch.cat(tiles, dim=2)), query_offset=0)

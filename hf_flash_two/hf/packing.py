@@ -15,9 +15,9 @@ def falls(position_ids: Tensor) -> bool:
 def document_ids(position_ids: Tensor, condition: bool | Tensor = True) -> Tensor:
     """[1 or B, T] positions -> the number of the document that each token belongs to, same shape.
 
-    A document starts where positions fall; if they do so anywhere, also where they stay at the row's
-    lowest, since then the token before was a document of its own. Without a fall each row is one
-    document: the positions of an image's tokens stay, and may jump ahead.
+    A document starts where positions fall; if they do so anywhere, also where they stay at the
+    row's lowest, since then the token before was a document of its own. Without a fall each row is
+    one document: the positions of an image's tokens stay, and may jump ahead.
 
     Args:
         condition: where False, everything is one document.

@@ -16,7 +16,7 @@ VOCABULARY = 89
 
 @dataclass(frozen=True)
 class Family:
-    """A model class and a configuration of it; ``layers`` counts calls of the attention per forward."""
+    """A model class and a configuration of it, with ``layers`` calls of the attention."""
 
     name: str
     model: str

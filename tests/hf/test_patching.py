@@ -1,0 +1,283 @@
+"""`patch`, `unpatch` and `patched` on loaded models, against the same models unpatched."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from hf_flash_two import attention, patch, patched, unpatch
+from hf_flash_two.hf.scores import own_attention
+
+OFF = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
+GPT_OFF = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+GPT = {
+    "vocab_size": 97,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "rotary_dim": 4,
+    "n_positions": 64,
+}
+IDS = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+
+
+def build(family: str, **changes) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    if family == "bloom":
+        settings = {"vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4} | OFF | IDS
+        config = transformers.BloomConfig(**(settings | changes))
+        return transformers.BloomForCausalLM(config).eval()
+    if family == "gptj":
+        config = transformers.GPTJConfig(**(GPT | GPT_OFF | IDS | changes))
+        return transformers.GPTJForCausalLM(config).eval()
+    if family == "codegen":
+        config = transformers.CodeGenConfig(**(GPT | GPT_OFF | IDS | changes))
+        return transformers.CodeGenForCausalLM(config).eval()
+    if family == "gpt_neo":
+        settings = {
+            "vocab_size": 97, "hidden_size": 32, "num_layers": 2, "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]], "window_size": 5,
+            "max_position_embeddings": 64, "attention_dropout": 0.0, "resid_dropout": 0.0,
+            "embed_dropout": 0.0,
+        }  # fmt: skip
+        return transformers.GPTNeoForCausalLM(
+            transformers.GPTNeoConfig(**(settings | IDS | changes))
+        ).eval()
+    settings = {
+        "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 64,
+    }  # fmt: skip
+    config = transformers.LlamaConfig(**(settings | IDS | changes))
+    return transformers.LlamaForCausalLM(config, **{}).eval()
+
+
+OWN = ["bloom", "gptj", "codegen", "gpt_neo"]
+ALL = [*OWN, "llama"]
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(1)
+    ids = torch.randint(3, 97, (2, 17))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts how often our op runs."""
+    counted = []
+    run = attention.flash_attn
+
+    def count(*args):
+        counted.append(args)
+        return run(*args)
+
+    monkeypatch.setattr(attention, "flash_attn", count)
+    return counted
+
+
+def logits_and_gradients(model, batch):
+    model.zero_grad()
+    logits = model(**batch).logits[batch["attention_mask"].bool()]
+    logits.square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return logits.detach(), gradients
+
+
+def assert_same(ours, theirs):
+    (logits, gradients), (want_logits, want_gradients) = ours, theirs
+    assert (logits - want_logits).abs().max() <= 2e-5 * want_logits.abs().max()
+    assert gradients.keys() == want_gradients.keys()
+    largest = max(gradient.abs().max() for gradient in want_gradients.values())
+    for name, gradient in gradients.items():
+        assert (gradient - want_gradients[name]).abs().max() <= 1e-4 * largest, name
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_same_numbers_through_our_op(family, batch, calls):
+    model = build(family)
+    model.set_attn_implementation("eager")
+    theirs = logits_and_gradients(model, batch)
+    assert not calls
+    report = patch(model)
+    assert report.ok and len(report.layers) == 2 and "flash_two" in str(report)
+    assert_same(logits_and_gradients(model, batch), theirs)
+    assert len(calls) == 2
+    shapes = [tuple(args[3].dense.shape) for args in calls if args[3].dense is not None]
+    assert family == "gpt_neo" or not shapes, "a mask of queries by keys was made"
+
+
+@pytest.mark.parametrize("cache", [None, "static"], ids=["dynamic", "static"])
+@pytest.mark.parametrize("family", OWN)
+def test_same_tokens(family, batch, cache):
+    model = build(family)
+    settings = {"max_new_tokens": 9, "do_sample": False, "cache_implementation": cache}
+    want = model.generate(**batch, **settings)
+    with patched(model):
+        assert torch.equal(model.generate(**batch, **settings), want)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_undo_leaves_nothing(family, batch):
+    model = build(family)
+    before = model(**batch).logits
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    implementation = model.config._attn_implementation
+    keys = list(model.state_dict())
+    patch(model)
+    assert list(model.state_dict()) == keys
+    patch(model)
+    unpatch(model)
+    unpatch(model)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    assert model.config._attn_implementation == implementation
+    assert torch.equal(model(**batch).logits, before)
+
+
+def test_undo_after_an_exception(batch):
+    model = build("bloom")
+    with pytest.raises(ZeroDivisionError), patched(model):
+        raise ZeroDivisionError
+    assert "forward" not in vars(model.transformer.h[0].self_attention)
+
+
+def test_teacher_and_student_are_independent(batch, calls):
+    teacher, student = build("gptj"), build("gptj")
+    patch(student)
+    teacher(**batch)
+    assert not calls
+    copied = copy.deepcopy(student)
+    unpatch(student)
+    copied(**batch)
+    assert len(calls) == 2
+    student(**batch)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("family", ["bloom", "llama"])
+def test_inside_peft_and_any_wrapper(family, batch, calls):
+    targets = {"bloom": "query_key_value", "llama": "q_proj"}[family]
+    adapted = peft.get_peft_model(build(family), peft.LoraConfig(target_modules=[targets]))
+    want = adapted(**batch).logits
+    wrapped = nn.ModuleDict({"model": adapted})
+    calls.clear()
+    report = patch(wrapped)
+    assert report.ok
+    got = adapted(**batch).logits
+    assert len(calls) == 2
+    visible = batch["attention_mask"].bool()
+    torch.testing.assert_close(got[visible], want[visible], atol=1e-5, rtol=1e-5)
+    unpatch(wrapped)
+    assert torch.equal(adapted(**batch).logits, want)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(batch, reentrant):
+    model = build("bloom").train()
+    theirs = logits_and_gradients(model, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with patched(model):
+        assert_same(logits_and_gradients(model, batch), theirs)
+
+
+def test_dropout_is_kept(batch, calls):
+    model = build("bloom", attention_dropout=0.4).train()
+    patch(model)
+    model(**batch)
+    assert {args[3].dropout_p for args in calls} == {0.4}
+    calls.clear()
+    model.eval()
+    model(**batch)
+    assert {args[3].dropout_p for args in calls} == {0.0}
+
+
+def test_saves_while_patched(batch, tmp_path):
+    model = build("bloom")
+    want = model(**batch).logits
+    with patched(model):
+        model.save_pretrained(tmp_path)
+    loaded = transformers.BloomForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(**batch).logits, want)
+
+
+def test_sub_configs_are_switched_and_restored():
+    tiny = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+    }  # fmt: skip
+    config = transformers.CLIPConfig(
+        text_config=tiny | {"vocab_size": 97},
+        vision_config=tiny | {"image_size": 16, "patch_size": 8},
+    )
+    model = transformers.CLIPModel(config)
+    model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
+    with patched(model) as report:
+        assert report.ok and len(report.layers) == 2
+        assert model.config.vision_config._attn_implementation == "flash_two"
+    assert model.config.text_config._attn_implementation == "eager"
+    assert model.config.vision_config._attn_implementation == "sdpa"
+
+
+def test_report_names_what_is_not_ours():
+    config = transformers.SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    report = patch(transformers.SiglipVisionModel(config))
+    assert not report.ok
+    assert [layer.kind for layer in report.unsupported] == ["MultiheadAttention"]
+    assert "computes attention itself in a way not known" in str(report)
+
+
+def test_refuses_what_it_cannot_patch():
+    with pytest.raises(ValueError, match="expected a Transformers model.*got Linear"):
+        patch(nn.Linear(2, 2))
+    config = transformers.FNetConfig(hidden_size=16, num_hidden_layers=1, intermediate_size=16)
+    with pytest.raises(ValueError, match="has no layer for flash_two"):
+        patch(transformers.FNetModel(config))
+
+
+def test_attention_weights_are_refused(batch):
+    model = build("bloom")
+    layer = model.transformer.h[0].self_attention
+    patch(model)
+    with pytest.raises(ValueError, match="attention weights are not computed"):
+        layer(torch.zeros(1, 3, 32), torch.zeros(1, 3, 32), None, None, output_attentions=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.exp(), lambda s: s.softmax(-2), lambda s: s * torch.ones(4), lambda s: s[0],
+        lambda s: s.softmax(-1) * 2, lambda s: s.masked_fill(torch.zeros(5, 5).bool(), 0.5),
+        lambda s: torch.cat([s, s]), lambda s: s.softmax(-1).sum(), lambda s: s @ torch.ones(5, 2),
+        lambda s: s.transpose(1, 2),
+    ],
+)  # fmt: skip
+def test_scores_refuse_what_they_do_not_know(change):
+    q = torch.randn(1, 2, 5, 8)
+    with own_attention("layer 7"), pytest.raises((NotImplementedError, TypeError)):
+        change(q @ q.transpose(2, 3))
+
+
+def test_scores_follow_the_formula():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 4)
+    bias = torch.randn(1, 3, 1, 7)
+    seen = torch.rand(2, 1, 5, 7) > 0.2
+
+    def attend():
+        s = torch.matmul(q, k.transpose(-1, -2)) / 3.0
+        s = torch.where(seen, s + bias, torch.tensor(-1e9)) * 0.5
+        return nn.functional.dropout(s.float().softmax(-1), p=0.0).to(v.dtype) @ v
+
+    want = attend()
+    with own_attention("layer"):
+        got = attend()
+    torch.testing.assert_close(got, want)
