@@ -7,10 +7,10 @@ Tested with transformers 5.4 to 5.23; what differs there:
 * 5.19: continuous batching hands its paged cache to the ordinary attention function.
 
 "flash" in a name makes Transformers take it for Tri Dao's package: three library modules then load
-a kernel, re-route models that list the kernels they like, and refuse chunked attention and fullgraph
-compilation. Models, on the other hand, hand over ``cu_seq_lens`` only to such names. So the three
-modules, each through its own reference to the test, are told that ``flash_two`` is no such name,
-while models go on believing it.
+a kernel, re-route models that list the kernels they like, and refuse chunked attention and
+fullgraph compilation. Models, on the other hand, hand over ``cu_seq_lens`` only to such names. So
+the three modules, each through its own reference to the test, are told that ``flash_two`` is no
+such name, while models go on believing it.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ class MaskCarrier(BlockMask):
     """An `AttentionMask` that Transformers passes through and foreign code may use as a tensor.
 
     Transformers lets a mask pass untouched if it is a tensor or a ``BlockMask`` of four
-    dimensions; nothing else of ``BlockMask`` is used. What treats it as a tensor gets the dense mask it
-    stands for, at O(Tq * Tk) memory: additive (0 and the smallest number) where ``dtype`` is a
-    float, in a sum, or converted to a float; boolean (True may attend) everywhere else.
+    dimensions; nothing else of ``BlockMask`` is used. What treats it as a tensor gets the dense
+    mask it stands for, at O(Tq * Tk) memory: additive (0 and the smallest number) where ``dtype``
+    is a float, in a sum, or converted to a float; boolean (True may attend) everywhere else.
 
     Attributes:
         mask: what the attention uses.

@@ -1,4 +1,4 @@
-"""The mask on its way: it passes where Transformers looks at it, and stands for its dense tensor."""
+"""The mask on its way: it passes where Transformers looks, and stands for its dense tensor."""
 
 from __future__ import annotations
 

@@ -209,7 +209,8 @@ def test_saves_while_patched(batch, tmp_path):
 
 def test_sub_configs_are_switched_and_restored():
     tiny = {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": 2,
     }  # fmt: skip
     config = transformers.CLIPConfig(
         text_config=tiny | {"vocab_size": 97},
