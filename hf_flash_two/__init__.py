@@ -4,10 +4,18 @@ import torch
 
 from hf_flash_two.attention import flash_attention
 from hf_flash_two.hf import register
+from hf_flash_two.hf.patching import patch, patched, unpatch
 from hf_flash_two.masks import AttentionMask
 from hf_flash_two.module import FlashAttentionTwo
 
-__all__ = ["AttentionMask", "FlashAttentionTwo", "flash_attention"]
+__all__ = [
+    "AttentionMask",
+    "FlashAttentionTwo",
+    "flash_attention",
+    "patch",
+    "patched",
+    "unpatch",
+]
 __version__ = "0.1.0"
 
 register()

@@ -53,7 +53,7 @@ def build(family: str, **changes) -> transformers.PreTrainedModel:
         "num_key_value_heads": 2, "intermediate_size": 64,
     }  # fmt: skip
     config = transformers.LlamaConfig(**(settings | IDS | changes))
-    return transformers.LlamaForCausalLM(config, **{}).eval()
+    return transformers.LlamaForCausalLM(config).eval()
 
 
 OWN = ["bloom", "gptj", "codegen", "gpt_neo"]
@@ -161,6 +161,7 @@ def test_teacher_and_student_are_independent(batch, calls):
     assert len(calls) == 2
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("family", ["bloom", "llama"])
 def test_inside_peft_and_any_wrapper(family, batch, calls):
     targets = {"bloom": "query_key_value", "llama": "q_proj"}[family]
@@ -178,6 +179,7 @@ def test_inside_peft_and_any_wrapper(family, batch, calls):
     assert torch.equal(adapted(**batch).logits, want)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(batch, reentrant):
     model = build("bloom").train()
