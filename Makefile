@@ -8,6 +8,9 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 JOBS ?= 2
 
+# Threads that wait sleep: on a busy machine those that spin hold up the ones that work.
+export OMP_WAIT_POLICY ?= passive
+
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
