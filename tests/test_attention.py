@@ -473,6 +473,19 @@ def test_many_documents(kernel: str, device: str) -> None:
     check(kernel, *inputs(total, total, device=device), mask=mask, visible=visible)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize("make", [full, causal, dense], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(("query_length", "key_length"), [(8, 4096), (4096, 64)])
+@pytest.mark.long
+def test_long_sums_are_not_rounded_tile_by_tile(
+    kernel: str, device: str, query_length: int, key_length: int, make: Callable, dtype
+) -> None:
+    """Many small tiles: out and dq add up along the keys, dk and dv along the queries."""
+    mask, visible = make(query_length, key_length)
+    tensors = inputs(query_length, key_length, dtype=dtype, device=device)
+    check(kernel, *tensors, mask=mask, visible=visible, buckets=(64, 64))
+
+
 # Gradients by themselves
 
 
