@@ -23,13 +23,28 @@ _UNDO = "_flash_two_before"
 
 OWN_ATTENTION = frozenset(
     {
-        "transformers.models.bloom.modeling_bloom.BloomAttention",
-        "transformers.models.codegen.modeling_codegen.CodeGenAttention",
-        "transformers.models.gpt_neo.modeling_gpt_neo.GPTNeoSelfAttention",
-        "transformers.models.gptj.modeling_gptj.GPTJAttention",
+        "blip.modeling_blip_text.BlipTextSelfAttention",
+        "bloom.modeling_bloom.BloomAttention",
+        "codegen.modeling_codegen.CodeGenAttention",
+        "fsmt.modeling_fsmt.Attention",
+        "gpt_neo.modeling_gpt_neo.GPTNeoSelfAttention",
+        "gpt_neox_japanese.modeling_gpt_neox_japanese.GPTNeoXJapaneseAttention",
+        "gptj.modeling_gptj.GPTJAttention",
+        "ibert.modeling_ibert.IBertSelfAttention",
+        "imagegpt.modeling_imagegpt.ImageGPTAttention",
+        "luke.modeling_luke.LukeSelfAttention",
+        "megatron_bert.modeling_megatron_bert.MegatronBertSelfAttention",
+        "mpnet.modeling_mpnet.MPNetSelfAttention",
+        "mvp.modeling_mvp.MvpAttention",
+        "rembert.modeling_rembert.RemBertSelfAttention",
+        "roformer.modeling_roformer.RoFormerSelfAttention",
+        "tapas.modeling_tapas.TapasSelfAttention",
+        "trocr.modeling_trocr.TrOCRAttention",
+        "visual_bert.modeling_visual_bert.VisualBertSelfAttention",
     }
 )
-"""Classes that compute attention themselves, proved to give the same under `own_attention`."""
+"""Classes of transformers.models that compute attention themselves, and that are tested to give the
+same under `own_attention`."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +168,8 @@ def _forward(layer: nn.Module, name: str, previous, *args, **kwargs):
 
 
 def _is_own(layer: nn.Module) -> bool:
-    return f"{type(layer).__module__}.{type(layer).__qualname__}" in OWN_ATTENTION
+    name = f"{type(layer).__module__}.{type(layer).__qualname__}"
+    return name.removeprefix("transformers.models.") in OWN_ATTENTION
 
 
 def _is_patched(layer: nn.Module) -> bool:
