@@ -96,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--max-length", "tokens in a packed row", 256, type=number(int, 2))
     add("--batch-size", "rows in a step, over all processes", 8, type=positive)
     add("--micro-batch-size", "rows at once in a process; all if not given", type=positive)
-    add("--steps", "optimizer steps", 600, type=positive)
+    add("--steps", "optimizer steps", 500, type=positive)
     add("--learning-rate", "peak; 4e-3 for the small model, 2e-4 for LoRA, else 2e-5", type=amount)
     add("--warmup-steps", "steps of linear warm-up, before a cosine to 0", 20, type=natural)
     add("--weight-decay", "decay of matrices", 0.01, type=amount)
@@ -404,7 +404,7 @@ def train_step(args, accelerator: Accelerator, model, optimizer, rows, step: int
 def train(args, accelerator: Accelerator, model, optimizer, training, held_out, start, identity):
     """Take the steps from ``start`` on, with a progress bar, a log and checkpoints."""
     main = accelerator.is_main_process
-    bar = tqdm(total=args.steps, initial=start, unit="step", disable=not main)
+    bar = tqdm(total=args.steps, initial=start, unit="step", mininterval=1, disable=not main)
     log = open(args.output_dir / "losses.jsonl" if main else os.devnull, "a")
     evaluate = functools.partial(perplexity, accelerator, model, held_out, args.micro_batch_size)
     if start == 0:
@@ -423,8 +423,8 @@ def train(args, accelerator: Accelerator, model, optimizer, training, held_out, 
             state["weights"] = trained_weights(accelerator.unwrap_model(model))
             state["scaler"] = accelerator.scaler and accelerator.scaler.state_dict()
             save_checkpoint(args, state)
+        bar.set_postfix_str(f"loss {entry['loss']:.4f}, {speed:,.0f} tokens/s", refresh=False)
         bar.update()
-        bar.set_postfix_str(f"loss {entry['loss']:.4f}, {speed:,.0f} tokens/s")
     bar.close()
     log.close()
 

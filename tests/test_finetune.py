@@ -408,7 +408,7 @@ def refusal(capsys: pytest.CaptureFixture, monkeypatch, *arguments: str) -> str:
         ("--learning-rate nan", "--learning-rate: expected float of at least 0, got 'nan'"),
         ("--eval-fraction 0.6", "--eval-fraction: expected float from 0 to 0.5, got '0.6'"),
         ("--precision fp8", "--precision: invalid choice: 'fp8'"),
-        ("--warmup-steps 600", "--warmup-steps: expected fewer than --steps 600, got 600"),
+        ("--warmup-steps 500", "--warmup-steps: expected fewer than --steps 500, got 500"),
         ("--attn-implementation flash", "--attn-implementation: expected one of eager, "),
         ("--compare sdap", "--compare: expected one of eager, "),
         ("--data missing.txt", "--data: there is no file missing.txt"),
