@@ -443,21 +443,32 @@ def test_scale(kernel: str, device: str, scale: float, softcap: float | None) ->
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("head", HEADS)
-def test_everything_at_once(kernel: str, device: str, head: str, dtype: torch.dtype) -> None:
-    mask, visible = padded(65, 129)
-    band, inside = two_sided_window(65, 129)
-    tensors = inputs(65, 129, heads=HEADS[head], value_dim=24, dtype=dtype, device=device)
+@pytest.mark.parametrize(
+    ("query_length", "key_length", "buckets"),
+    [
+        pytest.param(65, 129, (48, 64), id="65x129"),
+        pytest.param(300, 700, (None, None), id="300x700", marks=pytest.mark.long),
+    ],
+)
+def test_everything_at_once(
+    kernel: str, device: str, query_length: int, key_length: int, buckets, head: str, dtype
+) -> None:
+    mask, visible = padded(query_length, key_length)
+    band, inside = two_sided_window(query_length, key_length)
+    tensors = inputs(
+        query_length, key_length, heads=HEADS[head], value_dim=24, dtype=dtype, device=device
+    )
     check(
         kernel,
         *tensors,
         mask=mask & band,
         visible=visible & inside,
         scale=0.3,
-        bias=torch.randn(1, 6, 65, 129, dtype=dtype, device=device),
+        bias=torch.randn(1, 6, query_length, key_length, dtype=dtype, device=device),
         alibi_slopes=torch.rand(BATCH, 6, device=device) / 10,
         softcap=4.0,
         sinks=torch.randn(6, device=device),
-        buckets=(48, 64),
+        buckets=buckets,
     )
 
 

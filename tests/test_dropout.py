@@ -54,8 +54,8 @@ def bits_of(
     """The bits a kernel used: with equal scores and the identity as values, out shows each one."""
     batch, heads, rows, cols = shape
     query = torch.zeros(batch, heads, rows, 8)
-    key = torch.zeros(batch, 1, cols, 8)
-    value = torch.eye(cols).expand(batch, 1, cols, cols)
+    key = torch.zeros(batch, heads, cols, 8)
+    value = torch.eye(cols).expand(batch, heads, cols, cols)
     out = flash_attention(
         query, key, value, dropout_p=dropout_p, dropout_seed=seed, kernel=kernel, **buckets
     )
@@ -82,9 +82,13 @@ def test_bits_do_not_depend_on_the_tiles(kernel: str) -> None:
         assert torch.equal(sized, default)
 
 
-def test_a_smaller_problem_has_the_same_bits(kernel: str) -> None:
-    large = bits_of(kernel, 7, (2, 4, 70, 150), 0.4)
-    assert torch.equal(bits_of(kernel, 7, (1, 2, 9, 64), 0.4), large[:1, :2, :9, :64])
+@pytest.mark.long
+def test_bits_of_a_large_problem(kernel: str) -> None:
+    """More rows, keys and heads than go through a kernel at once."""
+    large = bits_of(kernel, 7, (2, 9, 300, 576), 0.4)
+    assert torch.equal(large[:, :, :3, :100], keep_mask(7, (2, 9, 3, 100), 0.4))
+    last = [kept(7, 1, 8, 299, col, 0.4) for col in range(576)]
+    assert large[1, 8, 299].tolist() == last
 
 
 def test_seed_as_a_tensor(kernel: str) -> None:
