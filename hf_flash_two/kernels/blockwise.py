@@ -112,10 +112,13 @@ def _attend_lazily(lane: Lane, query: Tensor, rows: slice, tiles: list[Tile]):
         return None
     total = acc = None
     for tile in tiles:
-        p = lane.scores(query, rows, tile, reference)[0].exp2_()
-        part = p.sum(-1, keepdim=True, dtype=lane.stats)
+        s = lane.scores(query, rows, tile, reference)[0]
+        narrow = s.dtype != lane.stats
+        p = lane.workspace.take("p", s.shape, lane.stats).copy_(s) if narrow else s
+        part = p.exp2_().sum(-1, keepdim=True)
         total = part if total is None else total.add_(part)
-        acc = lane.add_product(acc, _drop(lane, p, rows, tile), lane.value(tile))
+        p = _drop(lane, p, rows, tile)
+        acc = lane.add_product(acc, s.copy_(p) if narrow else p, lane.value(tile))
     # Scores far above the reference have lost bits where the product rounded their distance to it.
     safe = total.amax() < _SAFE_MEAN * sum(tile.width for tile in tiles)
     return (reference.to(lane.stats), total, acc) if safe else None
@@ -176,11 +179,11 @@ def _differentiate(
         p = s.exp2_()
         if problem.dropout_p:
             kept = lane.kept(rows, tile.cols)
-            ds = lane.product(d_out, value, None, 1, by_key=True).to(lane.stats)
+            ds = lane.product("ds", d_out, value, None, 1, by_key=True).to(lane.stats)
             ds = ds.mul_(kept).sub_(delta).mul_(p)
             p = p * kept
         else:
-            ds = lane.product(d_out, value, delta, 1, by_key=True)
+            ds = lane.product("ds", d_out, value, delta, 1, by_key=True)
             ds = ds.to(s.dtype).mul_(p)
         lane.add_product(dv_blocks[tile.block][:, tile.inside], p.transpose(1, 2), d_out)
         if d_bias is not None:

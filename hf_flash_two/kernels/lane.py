@@ -20,8 +20,8 @@ from hf_flash_two.kernels.problem import LOG2E, Problem, statistics_dtype
 from hf_flash_two.masks import KEY_GRANULE, TileMap, band_tiles, bound_tiles
 
 _BLOCK_Q = 256
-_BLOCK_K = 512
-_TILE_ELEMENTS = 2**19
+_BLOCK_K_BYTES = 2**11
+_TILE_BYTES = 2**21
 _WORKSPACE_BYTES = 2**25
 _FEW_ROWS = 64
 
@@ -48,14 +48,16 @@ def lanes(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Iterat
         return
     group = heads // key_heads
     few = query_length * group <= _FEW_ROWS
-    block_k = problem.block_k or (_TILE_ELEMENTS // _FEW_ROWS if few else _BLOCK_K)
+    itemsize = _product_dtype(query.dtype).itemsize
+    block_k = (_TILE_BYTES // _FEW_ROWS if few else _BLOCK_K_BYTES) // itemsize
+    block_k = problem.block_k or block_k
     block_k = max(1, min(block_k, key_length))
     row_bytes = (key.shape[3] + value.shape[3]) * statistics_dtype(key.dtype).itemsize
-    workspace = _WORKSPACE_BYTES // max(1, key_length * row_bytes)
+    room = _WORKSPACE_BYTES // max(1, key_length * row_bytes)
     # With room for one head only, more rows make up for it.
-    block_q = problem.block_q or max(1, (_BLOCK_Q if workspace > 1 else 2 * _BLOCK_Q) // group)
+    block_q = problem.block_q or max(1, (_BLOCK_Q if room > 1 else 2 * _BLOCK_Q) // group)
     block_q = max(1, min(block_q, query_length))
-    together = max(1, min(_TILE_ELEMENTS // (group * block_q * block_k), workspace))
+    together = max(1, min(_TILE_BYTES // (group * block_q * block_k * itemsize), room))
     dense = problem.dense is not None
     if problem.key_bounds is None:
         tile_map = band_tiles(
@@ -66,10 +68,35 @@ def lanes(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Iterat
         tile_map = bound_tiles(
             problem.key_bounds, problem.query_offset, query_length, block_q, KEY_GRANULE, dense
         )
+    workspace = Workspace(query.device)
     for row in range(batch):
         for start in range(0, key_heads, together):
             lane_heads = slice(start, min(start + together, key_heads))
-            yield Lane(query, key, value, problem, row, lane_heads, block_q, block_k, tile_map)
+            yield Lane(
+                query, key, value, problem, row, lane_heads, block_q, block_k, tile_map, workspace
+            )
+
+
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float16 products are emulated or overflow on some devices: float32 is right on all."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+class Workspace:
+    """Memory that tiles use again and again: fresh pages cost a CPU more than what fills them."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor, valid until ``name`` is taken again."""
+        size = math.prod(shape)
+        kept = self._kept.get((name, dtype))
+        if kept is None or kept.numel() < size:
+            kept = torch.empty(size, dtype=dtype, device=self.device)
+            self._kept[name, dtype] = kept
+        return kept[:size].view(shape)
 
 
 class Lane:
@@ -91,16 +118,17 @@ class Lane:
         block_q: int,
         block_k: int,
         tile_map: TileMap,
+        workspace: Workspace,
     ):
         self.problem, self.batch, self.key_heads = problem, batch, key_heads
         self.block_q, self.block_k, self.tile_map = block_q, block_k, tile_map
+        self.workspace = workspace
         self.group_size = query.shape[1] // key.shape[1]
         self.heads = slice(key_heads.start * self.group_size, key_heads.stop * self.group_size)
         self.index = (batch, self.heads)
         self.query_length, self.key_length = query.shape[2], key.shape[2]
         self.device = query.device
-        # Half precision products are emulated or overflow on some devices: float32 is right on all.
-        self.dtype = torch.float32 if query.dtype == torch.float16 else query.dtype
+        self.dtype = _product_dtype(query.dtype)
         self.stats = statistics_dtype(query.dtype)
         self.plain = problem.bias is None and problem.alibi_slopes is None and not problem.softcap
         self._query = query[self.index]
@@ -215,9 +243,10 @@ class Lane:
         problem, cols = self.problem, tile.cols
         key, capped = self.key(tile), None
         if self.plain:
-            s = self.product(query, key, reference, problem.scale * LOG2E, by_key)
+            s = self.product("scores", query, key, reference, problem.scale * LOG2E, by_key)
         else:
-            s = self.product(query, key, None, 1, by_key).to(self.stats).mul_(problem.scale)
+            s = self.product("scores", query, key, None, 1, by_key)
+            s = s.to(self.stats).mul_(problem.scale)
             if problem.softcap:
                 capped = s.div_(problem.softcap).tanh_()
                 s = capped * problem.softcap
@@ -236,16 +265,28 @@ class Lane:
         return s, capped
 
     def product(
-        self, a: Tensor, b: Tensor, reference: Tensor | None, scale: float, by_key: bool
+        self,
+        name: str,
+        a: Tensor,
+        b: Tensor,
+        reference: Tensor | None,
+        scale: float,
+        by_key: bool,
     ) -> Tensor:
-        """scale * A B^T - reference, [key heads, rows of A, rows of B], rounded once."""
-        shape = (*a.shape[:2], b.shape[1])
-        origin = a.new_zeros(1, 1, 1) if reference is None else -reference.to(a.dtype)
-        origin = origin.expand(shape)
-        if by_key:
-            product = torch.baddbmm(origin.transpose(1, 2), b, a.transpose(1, 2), alpha=scale)
-            return product.transpose(1, 2)
-        return torch.baddbmm(origin, a, b.transpose(1, 2), alpha=scale)
+        """scale * A B^T - reference, [key heads, rows of A, rows of B], rounded once.
+
+        The result lies in the workspace under ``name``, key by key if ``by_key``.
+        """
+        a, b = (b, a) if by_key else (a, b)
+        product = self.workspace.take(name, (a.shape[0], a.shape[1], b.shape[1]), a.dtype)
+        origin = product if reference is None else -reference.to(a.dtype)
+        beta = 0 if reference is None else 1
+        if by_key and beta:
+            origin = origin.transpose(1, 2)
+        torch.baddbmm(
+            origin.expand(product.shape), a, b.transpose(1, 2), beta=beta, alpha=scale, out=product
+        )
+        return product.transpose(1, 2) if by_key else product
 
     def add_product(self, acc: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         """acc + A B, added up in the dtype of the statistics."""

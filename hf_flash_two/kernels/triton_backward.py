@@ -2,7 +2,7 @@
 
 Source: Dao 2023, arXiv:2307.08691, Algorithm 2, split in two: one kernel walks the queries of a
 tile of keys for dK and dV, one walks the keys of a tile of queries for dQ; each recomputes the
-probabilities from lse. The gradient of the bias is a third walk, over whatever axes the bias broadcasts.
+probabilities from lse. The gradient of the bias is a third walk, over whatever axes it broadcasts.
 """
 
 from __future__ import annotations
