@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from hf_flash_two.masks import AttentionMask
 from hf_flash_two.parallel.plan import LAYOUTS, ParallelPlan, make_plan
 
-_PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class FlashAttentionTwo(nn.Module):
@@ -27,22 +30,27 @@ class FlashAttentionTwo(nn.Module):
         causal: a token sees only itself and those before it; with a context of another length the
             last token stands at the context's end. A mask restricts this further.
         q_bucket_size, k_bucket_size: upper limits on the tiles of queries and keys. Larger tiles
-            are faster and take more memory, which is bounded by a few tiles; the limits change
-            speed and memory only.
-        parallel: compute on several GPUs, see `parallel_plan`. In a distributed run (DDP, FSDP,
-            DeepSpeed) the ranks already are the parallelism, and each computes its own batch.
+            are faster and take more memory, smaller ones save memory and take more time; the result
+            is the same up to rounding. docs/module.md has the measurement.
+        parallel: compute on several devices: over ``mesh`` if given, else ``devices``, else, in a
+            distributed run (DDP, FSDP, DeepSpeed), locally, because its ranks already are the
+            parallelism, else all accelerators this process sees. `parallel_plan` tells.
         mixed_precision: False or "no" never casts. True computes float32 inputs in bfloat16, on
             CUDA GPUs without it in float16; "bf16" and "fp16" say which. Parameters stay as they
             are, sums are float32, the output has the dtype of ``x``; float64 is left alone. An
             autocast region around the call wins: its dtype is used and returned.
-        mesh: a one-dimensional `DeviceMesh`, with ``parallel``: every rank passes its shard of the
-            sequence (and of context and padding mask) and receives its rows of the result.
+        mesh: a `DeviceMesh` of one dimension. Every rank passes its shard of the sequence, all
+            shards of one length, and receives its rows of the result; gradients of the parameters
+            are the rank's own share, to be summed over the mesh.
         layout: of those shards: "contiguous", or "head_tail" (rank r of W holds parts r and
-            2 W - 1 - r of 2 W), which balances causal work.
-        devices: with ``parallel``, the devices of this process to split over; default all.
+            2 W - 1 - r of 2 W), which gives each rank the same work under ``causal``.
+        devices: of this process, to split heads or else batch rows over.
 
     The parameters are ``to_q`` [heads * dim_head, dim], ``to_kv`` [2 * heads * dim_head, dim], keys
     first, and ``to_out`` [dim, heads * dim_head], without biases.
+
+    Raises:
+        ValueError: an argument does not fit; names it, what was expected and what came.
     """
 
     def __init__(
@@ -58,29 +66,42 @@ class FlashAttentionTwo(nn.Module):
         mixed_precision: bool | str = False,
         mesh: DeviceMesh | None = None,
         layout: str = "contiguous",
-        devices: Sequence[torch.device | str] | None = None,
+        devices: Sequence[torch.device | str | int] | None = None,
     ):
         super().__init__()
-        for name, size in (("dim", dim), ("heads", heads), ("dim_head", dim_head)):
+        sizes = {"dim": dim, "heads": heads, "dim_head": dim_head}
+        sizes |= {"q_bucket_size": q_bucket_size, "k_bucket_size": k_bucket_size}
+        for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}: expected at least 1, got {size}")
-        if not isinstance(mixed_precision, bool) and mixed_precision not in _PRECISIONS:
+        if mixed_precision not in (False, True, "no", *_PRECISIONS):
             raise ValueError(
                 f"mixed_precision: expected a bool, 'bf16', 'fp16' or 'no', got {mixed_precision!r}"
             )
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
         if not parallel and (mesh is not None or devices is not None):
             raise ValueError("mesh, devices: have a meaning only with parallel=True")
+        if mesh is not None and devices is not None:
+            raise ValueError("mesh, devices: expected at most one of them")
+        if mesh is not None and getattr(mesh, "ndim", None) != 1:
+            raise ValueError(
+                f"mesh: expected a DeviceMesh of one dimension, got {mesh!r}; mesh['name'] takes "
+                "one dimension of several, DeviceMesh.from_group makes one of a process group"
+            )
+        if devices is not None and not devices:
+            raise ValueError("devices: expected at least one, got none")
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
         self.heads, self.causal = heads, causal
         self.q_bucket_size, self.k_bucket_size = q_bucket_size, k_bucket_size
         self.parallel, self.mixed_precision = parallel, mixed_precision
-        self.mesh, self.layout, self.devices = mesh, layout, devices
+        self.mesh, self.layout = mesh, layout
+        self.devices = None if devices is None else tuple(torch.device(d) for d in devices)
         inner = heads * dim_head
         self.to_q = nn.Linear(dim, inner, bias=False)
         self.to_kv = nn.Linear(dim, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, dim, bias=False)
         self._plan: ParallelPlan | None = None
+        self._said: set[str] = set()
 
     def forward(
         self,
@@ -96,8 +117,9 @@ class FlashAttentionTwo(nn.Module):
             x: [B, Tq, dim].
             context: [B, Tk, dim]; ``x`` itself if None.
             mask: [B or 1, Tk], bool or 0/1 of any dtype, the tokens of the context to see; or bool
-                [B or 1, H or 1, Tq or 1, Tk], True may attend; or an `AttentionMask`.
-            q_bucket_size, k_bucket_size: override the module's for this call.
+                [B or 1, H or 1, Tq or 1, Tk or 1], True may attend; or an `AttentionMask`. Over a
+                mesh the first is a shard like ``context``, the others are of the whole sequence.
+            q_bucket_size, k_bucket_size: instead of the module's, for this call.
 
         Returns:
             [B, Tq, dim]; a token that may see nothing gets zeros.
@@ -119,14 +141,17 @@ class FlashAttentionTwo(nn.Module):
                 key,
                 value,
                 self._mask(mask, plan, x.shape[0], key.shape[2]),
-                q_bucket_size=q_bucket_size or self.q_bucket_size,
-                k_bucket_size=k_bucket_size or self.k_bucket_size,
+                q_bucket_size=self.q_bucket_size if q_bucket_size is None else q_bucket_size,
+                k_bucket_size=self.k_bucket_size if k_bucket_size is None else k_bucket_size,
             )
             out = self.to_out(rearrange(out, "b h t d -> b t (h d)"))
         return out.to(x.dtype) if dtype else out
 
     def parallel_plan(self) -> ParallelPlan | None:
-        """Where the last call computed its attention, and why; None before the first."""
+        """Where the last call computed its attention, and why; None before the first.
+
+        Calls under `torch.compile` leave no trace here.
+        """
         return self._plan
 
     def extra_repr(self) -> str:
@@ -150,32 +175,38 @@ class FlashAttentionTwo(nn.Module):
             return causal
         if isinstance(mask, AttentionMask):
             return causal & mask
+        if not isinstance(mask, Tensor):
+            raise ValueError(
+                f"mask: expected a tensor, an AttentionMask or None, got {type(mask).__name__}"
+            )
         if mask.dim() == 2 and mask.shape[0] in (1, batch) and mask.shape[1] == keys:
-            return causal & AttentionMask.from_padding(plan.whole_sequence(mask))
+            _check_zeros_and_ones(mask)
+            return causal & AttentionMask.from_padding(plan.whole_sequence(mask != 0))
         if mask.dim() == 4 and mask.dtype == torch.bool:
             return causal & AttentionMask.from_dense(mask)
         raise ValueError(
             f"mask: expected [{batch}, {keys}] (batch, tokens of context), bool or 0/1, or bool "
-            f"[batch, heads, queries, keys], or an AttentionMask, got {mask.dtype} "
-            f"{list(mask.shape)}"
+            "[batch, heads, queries, keys] (mask[None, None] for one [queries, keys]), or an "
+            f"AttentionMask, got {mask.dtype} {list(mask.shape)}"
         )
 
     def _lower_dtype(self, x: Tensor) -> torch.dtype | None:
-        """What to compute ``x`` in; None if it is to be left to the caller."""
+        """What to compute ``x`` in; None if that is left to the caller."""
         device = x.device.type
-        off = self.mixed_precision in (False, "no")
-        if off or torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        if self.mixed_precision in (False, "no") or x.dtype == torch.float64 or x.is_meta:
             return None
-        dtype = _PRECISIONS["bf16" if self.mixed_precision is True else self.mixed_precision]
-        if self.mixed_precision is True and device == "cuda":
-            if torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
-                dtype = torch.float16
-        dtype = dtype if x.dtype == torch.float32 else x.dtype
-        if dtype == torch.float16 and torch.is_grad_enabled() and self.training:
-            warnings.warn(
-                "FlashAttentionTwo trains in float16: small gradients vanish without a "
-                "torch.amp.GradScaler, which belongs into the training loop",
-                stacklevel=3,
+        if torch.is_autocast_enabled(device):
+            return None
+        if x.dtype != torch.float32:
+            dtype = x.dtype
+        elif self.mixed_precision in _PRECISIONS:
+            dtype = _PRECISIONS[self.mixed_precision]
+        else:
+            dtype = torch.bfloat16 if _has_bfloat16(x.device) else torch.float16
+        if dtype == torch.float16 and self.training and torch.is_grad_enabled():
+            self._say_once(
+                "FlashAttentionTwo trains in float16: small gradients vanish unless the training "
+                "loop scales the loss, see torch.amp.GradScaler"
             )
         return dtype
 
@@ -184,11 +215,34 @@ class FlashAttentionTwo(nn.Module):
             plan = ParallelPlan("local", "parallel=False")
         else:
             plan = make_plan(query, key, mesh=self.mesh, layout=self.layout, devices=self.devices)
-        if plan != self._plan and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             self._plan = plan
-            if not plan.expected:
-                warnings.warn(
-                    f"FlashAttentionTwo(parallel=True) computes locally: {plan.reason}",
-                    stacklevel=3,
-                )
+        if not plan.expected:
+            self._say_once(f"FlashAttentionTwo(parallel=True) computes locally: {plan.reason}")
         return plan
+
+    def _say_once(self, message: str) -> None:
+        # The compiler cannot trace a warning.
+        if not torch.compiler.is_compiling() and message not in self._said:
+            self._said.add(message)
+            warnings.warn(message, stacklevel=6)
+
+
+def _check_zeros_and_ones(mask: Tensor) -> None:
+    """Added to scores, a mask means the opposite; numbers of documents mean something else again.
+
+    On a GPU the look at the values waits for the device, which a bool mask spares.
+    """
+    if mask.dtype == torch.bool or mask.is_meta or torch.compiler.is_compiling():
+        return
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(
+            f"mask: expected zeros and ones (1 may be seen), got {mask.dtype} with other values; "
+            "documents are AttentionMask.from_documents"
+        )
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -23,9 +23,9 @@ def attend_over_devices(
     """`flash_attention` with key heads (and their query heads), or else batch rows, spread out.
 
     Returns:
-        [B, Hq, Tq, Dv] on the device of ``query``; the same numbers as on one device.
+        [B, Hq, Tq, Dv] on the device of ``query``; up to rounding, the numbers of one device.
     """
-    dim = 1 if key.shape[1] >= len(devices) else 0
+    dim = 1 if key.shape[1] >= min(len(devices), key.shape[0]) else 0
     parts, count = [], key.shape[dim]
     ends = [count * (i + 1) // len(devices) for i in range(len(devices))]
     for start, stop, device in zip([0, *ends], ends, devices, strict=False):

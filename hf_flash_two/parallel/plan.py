@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from hf_flash_two.attention import flash_attention
 from hf_flash_two.masks import AttentionMask
 from hf_flash_two.parallel.devices import attend_over_devices
-from hf_flash_two.parallel.sequence import attend_over_mesh, gather_sequence
+
+if dist.is_available():
+    from hf_flash_two.parallel.sequence import attend_over_mesh, gather_sequence
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 LAYOUTS = ("contiguous", "head_tail")
-_WORTH_SPLITTING = 2**30
-"""Multiplications below which sending tensors to other devices costs more than it saves."""
+_WORTH_SPLITTING = 2**34
+"""Multiplications of Q with K: the 0.2 ms or so that a large GPU takes for them and those with V
+is about what it costs to send tensors to another and start kernels there."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,11 @@ class ParallelPlan:
     layout: str = "contiguous"
     expected: bool = True
 
-    def whole_sequence(self, x: Tensor) -> Tensor:
-        """[B, T] over the whole sequence, of a rank's shard of it if it is sharded."""
+    def whole_sequence(self, keep: Tensor) -> Tensor:
+        """bool [B, T] over the whole sequence, from this rank's shard of it if it is sharded."""
         if self.kind != "sequence":
-            return x
-        shard = x[:, None, :, None].to(torch.int32)
-        group, ranks = self.mesh.get_group(), self.mesh.size()
-        return gather_sequence(shard, group, ranks, self.layout)[:, 0, :, 0]
+            return keep
+        return gather_sequence(keep[:, None, :, None], self.mesh, self.layout)[:, 0, :, 0]
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, **settings
@@ -63,28 +66,31 @@ def make_plan(
     *,
     mesh: DeviceMesh | None = None,
     layout: str = "contiguous",
-    devices: Sequence[torch.device | str] | None = None,
+    devices: Sequence[torch.device] | None = None,
 ) -> ParallelPlan:
-    """The first that applies: a mesh, the ranks of a distributed run, several devices, local.
+    """The first that applies: a mesh, given devices, a distributed run, all devices, local.
 
     Args:
         query, key: what will be attended with; only shapes and device are read.
-        mesh: one dimension; every rank passes its shard of the sequence.
+        mesh: of one dimension; every rank passes its shard of the sequence.
         devices: to split over; all accelerators this process sees if None.
     """
     if mesh is not None:
         return ParallelPlan("sequence", f"over {mesh.size()} ranks", mesh=mesh, layout=layout)
+    if devices is not None:
+        return _split(devices)
     if dist.is_available() and dist.is_initialized():
         return ParallelPlan("local", "the ranks of the distributed run are the parallelism")
-    if devices is None:
-        devices = _visible_devices(query.device)
-        work = query.numel() * key.shape[2]
-        if len(devices) > 1 and work < _WORTH_SPLITTING:
-            return ParallelPlan("local", "too little work to send to other devices")
-    if len(devices) < 2:
-        return ParallelPlan("local", f"{query.device} is the only device", expected=False)
-    devices = tuple(torch.device(device) for device in devices)
-    return ParallelPlan("devices", f"over {len(devices)} devices", devices=devices)
+    devices = _visible_devices(query.device)
+    if len(devices) == 1:
+        return ParallelPlan("local", f"no other device beside {query.device}", expected=False)
+    if query.numel() * key.shape[2] < _WORTH_SPLITTING:
+        return ParallelPlan("local", "too little work to send to other devices")
+    return _split(devices)
+
+
+def _split(devices: Sequence[torch.device]) -> ParallelPlan:
+    return ParallelPlan("devices", f"over {len(devices)} devices", devices=tuple(devices))
 
 
 def _visible_devices(device: torch.device) -> list[torch.device]:

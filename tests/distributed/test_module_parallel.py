@@ -1,91 +1,219 @@
-"""`FlashAttentionTwo` over a sharded sequence: several processes compute what one computes."""
+"""`FlashAttentionTwo` over a sharded sequence: several processes compute what one computes.
+
+All checks run in one set of processes for each number of ranks; a test for each reads how it went.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import subprocess
 import sys
+import traceback
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from hf_flash_two import FlashAttentionTwo
+from hf_flash_two import AttentionMask, FlashAttentionTwo
 
 TOKENS = 48
+WORLDS = (2, 4)
 
 
-def shard(x, rank: int, ranks: int, layout: str):
+def shard(x: Tensor | None, mesh: DeviceMesh, layout: str) -> Tensor | None:
     """This rank's part of [B, T, ...]."""
+    rank, ranks = mesh.get_local_rank(), mesh.size()
+    if x is None:
+        return None
     if layout == "contiguous":
         return x.chunk(ranks, dim=1)[rank]
     parts = x.chunk(2 * ranks, dim=1)
     return torch.cat([parts[rank], parts[2 * ranks - 1 - rank]], dim=1)
 
 
-def check(layout: str, causal: bool, padded: bool, cross: bool) -> None:
+def pair(mesh: DeviceMesh, layout: str, **settings):
+    """A module of one process and one over ``mesh``, of equal weights."""
     torch.manual_seed(0)
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    single = FlashAttentionTwo(dim=16, heads=2, dim_head=8, causal=causal)
-    mesh = init_device_mesh("cpu", (ranks,))
-    sharded = FlashAttentionTwo(
-        dim=16, heads=2, dim_head=8, causal=causal, parallel=True, mesh=mesh, layout=layout
-    )
+    settings = {"dim": 16, "heads": 2, "dim_head": 8} | settings
+    single = FlashAttentionTwo(**settings)
+    sharded = FlashAttentionTwo(**settings, parallel=True, mesh=mesh, layout=layout)
     sharded.load_state_dict(single.state_dict())
-    sharded = copy.deepcopy(sharded)
-    pickle.dumps(sharded.state_dict())
-    x = torch.randn(2, TOKENS, 16)
-    context = torch.randn(2, 2 * TOKENS, 16) if cross else None
-    keep = torch.rand(2, 2 * TOKENS if cross else TOKENS) > 0.3 if padded else None
-    weight = torch.randn(2, TOKENS, 16)
+    return single, sharded
+
+
+def check_equal(
+    mesh: DeviceMesh, layout: str, *, causal: bool, mask: str = "none", cross: bool = False
+) -> None:
+    """Output, gradient of the input, and gradients of the parameters summed over the ranks."""
+    single, sharded = pair(mesh, layout, causal=causal)
+    keys = 2 * TOKENS if cross else TOKENS
+    x, context = torch.randn(2, TOKENS, 16), torch.randn(2, keys, 16) if cross else None
+    keep = torch.rand(2, keys) > 0.3
+    dense = torch.rand(2, 2, TOKENS, keys) > 0.3
+    window = AttentionMask.window(7, 9) & AttentionMask.from_padding(keep)
+    masks = {"none": None, "padding": keep, "float": keep.float()[:1], "dense": dense}
+    whole_mask = (masks | {"value": window})[mask]
+    is_shard = mask in ("padding", "float")
+    part_mask = shard(whole_mask, mesh, layout) if is_shard else whole_mask
 
     whole = x.clone().requires_grad_()
-    out = single(whole, context, keep)
-    want = torch.autograd.grad((out * weight).sum(), [whole, *single.parameters()])
+    out = single(whole, context, whole_mask)
+    weight = torch.randn_like(out)
+    want = torch.autograd.grad(out, [whole, *single.parameters()], weight)
 
-    def mine(tensor):
-        return None if tensor is None else shard(tensor, rank, ranks, layout)
-
-    part = mine(x).clone().requires_grad_()
-    got = sharded(part, mine(context), mine(keep))
-    torch.testing.assert_close(got, mine(out), atol=1e-6, rtol=1e-5)
-    grads = torch.autograd.grad((got * mine(weight)).sum(), [part, *sharded.parameters()])
-    torch.testing.assert_close(grads[0], mine(want[0]), atol=1e-5, rtol=1e-4)
+    part = shard(x, mesh, layout).clone().requires_grad_()
+    got = sharded(part, shard(context, mesh, layout), part_mask)
+    part_weight = shard(weight, mesh, layout)
+    grads = torch.autograd.grad(got, [part, *sharded.parameters()], part_weight)
+    torch.testing.assert_close(got, shard(out, mesh, layout), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(grads[0], shard(want[0], mesh, layout), atol=1e-5, rtol=1e-4)
     for grad, expected in zip(grads[1:], want[1:], strict=True):
-        dist.all_reduce(grad)
+        dist.all_reduce(grad, group=mesh.get_group())
         torch.testing.assert_close(grad, expected, atol=1e-4, rtol=1e-4)
-    assert sharded.parallel_plan().kind == "sequence"
+    plan = sharded.parallel_plan()
+    assert (plan.kind, plan.mesh, plan.layout) == ("sequence", mesh, layout)
 
 
-def check_refusals_and_local() -> None:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    model = FlashAttentionTwo(dim=16, parallel=True, mesh=mesh, layout="head_tail")
+def check_layout(mesh: DeviceMesh, layout: str) -> None:
+    check_equal(mesh, layout, causal=True)
+    check_equal(mesh, layout, causal=True, cross=True)
+    for mask in ("padding", "float", "dense", "value"):
+        check_equal(mesh, layout, causal=True, mask=mask)
+    check_equal(mesh, layout, causal=False, mask="padding")
+    check_equal(mesh, layout, causal=False, mask="padding", cross=True)
+
+
+def check_contiguous(mesh: DeviceMesh) -> None:
+    check_layout(mesh, "contiguous")
+
+
+def check_head_tail(mesh: DeviceMesh) -> None:
+    check_layout(mesh, "head_tail")
+
+
+def check_mixed_precision(mesh: DeviceMesh) -> None:
+    single, sharded = pair(mesh, "contiguous", causal=True, mixed_precision=True)
+    x = torch.randn(2, TOKENS, 16)
+    part = shard(x, mesh, "contiguous").clone().requires_grad_()
+    out = sharded(part)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, shard(single(x), mesh, "contiguous"), atol=2e-2, rtol=2e-2)
+    out.sum().backward()
+    assert {p.grad.dtype for p in sharded.parameters()} == {part.grad.dtype} == {torch.float32}
+
+
+def check_copies(mesh: DeviceMesh) -> None:
+    _, sharded = pair(mesh, "head_tail", causal=True)
+    part = shard(torch.randn(1, TOKENS, 16), mesh, "head_tail")
+    expected = sharded(part)
+    for twin in (copy.deepcopy(sharded), pickle.loads(pickle.dumps(sharded))):
+        assert torch.equal(twin(part), expected)
+
+
+def check_compiles(mesh: DeviceMesh) -> None:
+    _, sharded = pair(mesh, "head_tail", causal=True)
+    part = shard(torch.randn(2, TOKENS, 16), mesh, "head_tail").requires_grad_()
+    keep = torch.ones(2, part.shape[1], dtype=torch.bool)
+    compiled = torch.compile(sharded, fullgraph=True, backend="aot_eager")
+    grads = []
+    for model in (compiled, sharded):
+        out = model(part, mask=keep)
+        grads.append((out, *torch.autograd.grad(out.sum(), [part, *sharded.parameters()])))
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def check_one_dimension_of_several(mesh: DeviceMesh) -> None:
+    """Half of the ranks, or each alone, as one dimension of a larger mesh."""
+    grid = init_device_mesh("cpu", (2, mesh.size() // 2), mesh_dim_names=("data", "sequence"))
+    check_equal(grid["sequence"], "head_tail", causal=True, mask="padding")
+    with pytest.raises(ValueError, match="mesh: expected a DeviceMesh of one dimension"):
+        FlashAttentionTwo(dim=16, parallel=True, mesh=grid)
+    with pytest.raises(ValueError, match="from_group"):
+        FlashAttentionTwo(dim=16, parallel=True, mesh=dist.group.WORLD)
+    made = DeviceMesh.from_group(dist.group.WORLD, "cpu")
+    check_equal(made, "contiguous", causal=True)
+
+
+def check_every_rank_refuses(mesh: DeviceMesh) -> None:
+    head_tail = FlashAttentionTwo(dim=16, parallel=True, mesh=mesh, layout="head_tail")
     with pytest.raises(ValueError, match="'head_tail' needs shards of even length, got 3"):
-        model(torch.randn(1, 3, 16))
-    local = FlashAttentionTwo(dim=16, parallel=True)
-    local(torch.randn(1, 3, 16))
-    assert local.parallel_plan().reason.startswith("the ranks of the distributed run")
+        head_tail(torch.randn(1, 3, 16))
+    contiguous = FlashAttentionTwo(dim=16, parallel=True, mesh=mesh)
+    total = 4 * mesh.size()
+    for shape in ((1, 1, 4, total), (1, 1, total, 4), (1, 1, 4, 4)):
+        with pytest.raises(ValueError, match=rf"broadcastable to .* = \[1, 8, {total}, {total}\]"):
+            contiguous(torch.randn(1, 4, 16), mask=torch.ones(shape, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_sharded_sequence_equals_one_process(ranks):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={ranks}", __file__]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("all equal") == ranks
+def check_ranks_compute_their_own_batches(mesh: DeviceMesh) -> None:
+    """In a distributed run, parallel=True by itself sends nothing."""
+    torch.manual_seed(dist.get_rank())
+    model = FlashAttentionTwo(dim=16, parallel=True)
+    local = FlashAttentionTwo(dim=16)
+    local.load_state_dict(model.state_dict())
+    x = torch.randn(1 + dist.get_rank(), 3, 16)
+    assert torch.equal(model(x), local(x))
+    assert model.parallel_plan().kind == "local"
+    assert model.parallel_plan().reason.startswith("the ranks of the distributed run")
+    split = FlashAttentionTwo(dim=16, parallel=True, devices=["cpu", "cpu"])
+    split(x)
+    assert split.parallel_plan().kind == "devices"
+
+
+CHECKS = (
+    check_contiguous,
+    check_head_tail,
+    check_mixed_precision,
+    check_copies,
+    check_compiles,
+    check_one_dimension_of_several,
+    check_every_rank_refuses,
+    check_ranks_compute_their_own_batches,
+)
+
+
+def main(results: Path) -> None:
+    """In each process: every check, and what it raised."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    raised = {}
+    for check in CHECKS:
+        try:
+            check(mesh)
+            raised[check.__name__] = None
+        except Exception:
+            raised[check.__name__] = traceback.format_exc()
+        dist.barrier()
+    (results / f"{dist.get_rank()}.json").write_text(json.dumps(raised))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=WORLDS, ids=[f"{world}_processes" for world in WORLDS])
+def outcomes(request, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
+    results = tmp_path_factory.mktemp("module")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    finished = subprocess.run(
+        [*launcher, f"--nproc-per-node={request.param}", __file__, str(results)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return [json.loads((results / f"{rank}.json").read_text()) for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("name", [check.__name__ for check in CHECKS])
+def test_processes(outcomes: list[dict[str, str | None]], name: str) -> None:
+    for rank, raised in enumerate(outcomes):
+        assert raised[name] is None, f"rank {rank}:\n{raised[name]}"
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    for layout in ("contiguous", "head_tail"):
-        for causal, padded, cross in (
-            (True, False, False), (True, True, False), (False, True, False), (False, True, True),
-            (True, False, True),
-        ):  # fmt: skip
-            check(layout, causal, padded, cross)
-    check_refusals_and_local()
-    print("all equal", flush=True)
-    dist.destroy_process_group()
+    main(Path(sys.argv[1]))
