@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY ?= passive
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-gpu test-lowest quality style bench clean
+.PHONY: demo test test-sweep test-gpu test-lowest quality style bench clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -22,6 +22,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+# The combinations that `make test` only samples.
+test-sweep: $(INSTALLED)
+	$(BIN)/python -m pytest -n $(JOBS) -m sweep
 
 # The same tests on a GPU: the kernels run on it instead of in Triton's interpreter.
 test-gpu: $(INSTALLED)
