@@ -13,8 +13,13 @@ torch.set_num_threads(1)
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "long: too many tiles for an interpreted kernel")
     # PyTorch's compiler and torch.func warn about PyTorch.
-    for message in ("<class 'torch.autograd.function.Function'> should not be", "`torch.jit.script"):
+    for message in (
+        "<class 'torch.autograd.function.Function'> should not be",
+        "`torch.jit.script",
+    ):
         config.addinivalue_line("filterwarnings", f"ignore:{message}:DeprecationWarning")
+    # NumPy, which interprets Triton's kernels, warns of infinities that a GPU computes silently.
+    config.addinivalue_line("filterwarnings", "ignore:.* encountered in :RuntimeWarning")
 
 
 @pytest.fixture

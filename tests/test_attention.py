@@ -296,7 +296,7 @@ def matrix() -> list:
     cases = []
     for make, (tq, tk), dtype in itertools.product(MASKS, LENGTHS, DTYPES):
         head, dim = next(heads), next(dims)
-        long = tk > 128 or (tq > 16 and dtype != torch.float32)
+        long = tk > 130 or (tk > 16 and dtype != torch.float32)
         cases += [pytest.param(
             make, tq, tk, dtype, head, dim,
             id=f"{make.__name__}-{tq}x{tk}-{dtype_id(dtype)}-{head}-D{dim}",
