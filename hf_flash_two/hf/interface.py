@@ -168,9 +168,8 @@ def _settle_mask(
     cu_seq_lens_k: Tensor | None,
 ) -> tuple[AttentionMask, Tensor | None]:
     """(mask, additive bias or None)"""
-    batch, _, queries, _ = query.shape
+    batch, heads, queries, _ = query.shape
     keys = key.shape[2]
-    bias = None
     carried = isinstance(attention_mask, MaskCarrier)
     if carried:
         if attention_mask.shape[2:] == (1, keys):
@@ -184,8 +183,7 @@ def _settle_mask(
     elif attention_mask is None:
         mask = _without_mask(module, queries, keys, causal, sliding_window)
     elif isinstance(attention_mask, Tensor):
-        mask, bias = _from_tensor(attention_mask, batch, queries, keys, causal)
-        return mask, bias
+        return _from_tensor(attention_mask, (batch, heads, queries, keys), causal)
     else:
         raise TypeError(
             "attention_mask: expected None, a tensor or a mask of flash_two, got "
@@ -198,7 +196,7 @@ def _settle_mask(
         if carried:
             return attention_mask.packed(position_ids), None
         return mask & _once(position_ids, "documents", lambda: _from_positions(position_ids)), None
-    return mask, bias
+    return mask, None
 
 
 def _without_mask(
@@ -229,8 +227,9 @@ def _without_mask(
 
 
 def _from_tensor(
-    mask: Tensor, batch: int, queries: int, keys: int, causal: bool
+    mask: Tensor, shape: tuple[int, int, int, int], causal: bool
 ) -> tuple[AttentionMask, Tensor | None]:
+    batch, _, queries, keys = shape
     if mask.dim() == 2:
         if mask.shape != (batch, keys):
             raise ValueError(
@@ -239,10 +238,12 @@ def _from_tensor(
             )
         padding = _once(mask, "padding", lambda: AttentionMask.from_padding(mask))
         return (padding & AttentionMask.causal() if causal and queries > 1 else padding), None
-    if mask.dim() != 4:
+    if mask.dim() != 4 or any(
+        got not in (1, want) for got, want in zip(mask.shape, shape, strict=True)
+    ):
         raise ValueError(
-            "attention_mask: expected [batch, keys] or [batch, heads, queries, keys], got "
-            f"{list(mask.shape)}"
+            "attention_mask: expected [batch, keys], or a tensor broadcastable to [batch, heads, "
+            f"queries, keys] = {list(shape)}, got {list(mask.shape)}"
         )
     if mask.dtype == torch.bool:
         return _once(mask, "dense", lambda: _from_dense(mask, queries)), None
