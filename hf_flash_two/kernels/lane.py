@@ -22,7 +22,7 @@ from hf_flash_two.masks import KEY_GRANULE, TileMap, band_tiles, bound_tiles
 _BLOCK_Q = 256
 _BLOCK_K_BYTES = 2**11
 _TILE_BYTES = 2**21
-_WORKSPACE_BYTES = 2**25
+_WORKSPACE_BYTES = 2**24
 _FEW_ROWS = 64
 
 
