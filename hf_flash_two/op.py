@@ -33,11 +33,14 @@ _PROBLEM_TENSORS = 8
 _PROBLEM_FIELDS = [field.name for field in fields(Problem)]
 
 
+# An exported program calls the ops without the shell: nothing inside them may be recorded.
+@torch.no_grad()
 def _forward(query, key, value, *settings):
     *problem, kernel = settings
     return select(kernel, query).forward(query, key, value, Problem(*problem))
 
 
+@torch.no_grad()
 def _backward(d_out, d_lse, query, key, value, out, lse, *settings):
     *problem, kernel, need_d_bias = settings
     d_out = torch.zeros_like(out) if d_out is None else d_out
