@@ -99,7 +99,13 @@ def test_a_masked_user_function_in_one_graph() -> None:
 
     def run(m, ids, mask):
         embeds = m.get_input_embeddings()(ids)
-        ready = create_causal_mask(m.config, embeds, mask, None, or_mask_function=window_of_images)
+        ready = create_causal_mask(
+            config=m.config,
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            past_key_values=None,
+            or_mask_function=window_of_images,
+        )
         return m(inputs_embeds=embeds, attention_mask=ready).logits
 
     ids, mask = tokens(2, 19), left_padded(2, 19, 5)

@@ -71,7 +71,7 @@ def test_prefill_in_chunks(family: Family, size: int, cache: str | None) -> None
     "options",
     [
         pytest.param({"num_beams": 3}, id="beams"),
-        pytest.param({"prompt_lookup_num_tokens": 3}, id="prompt lookup"),
+        pytest.param({"prompt_lookup_num_tokens": 3, "eos_token_id": 88}, id="prompt lookup"),
         pytest.param({"use_cache": False}, id="no cache"),
     ],
 )

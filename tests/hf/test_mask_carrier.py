@@ -50,7 +50,8 @@ def test_looks_like_a_mask(kind: str) -> None:
     ids = torch.zeros(3, QUERIES, 8)
     config = LlamaConfig()
     config._attn_implementation = "flash_two"
-    assert create_causal_mask(config, ids, mask, None) is mask
+    given = {"inputs_embeds": ids, "attention_mask": mask, "past_key_values": None}
+    assert create_causal_mask(config=config, **given) is mask
 
 
 @KINDS

@@ -102,10 +102,13 @@ def test_models_still_take_the_name_for_flash_attention() -> None:
 
 def test_packed_masks_of_other_implementations_are_left_alone() -> None:
     position_ids = torch.tensor([[0, 1, 2, 0, 1]])
-    cache = transformers.DynamicCache()
-    embeds = torch.zeros(1, 5, 8)
-    config = FAMILIES["llama"].build("eager").config
-    eager = masking_utils.create_causal_mask(config, embeds, None, cache, position_ids)
+    eager = masking_utils.create_causal_mask(
+        config=FAMILIES["llama"].build("eager").config,
+        inputs_embeds=torch.zeros(1, 5, 8),
+        attention_mask=None,
+        past_key_values=transformers.DynamicCache(),
+        position_ids=position_ids,
+    )
     assert torch.equal(eager[0, 0] == 0, torch.ones(5, 5).tril().bool())
 
 
