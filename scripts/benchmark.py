@@ -5,9 +5,9 @@
     python scripts/benchmark.py --memory              # peak memory of a forward and backward
 
 Every peer runs in turn within a row, so a ratio holds when the machine's speed drifts; times are
-medians. A row is timed only if all peers agree on its result. FLOP/s count 4 * B * H * D per visible
-pair in the forward pass and 3.5 times that for forward and backward. Running out of memory is a row,
-not a gap. The last line of the output is the table as JSON.
+medians. A row is timed only if all peers agree on its result. FLOP/s count 4 * B * H * D per
+visible pair in the forward pass and 3.5 times that for forward and backward. Running out of memory
+is a row, not a gap. The last line of the output is the table as JSON.
 """
 
 from __future__ import annotations

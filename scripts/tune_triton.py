@@ -1,9 +1,9 @@
-"""Time candidate tile sizes of the Triton kernels on this GPU: how the tables in triton_config were made.
+"""Time candidate tile sizes of the Triton kernels on this GPU, for the table in triton_config.
 
     python scripts/tune_triton.py --pass forward --head-dim 128 --mask causal
 
-Candidates are compiled first, in parallel processes that fill Triton's cache, then timed one by one.
-Prints TFLOP/s (4 B H D visible pairs forward; backward passes count 2.5 times that together).
+Candidates are compiled first, in parallel processes that fill Triton's cache, then timed one by
+one. Prints TFLOP/s: 4 B H D visible pairs forward, 2.5 times that for both backward passes.
 """
 
 from __future__ import annotations
