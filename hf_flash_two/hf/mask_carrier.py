@@ -94,9 +94,15 @@ class MaskCarrier(BlockMask):
         return torch.where(self.as_bool(), torch.zeros_like(hidden), hidden)
 
     def as_tensor(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense mask in its own ``dtype``, or in another."""
+        """The dense mask in its own ``dtype``, or in another.
+
+        The additive one as bool is True where it is not 0: there the query may not attend.
+        """
         dtype = self.dtype if dtype is None else dtype
-        return self.as_additive(dtype) if dtype.is_floating_point else self.as_bool().to(dtype)
+        if dtype.is_floating_point:
+            return self.as_additive(dtype)
+        visible = self.as_bool()
+        return (~visible if self.dtype.is_floating_point else visible).to(dtype)
 
     def to_dense(self) -> Tensor:
         return self.as_tensor()

@@ -204,3 +204,11 @@ def test_no_attribute_that_a_tensor_lacks() -> None:
 def test_hashes_by_identity() -> None:
     mask = carrier("band")
     assert {mask: 1}[mask] == 1
+
+
+@KINDS
+def test_additive_mask_as_bool_is_where_it_is_not_zero(kind: str) -> None:
+    """MPT takes the mask as the places to fill, by converting the float mask of eager."""
+    mask = carrier(kind, torch.float32)
+    assert torch.equal(mask.to(torch.bool), mask.as_additive(torch.float32).to(torch.bool))
+    assert torch.equal(mask.bool(), mask.to(torch.bool))
