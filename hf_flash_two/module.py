@@ -30,8 +30,8 @@ class FlashAttentionTwo(nn.Module):
         causal: a token sees only itself and those before it; with a context of another length the
             last token stands at the context's end. A mask restricts this further.
         q_bucket_size, k_bucket_size: upper limits on the tiles of queries and keys. Larger tiles
-            are faster and take more memory, smaller ones save memory and take more time; the result
-            is the same up to rounding. docs/module.md has the measurement.
+            are faster and take more memory, up to sizes that a measurement in docs/module.md shows;
+            the result is the same up to rounding.
         parallel: compute on several devices: over ``mesh`` if given, else ``devices``, else, in a
             distributed run (DDP, FSDP, DeepSpeed), locally, because its ranks already are the
             parallelism, else all accelerators this process sees. `parallel_plan` tells.

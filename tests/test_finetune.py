@@ -27,7 +27,7 @@ sys.path.insert(0, str(SCRIPT.parent))
 import finetune  # noqa: E402
 
 SMALL = "--max-length 64 --batch-size 4 --steps 12 --warmup-steps 2 --save-every 3".split()
-SMALL += "--eval-fraction 0.001 --sample-tokens 5".split()
+SMALL += "--eval-fraction 0.01 --sample-tokens 5".split()
 
 # A server that has imported what takes long and then forks: each run is a fresh process.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -88,14 +88,41 @@ def call(arguments: list[str], output: Path, sabotage: Callable[[], None] | None
     finetune.main()
 
 
-def run(folder: Path, *arguments: str, sabotage: Callable[[], None] | None = None) -> int:
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents shorter and longer than a row, so that rows differ in their number of targets."""
+    path = tmp_path_factory.mktemp("data") / "paragraphs.jsonl"
+    text = "\n\n".join(finetune.load_documents(None, "text"))
+    paragraphs = [{"text": part} for part in text.split("\n\n")[:300]]
+    path.write_text("".join(json.dumps(record) + "\n" for record in paragraphs))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(data: Path) -> Callable[..., int]:
     """The exit code of a run in a process of its own; its words go to ``folder``.txt."""
-    arguments = ["--output-dir", str(folder), *SMALL, *arguments]
-    output = folder.with_suffix(".txt")
-    process = PROCESSES.Process(target=call, args=(arguments, output, sabotage))
-    process.start()
-    process.join()
-    return process.exitcode
+
+    def run(folder: Path, *arguments: str, sabotage: Callable[[], None] | None = None) -> int:
+        arguments = ["--output-dir", str(folder), "--data", str(data), *SMALL, *arguments]
+        output = folder.with_suffix(".txt")
+        process = PROCESSES.Process(target=call, args=(arguments, output, sabotage))
+        process.start()
+        process.join()
+        return process.exitcode
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def rows(data: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """tokens, positions that those runs train on, and that they hold out."""
+    documents = finetune.load_documents(str(data), "text")
+    packed = finetune.pack(finetune.tokenize(documents, ByT5Tokenizer()), 64)
+    cut = len(packed[0]) - round(0.01 * len(packed[0]))
+    return {
+        "training": tuple(tensor[:cut] for tensor in packed),
+        "held out": tuple(tensor[cut:] for tensor in packed),
+    }
 
 
 def log(folder: Path) -> list[dict]:
@@ -111,7 +138,7 @@ def words(folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(run: Callable[..., int], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("finetune") / "finished"
     assert run(folder, "--compare", "eager") == 0, words(folder)
@@ -141,32 +168,29 @@ def test_loss_falls_and_all_steps_are_logged(finished: Path) -> None:
     assert entries[-1]["perplexity"] < entries[0]["perplexity"] / 4
 
 
-def test_first_loss_is_the_mean_over_documents_taken_alone(finished: Path) -> None:
+def test_first_loss_is_the_mean_over_documents_taken_alone(finished: Path, rows) -> None:
     tokenizer = ByT5Tokenizer()
     args = SimpleNamespace(
         model=None, seed=0, attn_implementation="eager", max_length=64, lora_rank=0,
         gradient_checkpointing=False,
     )  # fmt: skip
     model = finetune.load_model(args, tokenizer).eval()
-    documents = finetune.tokenize(finetune.load_documents(None, "text"), tokenizer)
-    tokens, positions = finetune.pack(documents, 64)
-    held_out = max(1, round(0.001 * len(tokens)))
-    rows = finetune.rows_of_step(0, 4, len(tokens) - held_out, seed=0)
-    expected = torch.cat(separate_losses(model, tokens[rows], positions[rows])).mean()
+    tokens, positions = rows["training"]
+    chosen = finetune.rows_of_step(0, 4, len(tokens), seed=0)
+    assert (positions[chosen][:, 1:] == 0).any(), "no document begins inside these rows"
+    expected = torch.cat(separate_losses(model, tokens[chosen], positions[chosen])).mean()
     expected.backward()
     norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
     assert log(finished)[1]["loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert log(finished)[1]["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
-def test_saved_model_reloads_with_the_logged_perplexity(finished: Path) -> None:
+def test_saved_model_reloads_with_the_logged_perplexity(finished: Path, rows) -> None:
     model = AutoModelForCausalLM.from_pretrained(finished / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(finished / "model")
-    documents = finetune.tokenize(finetune.load_documents(None, "text"), tokenizer)
-    tokens, positions = finetune.pack(documents, 64)
-    held_out = max(1, round(0.001 * len(tokens)))
+    assert tokenizer("Reloads.").input_ids == ByT5Tokenizer()("Reloads.").input_ids
     with torch.no_grad():
-        pieces = separate_losses(model, tokens[-held_out:], positions[-held_out:])
+        pieces = separate_losses(model, *rows["held out"])
     expected = torch.cat(pieces).mean().exp()
     assert log(finished)[-1]["perplexity"] == pytest.approx(expected.item(), rel=1e-4)
 
@@ -204,22 +228,23 @@ def test_only_the_newest_checkpoints_stay(finished: Path) -> None:
         pytest.param(["--attn-implementation", "eager"], id="eager"),
     ],
 )
-def test_losses_do_not_depend_on(arguments: list[str], finished: Path, tmp_path: Path) -> None:
+def test_losses_do_not_depend_on(run, arguments: list[str], finished: Path, tmp_path: Path):
     assert run(tmp_path / "run", *arguments) == 0, words(tmp_path / "run")
     assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=1e-4)
 
 
-def test_bfloat16_learns_the_same_within_its_precision(finished: Path, tmp_path: Path) -> None:
+def test_bfloat16_learns_the_same_within_its_precision(run, finished: Path, tmp_path: Path):
     assert run(tmp_path / "run", "--precision", "bf16") == 0, words(tmp_path / "run")
     assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=2e-2)
     assert losses(tmp_path / "run") != losses(finished)
 
 
-def test_two_processes_give_the_losses_of_one(finished: Path, tmp_path: Path) -> None:
+def test_two_processes_give_the_losses_of_one(data: Path, finished: Path, tmp_path: Path):
     folder = tmp_path / "two"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*launch, str(SCRIPT), "--output-dir", str(folder), *SMALL, "--micro-batch-size", "1"],
+        [*launch, str(SCRIPT), "--output-dir", str(folder), "--data", str(data), *SMALL]
+        + ["--micro-batch-size", "1"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -234,7 +259,7 @@ def test_two_processes_give_the_losses_of_one(finished: Path, tmp_path: Path) ->
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def test_lora_trains_adapters_and_saves_them_merged(finished: Path, tmp_path: Path) -> None:
+def test_lora_trains_adapters_and_saves_them_merged(run, finished: Path, tmp_path: Path) -> None:
     base, folder = tmp_path / "base", tmp_path / "lora"
     arguments = ["--model", str(base), "--lora-rank", "4", "--learning-rate", "1e-2"]
     shutil.copytree(finished / "model", base)
@@ -270,7 +295,7 @@ def test_lora_trains_adapters_and_saves_them_merged(finished: Path, tmp_path: Pa
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_resume_continues_to_the_same_losses(
-    sabotage: Callable[[], None], resumed_at: int, finished: Path, tmp_path: Path
+    run, sabotage: Callable[[], None], resumed_at: int, finished: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     assert run(folder, "--keep", "1", sabotage=sabotage) == -signal.SIGKILL
@@ -285,9 +310,9 @@ def test_resume_continues_to_the_same_losses(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_resume_after_a_kill_from_outside(finished: Path, tmp_path: Path) -> None:
+def test_resume_after_a_kill_from_outside(run, data: Path, finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    arguments = ["--output-dir", str(folder), *SMALL]
+    arguments = ["--output-dir", str(folder), "--data", str(data), *SMALL]
     process = PROCESSES.Process(target=call, args=(arguments, tmp_path / "run.txt", None))
     process.start()
     seen = folder / "losses.jsonl"
@@ -301,7 +326,7 @@ def test_resume_after_a_kill_from_outside(finished: Path, tmp_path: Path) -> Non
 
 
 def test_resume_without_a_checkpoint_starts_at_the_beginning(
-    finished: Path, tmp_path: Path
+    run, finished: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
@@ -311,7 +336,7 @@ def test_resume_without_a_checkpoint_starts_at_the_beginning(
     assert log(folder) == log(finished)
 
 
-def test_resume_refuses_another_run(finished: Path) -> None:
+def test_resume_refuses_another_run(run, finished: Path) -> None:
     before = (finished / "losses.jsonl").read_bytes()
     assert run(finished, "--resume", "--seed", "1") == 1
     assert re.search(
@@ -485,7 +510,7 @@ def test_one_process_where_several_were_asked_for_is_told(capsys, monkeypatch) -
     assert "one process only" in capsys.readouterr().err and args.micro_batch_size == 8
 
 
-def test_text_too_short_for_two_rows_is_refused(tmp_path: Path) -> None:
+def test_text_too_short_for_two_rows_is_refused(run, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("Short.")
     folder = tmp_path / "run"
     assert run(folder, "--data", str(tmp_path / "short.txt")) == 1
