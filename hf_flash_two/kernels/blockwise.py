@@ -17,10 +17,9 @@ import math
 import torch
 from torch import Tensor
 
-from hf_flash_two.kernels.lane import Lane, Tile, lanes
+from hf_flash_two.kernels.lane import KeyTile, Lane, QueryTile, lanes
 from hf_flash_two.kernels.problem import LOG2E, Problem, empty_lse, empty_output, statistics_dtype
 
-_PROBE_KEYS = 64
 _SAFE_MEAN = 2.0**4
 
 
@@ -29,10 +28,10 @@ def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tupl
     out, lse = empty_output(query, value.shape[3]), empty_lse(query)
     with torch.autocast(query.device.type, enabled=False):
         for lane in lanes(query, key, value, problem):
-            for rows, tiles in lane.query_tiles():
-                lane_out, lane_lse = _attend(lane, rows, tiles)
-                out[lane.index][:, rows] = lane.ungroup(lane_out)
-                lse[lane.index][:, rows] = lane.ungroup(lane_lse)[..., 0]
+            for tile in lane.query_tiles:
+                lane_out, lane_lse = _attend(lane, tile)
+                out[lane.index][:, tile.rows] = lane.ungroup(lane_out)
+                lse[lane.index][:, tile.rows] = lane.ungroup(lane_lse)[..., 0]
     return out, lse
 
 
@@ -54,9 +53,9 @@ def backward(
     d_sinks = None if problem.sinks is None else torch.zeros_like(problem.sinks)
     with torch.autocast(query.device.type, enabled=False):
         for lane in lanes(query, key, value, problem):
-            dk_blocks = [torch.zeros_like(block, dtype=stats) for block in lane.key_blocks]
-            dv_blocks = [torch.zeros_like(block, dtype=stats) for block in lane.value_blocks]
-            for rows, tiles in lane.query_tiles():
+            dk_blocks, dv_blocks = lane.accumulators(dk), lane.accumulators(dv)
+            for tile in lane.query_tiles:
+                rows = tile.rows
                 row_lse = lane.group(lse[lane.index][:, rows, None])
                 row_d_out = lane.group(d_out[lane.index][:, rows]).to(stats)
                 delta = (row_d_out * lane.group(out[lane.index][:, rows])).sum(-1, keepdim=True)
@@ -67,89 +66,78 @@ def backward(
                     share = lane.ungroup(weight.nan_to_num_(0.0) * delta).sum((1, 2))
                     d_sinks[lane.index_of(d_sinks)] -= share
                 lane_dq = _differentiate(
-                    lane, rows, tiles, row_lse, row_d_out, delta, dk_blocks, dv_blocks, d_bias
+                    lane, tile, row_lse, row_d_out, delta, dk_blocks, dv_blocks, d_bias
                 )
                 dq[lane.index][:, rows] = lane.ungroup(lane_dq)
-            for at, (dk_block, dv_block) in enumerate(zip(dk_blocks, dv_blocks, strict=True)):
-                cols = slice(at * lane.block_k, (at + 1) * lane.block_k)
-                dk[lane.batch, lane.key_heads, cols] = dk_block.mul_(problem.scale)
-                dv[lane.batch, lane.key_heads, cols] = dv_block
+            lane.store(dk, dk_blocks, problem.scale)
+            lane.store(dv, dv_blocks, 1)
     if d_bias is not None:
         d_bias = d_bias.to(problem.bias.dtype)
     return dq, dk, dv, d_bias, d_sinks
 
 
-def _attend(lane: Lane, rows: slice, tiles: list[Tile]) -> tuple[Tensor, Tensor]:
+def _attend(lane: Lane, tile: QueryTile) -> tuple[Tensor, Tensor]:
     """Output and natural-log lse of one tile of queries, [key heads, group * rows, Dv or 1]."""
-    query, state = lane.query(rows), None
-    if tiles and not tiles[0].masked:
-        state = _attend_lazily(lane, query, rows, tiles)
-    if state is None:
-        state = _attend_online(lane, query, rows, tiles)
-    reference, total, acc = state
+    query = lane.query(tile.rows)
+    lazily = tile.probe and len(tile.key_tiles) > 1
+    state = _attend_lazily(lane, query, tile) if lazily else None
+    reference, total, acc = state or _attend_online(lane, query, tile)
     if lane.problem.sinks is not None:
-        sink = lane.per_row(lane.problem.sinks, rows) * LOG2E
+        sink = lane.per_row(lane.problem.sinks, tile.rows) * LOG2E
         peak = torch.maximum(reference, sink)
         origin = peak.masked_fill(peak == -math.inf, 0)
         shrink = torch.exp2(reference - origin)
         reference, total, acc = peak, total * shrink + torch.exp2(sink - origin), acc * shrink
-    out = acc.div_(total.masked_fill(total == 0, 1))
-    return out, (reference + total.log2()) / LOG2E
+    # Only rows that share a key are sure to see any.
+    out = acc.div_(total if state else total.masked_fill(total == 0, 1))
+    return out, (reference + total.log2()).div_(LOG2E)
 
 
-def _attend_lazily(lane: Lane, query: Tensor, rows: slice, tiles: list[Tile]):
+def _attend_lazily(lane: Lane, query: Tensor, tile: QueryTile):
     """(reference, sum, sum of p V) with one reference; None if a row's sum shows it a poor one."""
-    first = tiles[0]
-    few = min(_PROBE_KEYS, first.width)
-    probe = Tile(
-        slice(first.cols.start, first.cols.start + few),
-        first.block,
-        slice(first.inside.start, first.inside.start + few),
-        masked=False,
-    )
-    reference = lane.scores(query, rows, probe, None)[0].amax(-1, keepdim=True)
-    if not reference.isfinite().all():
-        return None
+    reference = lane.scores(query, tile.rows, tile.probe, None)[0].amax(-1, keepdim=True)
+    shift = reference.neg()
     total = acc = None
-    for tile in tiles:
-        s = lane.scores(query, rows, tile, reference)[0]
+    for keys in tile.key_tiles:
+        s = lane.scores(query, tile.rows, keys, shift)[0]
         narrow = s.dtype != lane.stats
         p = lane.workspace.take("p", s.shape, lane.stats).copy_(s) if narrow else s
         part = p.exp2_().sum(-1, keepdim=True)
         total = part if total is None else total.add_(part)
-        p = _drop(lane, p, rows, tile)
-        acc = lane.add_product(acc, s.copy_(p) if narrow else p, lane.value(tile))
-    # Scores far above the reference have lost bits where the product rounded their distance to it.
-    safe = total.amax() < _SAFE_MEAN * sum(tile.width for tile in tiles)
+        p = _drop(lane, p, tile.rows, keys)
+        acc = lane.add_product(acc, s.copy_(p) if narrow else p, lane.value(keys))
+    # Scores far above the reference have lost bits where the product rounded their distance to it;
+    # those of a reference that is no number make a sum that is none, and fails the test too.
+    safe = total.amax() < _SAFE_MEAN * sum(keys.width for keys in tile.key_tiles)
     return (reference.to(lane.stats), total, acc) if safe else None
 
 
-def _attend_online(lane: Lane, query: Tensor, rows: slice, tiles: list[Tile]):
+def _attend_online(lane: Lane, query: Tensor, tile: QueryTile):
     """The running maximum of the textbook; rows that see nothing end with reference -inf, sum 0."""
     shape = query.shape[:2]
     reference = torch.full((*shape, 1), -math.inf, dtype=lane.stats, device=query.device)
     total = torch.zeros_like(reference)
     acc = reference.new_zeros(*shape, lane.value_blocks[0].shape[2])
-    for tile in tiles:
-        s = lane.scores(query, rows, tile, None)[0].to(lane.stats)
+    for keys in tile.key_tiles:
+        s = lane.scores(query, tile.rows, keys, None, by_key=lane.few)[0]
+        s = s.to(lane.stats).contiguous()
         peak = torch.maximum(reference, s.amax(-1, keepdim=True))
         origin = peak.masked_fill(peak == -math.inf, 0)
         shrink = torch.exp2(reference - origin)
         p = s.sub_(origin).exp2_()
         total = total.mul_(shrink).add_(p.sum(-1, keepdim=True))
-        acc = lane.add_product(acc.mul_(shrink), _drop(lane, p, rows, tile), lane.value(tile))
+        acc = lane.add_product(acc.mul_(shrink), _drop(lane, p, tile.rows, keys), lane.value(keys))
         reference = peak
     return reference, total, acc
 
 
-def _drop(lane: Lane, p: Tensor, rows: slice, tile: Tile) -> Tensor:
-    return p * lane.kept(rows, tile.cols) if lane.problem.dropout_p else p
+def _drop(lane: Lane, p: Tensor, rows: slice, keys: KeyTile) -> Tensor:
+    return p * lane.kept(rows, keys.cols) if lane.problem.dropout_p else p
 
 
 def _differentiate(
     lane: Lane,
-    rows: slice,
-    tiles: list[Tile],
+    tile: QueryTile,
     lse: Tensor,
     d_out: Tensor,
     delta: Tensor,
@@ -161,37 +149,38 @@ def _differentiate(
 
     Tiles are laid out key by key: two of the three products that follow read them transposed.
     """
-    problem, query = lane.problem, lane.query(rows)
+    problem, rows, query = lane.problem, tile.rows, lane.query(tile.rows)
     reference = (lse * LOG2E).masked_fill(lse == -math.inf, 0)
     if lane.plain:
         # The product rounds scores by their distance from the reference, so it lies midway between
         # a lone probability and that of equal ones. What this and its own rounding took from it
         # multiplies the whole row of P: hand it to the other factor.
-        keys = sum(tile.width for tile in tiles)
-        rounded = (reference - math.log2(max(keys, 1)) / 2).to(lane.dtype)
+        count = sum(keys.width for keys in tile.key_tiles)
+        rounded = (reference - math.log2(max(count, 1)) / 2).to(lane.dtype)
         correction = torch.exp2(rounded.to(lane.stats) - reference)
         d_out, delta, reference = d_out * correction, delta * correction, rounded
     d_out = d_out.to(lane.dtype)
+    shift, d_shift = reference.neg(), delta.to(lane.dtype).neg()
     dq = torch.zeros(query.shape, dtype=lane.stats, device=query.device)
-    for tile in tiles:
-        key, value = lane.key(tile), lane.value(tile)
-        s, capped = lane.scores(query, rows, tile, reference, by_key=True)
+    for keys in tile.key_tiles:
+        key, value = lane.key(keys), lane.value(keys)
+        s, capped = lane.scores(query, rows, keys, shift, by_key=True)
         p = s.exp2_()
         if problem.dropout_p:
-            kept = lane.kept(rows, tile.cols)
+            kept = lane.kept(rows, keys.cols)
             ds = lane.product("ds", d_out, value, None, 1, by_key=True).to(lane.stats)
             ds = ds.mul_(kept).sub_(delta).mul_(p)
             p = p * kept
         else:
-            ds = lane.product("ds", d_out, value, delta, 1, by_key=True)
+            ds = lane.product("ds", d_out, value, d_shift, 1, by_key=True)
             ds = ds.to(s.dtype).mul_(p)
-        lane.add_product(dv_blocks[tile.block][:, tile.inside], p.transpose(1, 2), d_out)
+        lane.add_product(dv_blocks[keys.block][:, keys.inside], p.transpose(1, 2), d_out)
         if d_bias is not None:
-            part = lane.part(d_bias, rows, tile.cols)
+            part = lane.part(d_bias, rows, keys.cols)
             part += lane.by_head(ds).sum_to_size(part.shape)
         if capped is not None:
             ds = ds.mul_(1 - capped.square())
         ds = ds.to(lane.dtype)
-        lane.add_product(dk_blocks[tile.block][:, tile.inside], ds.transpose(1, 2), query)
+        lane.add_product(dk_blocks[keys.block][:, keys.inside], ds.transpose(1, 2), query)
         lane.add_product(dq, ds, key)
     return dq.mul_(problem.scale)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -20,61 +20,148 @@ from hf_flash_two.kernels.problem import LOG2E, Problem, statistics_dtype
 from hf_flash_two.masks import KEY_GRANULE, TileMap, band_tiles, bound_tiles
 
 _BLOCK_Q = 256
-_BLOCK_K_BYTES = 2**11
+_BLOCK_K = 512
 _TILE_BYTES = 2**21
 _WORKSPACE_BYTES = 2**24
 _FEW_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Tile:
-    """Neighbouring keys that a tile of queries meets at once, stored in ``block`` at ``inside``."""
+class KeyTile:
+    """Neighbouring keys that a tile of queries meets at once.
+
+    Attributes:
+        cols: their indices; they are stored in ``block`` at ``inside``.
+        masked: the runs of them, counted from the first, in which some pairs are hidden.
+    """
 
     cols: slice
     block: int
     inside: slice
-    masked: bool
+    masked: tuple[slice, ...]
+
+    @classmethod
+    def of(cls, start: int, stop: int, block_k: int, masked: bool) -> KeyTile:
+        block, offset = divmod(start, block_k)
+        width = stop - start
+        return cls(
+            slice(start, stop),
+            block,
+            slice(offset, offset + width),
+            (slice(0, width),) if masked else (),
+        )
+
+    def __add__(self, other: KeyTile) -> KeyTile:
+        """Both of two neighbours in the same block."""
+        moved = (slice(run.start + self.width, run.stop + self.width) for run in other.masked)
+        return KeyTile(
+            slice(self.cols.start, other.cols.stop),
+            self.block,
+            slice(self.inside.start, other.inside.stop),
+            (*self.masked, *moved),
+        )
 
     @property
     def width(self) -> int:
         return self.cols.stop - self.cols.start
 
 
+@dataclass(frozen=True, slots=True)
+class QueryTile:
+    """``rows`` of queries and all keys they meet; ``probe`` is a few keys that all of them see."""
+
+    rows: slice
+    key_tiles: list[KeyTile]
+    probe: KeyTile | None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What the lanes of one call share. Tile sizes are a function of shape and dtype alone."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    problem: Problem
+    block_q: int
+    block_k: int
+    workspace: Workspace
+    bands: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+
+
 def lanes(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Iterator[Lane]:
-    """The lanes of one call. Tile sizes are a function of shape and dtype alone."""
+    """The lanes of one call."""
     batch, heads, query_length, _ = query.shape
     key_heads, key_length = key.shape[1:3]
     if not (batch and heads):
         return
-    group = heads // key_heads
-    few = query_length * group <= _FEW_ROWS
-    itemsize = _product_dtype(query.dtype).itemsize
-    block_k = (_TILE_BYTES // _FEW_ROWS if few else _BLOCK_K_BYTES) // itemsize
-    block_k = problem.block_k or block_k
-    block_k = max(1, min(block_k, key_length))
+    call = _call(query, key, value, problem)
+    tile_bytes = (
+        heads // key_heads * call.block_q * call.block_k * _product_dtype(query.dtype).itemsize
+    )
     row_bytes = (key.shape[3] + value.shape[3]) * statistics_dtype(key.dtype).itemsize
-    room = _WORKSPACE_BYTES // max(1, key_length * row_bytes)
-    # With room for one head only, more rows make up for it.
-    block_q = problem.block_q or max(1, (_BLOCK_Q if room > 1 else 2 * _BLOCK_Q) // group)
-    block_q = max(1, min(block_q, query_length))
-    together = max(1, min(_TILE_BYTES // (group * block_q * block_k * itemsize), room))
+    together = min(_TILE_BYTES // tile_bytes, _WORKSPACE_BYTES // max(1, key_length * row_bytes))
+    together = max(1, together)
+    tile_map = _tile_map(problem, query_length, key_length, call.block_q)
+    for row in range(batch):
+        if row < tile_map.visit.shape[0]:
+            kinds = (tile_map.visit[row].int() + tile_map.full[row].int()).tolist()
+            query_tiles = [_query_tile(call, number, kind) for number, kind in enumerate(kinds)]
+        for start in range(0, key_heads, together):
+            yield Lane(call, row, slice(start, min(start + together, key_heads)), query_tiles)
+
+
+def _call(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Call:
+    query_length, key_length = query.shape[2], key.shape[2]
+    group = query.shape[1] // key.shape[1]
+    rows, block_k = query_length * group, _BLOCK_K
+    if rows <= _FEW_ROWS:
+        # All keys at once, or of one head: products copy blocks cut out of several.
+        block_k = _TILE_BYTES // max(1, rows * _product_dtype(query.dtype).itemsize)
+    block_q = max(1, _BLOCK_Q // group)
+    return Call(
+        query, key, value, problem,
+        max(1, min(problem.block_q or block_q, query_length)),
+        max(1, min(problem.block_k or block_k, key_length)),
+        Workspace(query.device),
+    )  # fmt: skip
+
+
+def _tile_map(problem: Problem, query_length: int, key_length: int, block_q: int) -> TileMap:
     dense = problem.dense is not None
     if problem.key_bounds is None:
-        tile_map = band_tiles(
+        return band_tiles(
             problem.window_left, problem.window_right, problem.query_offset,
             query_length, key_length, block_q, KEY_GRANULE, dense,
         )  # fmt: skip
-    else:
-        tile_map = bound_tiles(
-            problem.key_bounds, problem.query_offset, query_length, block_q, KEY_GRANULE, dense
-        )
-    workspace = Workspace(query.device)
-    for row in range(batch):
-        for start in range(0, key_heads, together):
-            lane_heads = slice(start, min(start + together, key_heads))
-            yield Lane(
-                query, key, value, problem, row, lane_heads, block_q, block_k, tile_map, workspace
-            )
+    return bound_tiles(
+        problem.key_bounds, problem.query_offset, query_length, block_q, KEY_GRANULE, dense
+    )
+
+
+def _query_tile(call: Call, number: int, kinds: list[int]) -> QueryTile:
+    """
+    Args:
+        kinds: for every KEY_GRANULE keys whether they are hidden, masked or visible: 0, 1, 2.
+    """
+    key_length, block_k = call.key.shape[2], call.block_k
+    key_tiles: list[KeyTile] = []
+    probe, at = None, 0
+    for kind, run in groupby(kinds):
+        start, at = at * KEY_GRANULE, at + len(list(run))
+        stop = min(at * KEY_GRANULE, key_length)
+        while kind and start < stop:
+            end = min(stop, (start // block_k + 1) * block_k)
+            tile = KeyTile.of(start, end, block_k, masked=kind == 1)
+            if kind == 2 and probe is None:
+                probe = KeyTile.of(start, min(end, start + KEY_GRANULE), block_k, masked=False)
+            if key_tiles and key_tiles[-1].cols.stop == start and start % block_k:
+                key_tiles[-1] = key_tiles[-1] + tile
+            else:
+                key_tiles.append(tile)
+            start = end
+    rows = slice(number * call.block_q, min((number + 1) * call.block_q, call.query.shape[2]))
+    return QueryTile(rows, key_tiles, probe)
 
 
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -83,10 +170,10 @@ def _product_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Workspace:
-    """Memory that tiles use again and again: fresh pages cost a CPU more than what fills them."""
+    """Memory that tiles use again and again: fresh pages cost more than what fills them."""
 
     def __init__(self, device: torch.device):
-        self.device = device
+        self._device = device
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -94,7 +181,7 @@ class Workspace:
         size = math.prod(shape)
         kept = self._kept.get((name, dtype))
         if kept is None or kept.numel() < size:
-            kept = torch.empty(size, dtype=dtype, device=self.device)
+            kept = torch.empty(size, dtype=dtype, device=self._device)
             self._kept[name, dtype] = kept
         return kept[:size].view(shape)
 
@@ -102,76 +189,56 @@ class Workspace:
 class Lane:
     """Attributes:
 
+    query_tiles: what to compute.
     key_blocks, value_blocks: the lane's keys and values, cut at every ``block_k`` keys.
     dtype: of the products; stats: of sums and statistics.
+    few: there are so few queries that products are bound by reading the keys.
     plain: the scores are the scaled products and nothing else.
     """
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        problem: Problem,
-        batch: int,
-        key_heads: slice,
-        block_q: int,
-        block_k: int,
-        tile_map: TileMap,
-        workspace: Workspace,
-    ):
-        self.problem, self.batch, self.key_heads = problem, batch, key_heads
-        self.block_q, self.block_k, self.tile_map = block_q, block_k, tile_map
-        self.workspace = workspace
-        self.group_size = query.shape[1] // key.shape[1]
+    def __init__(self, call: Call, batch: int, key_heads: slice, query_tiles: list[QueryTile]):
+        problem = call.problem
+        self.query_tiles = query_tiles
+        self.call, self.problem, self.batch, self.key_heads = call, problem, batch, key_heads
+        self.workspace = call.workspace
+        self.group_size = call.query.shape[1] // call.key.shape[1]
         self.heads = slice(key_heads.start * self.group_size, key_heads.stop * self.group_size)
         self.index = (batch, self.heads)
-        self.query_length, self.key_length = query.shape[2], key.shape[2]
-        self.device = query.device
-        self.dtype = _product_dtype(query.dtype)
-        self.stats = statistics_dtype(query.dtype)
+        self.device = call.query.device
+        self.dtype = _product_dtype(call.query.dtype)
+        self.stats = statistics_dtype(call.query.dtype)
+        self.few = call.query.shape[2] * self.group_size <= _FEW_ROWS
         self.plain = problem.bias is None and problem.alibi_slopes is None and not problem.softcap
-        self._query = query[self.index]
-        self.key_blocks = self._blocks(key)
-        self.value_blocks = self._blocks(value)
+        self._query = call.query[self.index]
+        self.key_blocks = self._blocks(call.key)
+        self.value_blocks = self._blocks(call.value)
 
     def _blocks(self, x: Tensor) -> list[Tensor]:
-        blocks = x[self.batch, self.key_heads].to(self.dtype).split(self.block_k, dim=1)
+        blocks = x[self.batch, self.key_heads].to(self.dtype).split(self.call.block_k, dim=1)
         if len(blocks) == 1 or blocks[0].shape[0] == 1:
             return list(blocks)
         # A product copies a block that is not contiguous: better once than for every tile of rows.
         return [block.contiguous() for block in blocks]
 
-    def query_tiles(self) -> Iterator[tuple[slice, list[Tile]]]:
-        """(rows, tiles of keys) for each tile of queries; tiles that need no masking come first."""
-        batch = self.batch if self.tile_map.visit.shape[0] > 1 else 0
-        kinds = (self.tile_map.visit[batch].int() + self.tile_map.full[batch].int()).tolist()
-        for number, row in enumerate(kinds):
-            tiles, at = [], 0
-            for kind, run in groupby(row):
-                stop = at + len(list(run))
-                if kind:
-                    last = min(stop * KEY_GRANULE, self.key_length)
-                    tiles += self._tiles(at * KEY_GRANULE, last, masked=kind == 1)
-                at = stop
-            tiles.sort(key=lambda tile: tile.masked)
-            start = number * self.block_q
-            yield slice(start, min(start + self.block_q, self.query_length)), tiles
+    def accumulators(self, x: Tensor) -> list[Tensor]:
+        """Zeros to add this lane's blocks of a gradient of keys or values up in."""
+        blocks = x[self.batch, self.key_heads].split(self.call.block_k, dim=1)
+        if x.dtype == self.stats:
+            return [block.zero_() for block in blocks]
+        return [torch.zeros_like(block, dtype=self.stats) for block in blocks]
 
-    def _tiles(self, start: int, stop: int, masked: bool) -> Iterator[Tile]:
-        while start < stop:
-            block, offset = divmod(start, self.block_k)
-            end = min(stop, (block + 1) * self.block_k)
-            yield Tile(slice(start, end), block, slice(offset, offset + end - start), masked)
-            start = end
+    def store(self, x: Tensor, accumulators: list[Tensor], scale: float) -> None:
+        blocks = x[self.batch, self.key_heads].split(self.call.block_k, dim=1)
+        for block, accumulated in zip(blocks, accumulators, strict=True):
+            block.copy_(accumulated.mul_(scale))
 
     def query(self, rows: slice) -> Tensor:
         return self.group(self._query[:, rows].to(self.dtype))
 
-    def key(self, tile: Tile) -> Tensor:
+    def key(self, tile: KeyTile) -> Tensor:
         return self.key_blocks[tile.block][:, tile.inside]
 
-    def value(self, tile: Tile) -> Tensor:
+    def value(self, tile: KeyTile) -> Tensor:
         return self.value_blocks[tile.block][:, tile.inside]
 
     def group(self, x: Tensor) -> Tensor:
@@ -210,6 +277,15 @@ class Lane:
 
     def hidden(self, rows: slice, cols: slice) -> Tensor:
         """bool, to broadcast against `by_head`: the pairs that do not see each other."""
+        if self.problem.first_query is not None or self.problem.dense is not None:
+            return self._hidden(rows, cols)
+        # A band hides the same of every tile at the same distance from it.
+        key = (rows.start - cols.start, rows.stop - rows.start, cols.stop - cols.start)
+        if key not in self.call.bands:
+            self.call.bands[key] = self._hidden(rows, cols)
+        return self.call.bands[key]
+
+    def _hidden(self, rows: slice, cols: slice) -> Tensor:
         problem = self.problem
         position, key = self.positions(rows, cols)
         parts = []
@@ -229,21 +305,21 @@ class Lane:
         return hidden
 
     def scores(
-        self, query: Tensor, rows: slice, tile: Tile, reference: Tensor | None, by_key: bool = False
+        self, query: Tensor, rows: slice, tile: KeyTile, shift: Tensor | None, by_key: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Base-2 scores [key heads, group * rows, cols] less ``reference``, and softcap's tanh.
+        """Base-2 scores [key heads, group * rows, cols] plus ``shift``, and softcap's tanh.
 
-        Plain scores come in the dtype of the products, with the subtraction done inside the product
-        before it rounds; modified ones in the dtype of the statistics.
+        Plain scores come in the dtype of the products, shifted inside the product before it rounds;
+        modified ones in the dtype of the statistics.
 
         Args:
-            reference: [key heads, group * rows, 1]
+            shift: [key heads, group * rows, 1], in the dtype of the result.
             by_key: lay the result out in memory key by key.
         """
         problem, cols = self.problem, tile.cols
         key, capped = self.key(tile), None
         if self.plain:
-            s = self.product("scores", query, key, reference, problem.scale * LOG2E, by_key)
+            s = self.product("scores", query, key, shift, problem.scale * LOG2E, by_key)
         else:
             s = self.product("scores", query, key, None, 1, by_key)
             s = s.to(self.stats).mul_(problem.scale)
@@ -258,34 +334,27 @@ class Lane:
                 slopes = self.by_head(self.per_row(problem.alibi_slopes, rows))
                 by_head -= slopes * (position - key_position).abs()
             s.mul_(LOG2E)
-            if reference is not None:
-                s.sub_(reference)
-        if tile.masked:
-            self.by_head(s).masked_fill_(self.hidden(rows, cols), -math.inf)
+            if shift is not None:
+                s.add_(shift)
+        for run in tile.masked:
+            at = slice(cols.start + run.start, cols.start + run.stop)
+            self.by_head(s[:, :, run]).masked_fill_(self.hidden(rows, at), -math.inf)
         return s, capped
 
     def product(
-        self,
-        name: str,
-        a: Tensor,
-        b: Tensor,
-        reference: Tensor | None,
-        scale: float,
-        by_key: bool,
+        self, name: str, a: Tensor, b: Tensor, shift: Tensor | None, scale: float, by_key: bool
     ) -> Tensor:
-        """scale * A B^T - reference, [key heads, rows of A, rows of B], rounded once.
+        """scale * A B^T + shift, [key heads, rows of A, rows of B], rounded once.
 
         The result lies in the workspace under ``name``, key by key if ``by_key``.
         """
         a, b = (b, a) if by_key else (a, b)
         product = self.workspace.take(name, (a.shape[0], a.shape[1], b.shape[1]), a.dtype)
-        origin = product if reference is None else -reference.to(a.dtype)
-        beta = 0 if reference is None else 1
-        if by_key and beta:
-            origin = origin.transpose(1, 2)
-        torch.baddbmm(
-            origin.expand(product.shape), a, b.transpose(1, 2), beta=beta, alpha=scale, out=product
-        )
+        if shift is None:
+            torch.baddbmm(product, a, b.transpose(1, 2), beta=0, alpha=scale, out=product)
+        else:
+            shift = shift.transpose(1, 2) if by_key else shift
+            torch.baddbmm(shift, a, b.transpose(1, 2), alpha=scale, out=product)
         return product.transpose(1, 2) if by_key else product
 
     def add_product(self, acc: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
