@@ -5,6 +5,7 @@ The names contain ``flash_attn`` so that selective-checkpointing policies recogn
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import fields
 
 import torch
@@ -167,9 +168,15 @@ class _FlashAttention(torch.autograd.Function):
         return dq, dk, dv, *grads
 
 
+# `apply` asks for it in every call, and working it out takes longer than a small attention.
+_FlashAttention.forward.__signature__ = inspect.signature(_FlashAttention.forward)
+
+
 def flash_attn(
     query: Tensor, key: Tensor, value: Tensor, problem: Problem, kernel: str
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of a validated problem, differentiable in query, key, value, bias and sinks."""
     settings = [getattr(problem, name) for name in _PROBLEM_FIELDS]
+    if not torch.is_grad_enabled():
+        return torch.ops.hf_flash_two.flash_attn_fwd(query, key, value, *settings, kernel)
     return _FlashAttention.apply(query, key, value, *settings, kernel)

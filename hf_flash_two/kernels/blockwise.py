@@ -114,20 +114,25 @@ def _attend_lazily(lane: Lane, query: Tensor, tile: QueryTile):
 
 def _attend_online(lane: Lane, query: Tensor, tile: QueryTile):
     """The running maximum of the textbook; rows that see nothing end with reference -inf, sum 0."""
-    shape = query.shape[:2]
-    reference = torch.full((*shape, 1), -math.inf, dtype=lane.stats, device=query.device)
-    total = torch.zeros_like(reference)
-    acc = reference.new_zeros(*shape, lane.value_blocks[0].shape[2])
+    reference = total = acc = None
     for keys in tile.key_tiles:
         s = lane.scores(query, tile.rows, keys, None, by_key=lane.few)[0]
         s = s.to(lane.stats).contiguous()
-        peak = torch.maximum(reference, s.amax(-1, keepdim=True))
+        peak = s.amax(-1, keepdim=True)
+        if reference is not None:
+            peak = torch.maximum(reference, peak)
         origin = peak.masked_fill(peak == -math.inf, 0)
-        shrink = torch.exp2(reference - origin)
         p = s.sub_(origin).exp2_()
-        total = total.mul_(shrink).add_(p.sum(-1, keepdim=True))
-        acc = lane.add_product(acc.mul_(shrink), _drop(lane, p, tile.rows, keys), lane.value(keys))
-        reference = peak
+        part = p.sum(-1, keepdim=True)
+        if reference is not None:
+            shrink = torch.exp2(reference - origin)
+            part, acc = part.add_(total.mul_(shrink)), acc.mul_(shrink)
+        acc = lane.add_product(acc, _drop(lane, p, tile.rows, keys), lane.value(keys))
+        reference, total = peak, part
+    if reference is None:
+        reference = query.new_full((*query.shape[:2], 1), -math.inf, dtype=lane.stats)
+        total = torch.zeros_like(reference)
+        acc = total.repeat(1, 1, lane.value_blocks[0].shape[2])
     return reference, total, acc
 
 

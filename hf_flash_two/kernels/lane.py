@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import groupby
 
 import torch
@@ -102,13 +103,11 @@ def lanes(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Iterat
     row_bytes = (key.shape[3] + value.shape[3]) * statistics_dtype(key.dtype).itemsize
     together = min(_TILE_BYTES // tile_bytes, _WORKSPACE_BYTES // max(1, key_length * row_bytes))
     together = max(1, together)
-    tile_map = _tile_map(problem, query_length, key_length, call.block_q)
+    query_tiles = _query_tiles(call)
     for row in range(batch):
-        if row < tile_map.visit.shape[0]:
-            kinds = (tile_map.visit[row].int() + tile_map.full[row].int()).tolist()
-            query_tiles = [_query_tile(call, number, kind) for number, kind in enumerate(kinds)]
+        row_tiles = query_tiles[row if len(query_tiles) > 1 else 0]
         for start in range(0, key_heads, together):
-            yield Lane(call, row, slice(start, min(start + together, key_heads)), query_tiles)
+            yield Lane(call, row, slice(start, min(start + together, key_heads)), row_tiles)
 
 
 def _call(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Call:
@@ -127,25 +126,66 @@ def _call(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Call:
     )  # fmt: skip
 
 
-def _tile_map(problem: Problem, query_length: int, key_length: int, block_q: int) -> TileMap:
+def _query_tiles(call: Call) -> list[list[QueryTile]]:
+    """All tiles of queries, for every batch row that the mask tells apart."""
+    problem, bounds = call.problem, call.problem.key_bounds
+    lengths = (call.query.shape[2], call.key.shape[2])
+    settings = (problem.query_offset, *lengths, call.block_q, call.block_k)
     dense = problem.dense is not None
-    if problem.key_bounds is None:
-        return band_tiles(
-            problem.window_left, problem.window_right, problem.query_offset,
-            query_length, key_length, block_q, KEY_GRANULE, dense,
-        )  # fmt: skip
-    return bound_tiles(
-        problem.key_bounds, problem.query_offset, query_length, block_q, KEY_GRANULE, dense
-    )
+    if bounds is None:
+        return _tiles_of_band(problem.window_left, problem.window_right, *settings, dense)
+    # The mask owns the bounds, and all layers share the mask.
+    known = vars(bounds).setdefault("_query_tiles", {})
+    key = (*settings, dense)
+    if key not in known:
+        offset, query_length, key_length, block_q, block_k = settings
+        tile_map = bound_tiles(bounds, offset, query_length, block_q, KEY_GRANULE, dense)
+        known[key] = _tiles_of_map(tile_map, *settings[1:])
+    return known[key]
 
 
-def _query_tile(call: Call, number: int, kinds: list[int]) -> QueryTile:
+@lru_cache(maxsize=32)
+def _tiles_of_band(
+    window_left: int | None,
+    window_right: int | None,
+    query_offset: int,
+    query_length: int,
+    key_length: int,
+    block_q: int,
+    block_k: int,
+    dense: bool,
+) -> list[list[QueryTile]]:
+    tile_map = band_tiles(
+        window_left, window_right, query_offset, query_length, key_length, block_q, KEY_GRANULE,
+        dense,
+    )  # fmt: skip
+    return _tiles_of_map(tile_map, query_length, key_length, block_q, block_k)
+
+
+def _tiles_of_map(
+    tile_map: TileMap, query_length: int, key_length: int, block_q: int, block_k: int
+) -> list[list[QueryTile]]:
+    found = []
+    for row in (tile_map.visit.int() + tile_map.full.int()).tolist():
+        tiles = []
+        for start, kinds in zip(range(0, query_length, block_q), row, strict=True):
+            rows = slice(start, min(start + block_q, query_length))
+            tiles.append(QueryTile(rows, *_key_tiles(kinds, key_length, block_k)))
+        found.append(tiles)
+    return found
+
+
+def _key_tiles(
+    kinds: list[int], key_length: int, block_k: int
+) -> tuple[list[KeyTile], KeyTile | None]:
     """
     Args:
         kinds: for every KEY_GRANULE keys whether they are hidden, masked or visible: 0, 1, 2.
+
+    Returns:
+        The tiles that a tile of queries meets, and a few keys that all its queries see.
     """
-    key_length, block_k = call.key.shape[2], call.block_k
-    key_tiles: list[KeyTile] = []
+    found: list[KeyTile] = []
     probe, at = None, 0
     for kind, run in groupby(kinds):
         start, at = at * KEY_GRANULE, at + len(list(run))
@@ -155,13 +195,12 @@ def _query_tile(call: Call, number: int, kinds: list[int]) -> QueryTile:
             tile = KeyTile.of(start, end, block_k, masked=kind == 1)
             if kind == 2 and probe is None:
                 probe = KeyTile.of(start, min(end, start + KEY_GRANULE), block_k, masked=False)
-            if key_tiles and key_tiles[-1].cols.stop == start and start % block_k:
-                key_tiles[-1] = key_tiles[-1] + tile
+            if found and found[-1].cols.stop == start and start % block_k:
+                found[-1] = found[-1] + tile
             else:
-                key_tiles.append(tile)
+                found.append(tile)
             start = end
-    rows = slice(number * call.block_q, min((number + 1) * call.block_q, call.query.shape[2]))
-    return QueryTile(rows, key_tiles, probe)
+    return found, probe
 
 
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:
