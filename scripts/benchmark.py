@@ -3,6 +3,7 @@
     python scripts/benchmark.py                       # the default table of this device
     python scripts/benchmark.py --workloads packed --lengths 8192 --dtypes bf16
     python scripts/benchmark.py --memory              # peak memory of a forward and backward
+    python scripts/benchmark.py --model               # training steps and generation of models
 
 Every peer runs in turn within a row, so a ratio holds when the machine's speed drifts; times are
 medians. A row is timed only if all peers agree on its result. FLOP/s count 4 * B * H * D per
@@ -25,15 +26,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 
+import benchmark_model
 import torch
 import torch.nn.functional as F
+from benchmark_model import DTYPES
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from hf_flash_two import AttentionMask, flash_attention
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WORKLOADS = ("full", "causal", "padded", "window", "packed", "decode")
 WINDOW = DOCUMENT = 512
 
@@ -285,11 +287,12 @@ def plot(results: list[dict], path: str) -> None:
 
 def cases(args: argparse.Namespace) -> list[Case]:
     found = []
+    lengths, modes = args.lengths or [1024, 4096, 8192], args.modes or ["forward", "both"]
     for workload in args.workloads:
-        for dtype in args.dtypes:
+        for dtype in args.dtypes or ["fp32", "bf16"]:
             for head_dim in args.head_dims:
-                for length in [max(args.lengths)] if workload == "decode" else args.lengths:
-                    for mode in ["forward"] if workload == "decode" else args.modes:
+                for length in [max(lengths)] if workload == "decode" else lengths:
+                    for mode in ["forward"] if workload == "decode" else modes:
                         heads, key_heads = (32, 8) if workload == "decode" else (8, 8)
                         batch = 2 if workload == "padded" else 1
                         if args.device == "cuda":
@@ -310,17 +313,32 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default=device, choices=["cpu", "cuda"])
-    parser.add_argument("--workloads", nargs="+", default=WORKLOADS, choices=WORKLOADS)
-    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
-    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096, 8192])
+    parser.add_argument(
+        "--workloads",
+        nargs="+",
+        help=f"of {WORKLOADS}, or with --model {benchmark_model.WORKLOADS}",
+    )
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
+    parser.add_argument("--lengths", nargs="+", type=int)
     parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128])
-    parser.add_argument("--modes", nargs="+", default=["forward", "both"])
+    parser.add_argument(
+        "--modes", nargs="+", help="of forward both, or with --model train generate"
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--plot", help="write a bar chart to this file (needs matplotlib)")
     parser.add_argument("--memory", action="store_true", help="weigh peak memory instead")
+    parser.add_argument("--model", action="store_true", help="time whole models instead")
+    parser.add_argument("--layers", type=int, help="of the models")
+    parser.add_argument("--width", type=int, help="of the models")
+    parser.add_argument("--batch", type=int, default=2, help="of the models")
+    parser.add_argument("--new-tokens", type=int, default=32, help="that the models write")
     parser.add_argument("--weigh", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    known = benchmark_model.WORKLOADS if args.model else WORKLOADS
+    args.workloads = args.workloads or known
+    if unknown := set(args.workloads) - set(known):
+        parser.error(f"--workloads: expected some of {known}, got {sorted(unknown)}")
     torch.set_num_threads(args.threads)
     if args.weigh:
         weigh(args.weigh[0], int(args.weigh[1]), args.device)
@@ -334,10 +352,11 @@ def main() -> None:
         memory(args.device)
         return
     torch.manual_seed(0)
+    timing = benchmark_model if args.model else sys.modules[__name__]
     results = []
-    for case in tqdm(cases(args), unit="case", file=sys.stderr):
-        results += measure(case, args.repeats)
-    show(results)
+    for case in tqdm(timing.cases(args), unit="case", file=sys.stderr):
+        results += timing.measure(case, args.repeats)
+    timing.show(results)
     if args.plot:
         plot(results, args.plot)
     print(json.dumps(results))
