@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import masking_utils
+from transformers.utils import output_capturing
 
 from hf_flash_two.hf.packing import all_visible, document_ids, falls, may_be_packed
 
@@ -197,14 +198,16 @@ def uses_interface(model: transformers.PreTrainedModel) -> bool:
     return model._can_set_attn_implementation()
 
 
-def configs_of(config: transformers.PretrainedConfig) -> list[transformers.PretrainedConfig]:
-    """A config and all its sub-configs."""
-    found = [config]
-    for name in config.sub_configs:
-        sub = getattr(config, name, None)
-        if sub is not None:
-            found += configs_of(sub)
-    return found
+def needs_its_sdpa(config: transformers.PretrainedConfig) -> bool:
+    """Whether the family is right under "sdpa" only: Falcon's eager code adds its ALiBi twice."""
+    return config.model_type == "falcon" and config.alibi
+
+
+def records_attentions() -> bool:
+    """Whether a model is collecting the attention weights that its layers return."""
+    collector = getattr(output_capturing, "_active_collector", None)
+    collected = collector.get() if collector is not None else None
+    return any("attentions" in name for name in collected or ())
 
 
 def implementation(config: transformers.PretrainedConfig) -> str | None:

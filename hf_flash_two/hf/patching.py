@@ -1,50 +1,28 @@
 """`patch`, `unpatch` and `patched`: switch a loaded model to flash_two and back.
 
-Models whose layers go through Transformers' attention interface are switched by their configs.
-Layers that compute attention themselves run under `scores.own_attention`: the layer object gets a
-``forward`` of its own that calls the class's. No class is edited, modules and state_dict stay.
+Layers that go through Transformers' attention interface are switched by their configs. Layers that
+compute attention themselves run under `own_attention`: the layer object gets a ``forward`` of its
+own that calls the class's. No class is edited; modules and state_dict stay as they are.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_flash_two.hf import compat
-from hf_flash_two.hf.scores import Scores, own_attention
+from hf_flash_two.hf.families import attention_kind, why_not
+from hf_flash_two.hf.own_attention import own_attention
+from hf_flash_two.hf.scores import Scores
 
 _UNDO = "_flash_two_before"
-
-OWN_ATTENTION = frozenset(
-    {
-        "blip.modeling_blip_text.BlipTextSelfAttention",
-        "bloom.modeling_bloom.BloomAttention",
-        "codegen.modeling_codegen.CodeGenAttention",
-        "fsmt.modeling_fsmt.Attention",
-        "gpt_neo.modeling_gpt_neo.GPTNeoSelfAttention",
-        "gpt_neox_japanese.modeling_gpt_neox_japanese.GPTNeoXJapaneseAttention",
-        "gptj.modeling_gptj.GPTJAttention",
-        "ibert.modeling_ibert.IBertSelfAttention",
-        "imagegpt.modeling_imagegpt.ImageGPTAttention",
-        "luke.modeling_luke.LukeSelfAttention",
-        "megatron_bert.modeling_megatron_bert.MegatronBertSelfAttention",
-        "mpnet.modeling_mpnet.MPNetSelfAttention",
-        "mvp.modeling_mvp.MvpAttention",
-        "rembert.modeling_rembert.RemBertSelfAttention",
-        "roformer.modeling_roformer.RoFormerSelfAttention",
-        "tapas.modeling_tapas.TapasSelfAttention",
-        "trocr.modeling_trocr.TrOCRAttention",
-        "visual_bert.modeling_visual_bert.VisualBertSelfAttention",
-    }
-)
-"""Classes of transformers.models that compute attention themselves, and that are tested to give the
-same under `own_attention`."""
 
 
 @dataclass(frozen=True)
@@ -99,124 +77,137 @@ def patch(model: nn.Module) -> PatchReport:
     Raises:
         ValueError: there is no Transformers model in it, or nothing in it can be switched.
     """
-    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    parts = list(_parts(model))
     if not parts:
         raise ValueError(
             "model: expected a Transformers model or a module around one, got "
             f"{type(model).__name__}"
         )
-    if not hasattr(model, _UNDO):
-        before = {}
-        for part in parts:
-            for config in compat.configs_of(part.config):
-                before.setdefault(id(config), (config, compat.implementation(config)))
-        object.__setattr__(model, _UNDO, list(before.values()))
+    before = _patched_modules(model)
     for part in parts:
-        name = compat.FLASH_TWO if compat.uses_interface(part) else compat.FA_TWO
-        if compat.uses_interface(part) or any(map(_is_own, part.modules())):
-            compat.set_implementation(part.config, name)
-    for name, layer in model.named_modules():
-        if _is_own(layer) and not _is_patched(layer):
-            previous = layer.__dict__.get("forward")
-            forward = partial(_forward, layer, f"{name} ({type(layer).__name__})", previous)
-            forward.__signature__ = inspect.signature(layer.forward)
-            layer.forward = forward
-    report = PatchReport(tuple(_layers(model)))
+        patch_part(part)
+    report = PatchReport(tuple(_report(model)))
     if not any(layer.ok for layer in report.layers):
-        unpatch(model)
+        _restore(model, keep=before)
         raise ValueError(f"model: {type(model).__name__} has no layer for flash_two:\n{report}")
     return report
 
 
 def unpatch(model: nn.Module) -> None:
     """Undo `patch` to the letter; a model that is not patched stays as it is."""
-    for layer in model.modules():
-        if _is_patched(layer):
-            previous = layer.forward.args[2]
-            del layer.forward
-            if previous is not None:
-                layer.forward = previous
-    for config, before in model.__dict__.pop(_UNDO, ()):
-        compat.set_implementation(config, before)
+    _restore(model)
 
 
 @contextmanager
 def patched(model: nn.Module) -> Iterator[PatchReport]:
     """`patch` for the length of a block, yielding the report; undone also after an exception."""
-    was_patched = hasattr(model, _UNDO)
+    before = _patched_modules(model)
     report = patch(model)
     try:
         yield report
     finally:
-        if not was_patched:
-            unpatch(model)
+        _restore(model, keep=before)
+
+
+def patch_part(part: PreTrainedModel, name: str = compat.FLASH_TWO) -> None:
+    """Switch the layers that are ``part``'s own, not those of other models in it, to ``name``."""
+    layers = list(_layers_of(part))
+    own = [(at, layer) for at, layer in layers if attention_kind(type(layer)) == "own"]
+    ours = [(at, layer) for at, layer in own if why_not(layer) is None]
+    through = [layer for _, layer in layers if attention_kind(type(layer)) == "interface"]
+    configs = [layer.config for layer in through if getattr(layer, "config", None) is not None]
+    if compat.uses_interface(part) or ours and not compat.needs_its_sdpa(part.config):
+        configs.append(part.config)
+    for config in configs:
+        before = compat.implementation(config)
+        if before != name:
+            part.__dict__.setdefault(_UNDO, []).append((config, before))
+            compat.set_implementation(config, name)
+    for at, layer in ours:
+        if _slot(layer) is None:
+            previous = layer.__dict__.get("forward")
+            forward = partial(_forward, layer, f"{at} ({type(layer).__name__})", previous)
+            forward.__signature__ = inspect.signature(layer.forward)
+            layer.forward = forward
 
 
 def _forward(layer: nn.Module, name: str, previous, *args, **kwargs):
     call = type(layer).forward.__get__(layer) if previous is None else previous
-    if kwargs.get("output_attentions"):
-        raise ValueError(
-            f"{name}: attention weights are not computed under flash_two; call "
-            "hf_flash_two.unpatch(model) for a forward with output_attentions=True"
-        )
+    return _carried_out(call, layer, name, args, kwargs)
+
+
+@torch.compiler.disable(reason="attention that a layer writes out itself runs uncompiled")
+def _carried_out(call, layer: nn.Module, name: str, args: tuple, kwargs: dict):
+    at = _position_of_output_attentions(type(layer))
+    asked = args[at] if at is not None and at < len(args) else kwargs.get("output_attentions")
+    if asked or compat.records_attentions():
+        return call(*args, **kwargs)  # the caller wants what is saved here
     with own_attention(name):
         outputs = call(*args, **kwargs)
     # Layers return their probabilities too: none were computed.
-    if isinstance(outputs, tuple):
-        return tuple(None if isinstance(part, Scores) else part for part in outputs)
+    if isinstance(outputs, (tuple, list)):
+        return type(outputs)(None if isinstance(part, Scores) else part for part in outputs)
     return outputs
 
 
-def _is_own(layer: nn.Module) -> bool:
-    name = f"{type(layer).__module__}.{type(layer).__qualname__}"
-    return name.removeprefix("transformers.models.") in OWN_ATTENTION
-
-
-def _is_patched(layer: nn.Module) -> bool:
-    return getattr(layer.__dict__.get("forward"), "func", None) is _forward
-
-
-def _layers(model: nn.Module) -> Iterator[Layer]:
-    owners: dict[str, PreTrainedModel | None] = {"": None}
-    for name, module in model.named_modules():
-        owner = module if isinstance(module, PreTrainedModel) else owners[_parent(name)]
-        owners[name] = owner
-        kind = type(module).__name__
-        how = _attention_kind(type(module))
-        if _is_patched(module):
-            yield Layer(name, kind, "flash_two")
-        elif how == "interface":
-            config = getattr(module, "config", None) or owner.config
-            uses = compat.implementation(config)
-            ours = uses in (compat.FLASH_TWO, compat.FA_TWO)
-            yield Layer(name, kind, uses, "" if ours else f"its config says {uses!r}")
-        elif how == "own":
-            yield Layer(name, kind, "its own code", "computes attention itself in a way not known")
-
-
-def _parent(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
 @cache
-def _attention_kind(cls: type) -> str | None:
-    """ "interface", "own" or None for a class that is no attention layer."""
-    if cls is nn.MultiheadAttention:
-        return "own"
-    if issubclass(cls, PreTrainedModel) or not cls.__module__.startswith("transformers.models."):
-        return None
-    try:
-        sources = [
-            inspect.getsource(member)
-            for owner in cls.__mro__
-            if owner.__module__.startswith("transformers.models.")
-            for member in vars(owner).values()
-            if inspect.isfunction(member)
-        ]
-    except OSError:
-        return None
-    text = "\n".join(sources)
-    if "ALL_ATTENTION_FUNCTIONS" in text:
-        return "interface"
-    computes = "softmax(" in text.lower() and ("matmul(" in text or "bmm(" in text)
-    return "own" if computes or "scaled_dot_product_attention(" in text else None
+def _position_of_output_attentions(cls: type[nn.Module]) -> int | None:
+    names = list(inspect.signature(cls.forward).parameters)
+    return names.index("output_attentions") - 1 if "output_attentions" in names else None
+
+
+def _restore(model: nn.Module, keep: frozenset[int] = frozenset()) -> None:
+    for module in model.modules():
+        if id(module) in keep:
+            continue
+        slot = _slot(module)
+        if slot is not None:
+            previous = module.__dict__[slot].args[2]
+            delattr(module, slot)
+            if previous is not None or slot != "forward":
+                setattr(module, slot, previous or type(module).forward.__get__(module))
+        for config, before in reversed(module.__dict__.pop(_UNDO, ())):
+            compat.set_implementation(config, before)
+
+
+def _patched_modules(model: nn.Module) -> frozenset[int]:
+    return frozenset(id(m) for m in model.modules() if _UNDO in m.__dict__ or _slot(m) is not None)
+
+
+def _slot(layer: nn.Module) -> str | None:
+    """The attribute that holds our forward: Accelerate's hooks wrap what they find."""
+    for slot in ("forward", "_old_forward"):
+        if getattr(layer.__dict__.get(slot), "func", None) is _forward:
+            return slot
+    return None
+
+
+def _parts(model: nn.Module) -> Iterable[PreTrainedModel]:
+    return (module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+def _layers_of(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The attention layers below ``module``, down to the next Transformers model."""
+    for at, child in module.named_children():
+        at = f"{name}.{at}" if name else at
+        if isinstance(child, PreTrainedModel):
+            continue
+        if attention_kind(type(child)) is not None:
+            yield at, child
+        yield from _layers_of(child, at)
+
+
+def _report(model: nn.Module) -> Iterator[Layer]:
+    for name, part in model.named_modules():
+        if not isinstance(part, PreTrainedModel):
+            continue
+        for at, layer in _layers_of(part):
+            at, kind = f"{name}.{at}" if name else at, type(layer).__name__
+            if attention_kind(type(layer)) == "interface":
+                uses = compat.implementation(getattr(layer, "config", None) or part.config)
+                ours = uses in (compat.FLASH_TWO, compat.FA_TWO)
+                yield Layer(at, kind, uses, "" if ours else f"its config says {uses!r}")
+            elif _slot(layer) is not None:
+                yield Layer(at, kind, compat.FLASH_TWO)
+            else:
+                yield Layer(at, kind, "its own code", why_not(layer) or "not patched")

@@ -1,275 +1,319 @@
-"""Attention that a model writes out itself, carried out by `flash_attention`.
+"""Attention scores that are noted instead of computed.
 
-Such a layer multiplies queries with keys, scales, adds biases and masks, takes the softmax, drops
-out and multiplies with values. While `own_attention` is active the first product yields `Scores`,
-which only note what is done to them; the last product calls `flash_attention` once. Nothing of the
-size of the scores is computed, and the layer's forward runs as its authors wrote it. Whatever is
-done to scores that has no counterpart raises.
+`Scores` stands for the tensor ``query @ key`` and for what a layer makes of it: it keeps the
+factors, biases and masks, and `Scores.attend` hands all of it to `flash_attention` at once. Each
+method that notes something returns None where it cannot, and changes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from hf_flash_two.attention import flash_attention
+from hf_flash_two.hf.interface import _from_dense, _once
+from hf_flash_two.hf.leading import Lead, Leading
 from hf_flash_two.hf.mask_carrier import MaskCarrier
 from hf_flash_two.masks import AttentionMask
 
-_PRODUCTS = {"matmul", "bmm", "baddbmm", "__matmul__"}
+HIDDEN = -1e4
+"""Scores set to this or less have probability 0; the mildest such number that models use."""
 
 
-@contextmanager
-def own_attention(layer: str) -> Iterator[None]:
-    """Within the block products of queries and keys are `Scores`.
-
-    Args:
-        layer: named in errors.
-    """
-    with _Products(layer):
-        yield
-
-
-class _Products(TorchFunctionMode):
-    def __init__(self, layer: str):
-        super().__init__()
-        self.layer = layer
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        operands = [*args, *kwargs.values()]
-        if any(isinstance(operand, Scores) for operand in operands):
-            return _apply(name, args, kwargs)
-        tensors = [operand for operand in operands if isinstance(operand, Tensor)]
-        if name not in _PRODUCTS or any(tensor.dim() < 3 for tensor in tensors):
-            return func(*args, **kwargs)
-        if name != "baddbmm":
-            query, key = tensors
-            return Scores(self.layer, query, key, query.dtype)
-        added, query, key = tensors
-        scores = Scores(self.layer, query, key, query.dtype).times(kwargs.get("alpha", 1))
-        beta = kwargs.get("beta", 1)
-        return scores.plus(added if beta == 1 else added * beta) if beta else scores
-
-
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """What a layer has done so far to the product of ``query`` and ``key``; stands for a tensor.
+class Lazy:
+    """Stands for a tensor, which ``compute`` makes if it is needed after all.
 
     Attributes:
-        query: [..., Tq, D]; key: [..., D, Tk].
-        scale: of the product.
-        terms: (leading shape when it was added, tensor or mask) of everything added since.
-        visible: the same of boolean masks, True may attend.
-        lead: the leading shape it now pretends to have.
-        softmaxed: it stands for the probabilities.
-        dropout_p: with which they were dropped.
+        layer: whose functions decide what becomes of it (`own_attention.OwnAttention`).
+        noted: (tensor, its version) of all that ``compute`` would read.
     """
 
-    layer: str
-    query: Tensor
-    key: Tensor
+    layer: object
+    compute: Callable[[], Tensor] | None
+    noted: tuple[tuple[Tensor, int], ...]
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(f"`{func.__name__}` outside the layer that makes the scores")
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        attribute = getattr(Tensor, name)
+        if not callable(attribute):
+            return getattr(self.tensor(name), name)
+        return lambda *args, **kwargs: self.layer.apply(attribute, (self, *args), kwargs)
+
+    def tensor(self, what: str) -> Tensor:
+        """The tensor itself, because ``what`` has no counterpart here."""
+        self.check_noted()
+        with self.layer.pause():
+            return self.compute()
+
+    def check_noted(self) -> None:
+        if any(version_of(tensor) != version for tensor, version in self.noted):
+            self.layer.refuse("a change in place of what scores were made from")
+
+
+def version_of(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _operator(name: str):
+    return lambda self, *others: self.layer.apply(getattr(Tensor, name), (self, *others), {})
+
+
+for _name in "add radd sub rsub mul rmul truediv rtruediv matmul rmatmul pow neg getitem".split():
+    setattr(Lazy, f"__{_name}__", _operator(f"__{_name}__"))
+for _name in "lt le gt ge".split():
+    setattr(Lazy, f"__{_name}__", _operator(f"__{_name}__"))
+for _name, _method in {"iadd": "add_", "isub": "sub_", "imul": "mul_", "itruediv": "div_"}.items():
+    setattr(Lazy, f"__{_name}__", _operator(_method))
+
+
+@dataclass(eq=False)
+class Scores(Lazy):
+    """What a layer has done so far to products of queries and keys.
+
+    Attributes:
+        products: (leading shape, query [..., Tq, D], key [..., Tk, D]), their products summed.
+        shape, dtype: of the tensor it stands for, [*lead, Tq, Tk].
+        leads: the leading shapes it has had, the present one last.
+        scale: of the products.
+        terms: (leading shape when it was added, float tensor or mask) of all that was added.
+        visible: (leading shape, bool tensor) of all masks, True may attend.
+        causal: query i sees keys 0 to i.
+        shifted: each row was shifted by a number of its own, to which softmax is indifferent.
+        gate: a tensor of 0 and 1 that it was multiplied by, until a sum hides what became 0.
+        softmaxed: it stands for probabilities.
+        dropout: (p, seed) with which they were dropped.
+        whole: its shape before a view split the queries or keys into several dimensions.
+        overwritten: shared with its views; not empty once another of them was changed in place.
+    """
+
+    layer: object
+    products: tuple[tuple[Lead, Tensor, Tensor], ...]
+    shape: torch.Size
     dtype: torch.dtype
+    leads: tuple[Lead, ...]
     scale: float = 1.0
-    terms: tuple = ()
-    visible: tuple = ()
-    view_lead: tuple[int, ...] | None = None
+    terms: tuple[tuple[Lead, Tensor | MaskCarrier], ...] = ()
+    visible: tuple[tuple[Lead, Tensor], ...] = ()
+    causal: bool = False
+    shifted: bool = False
+    gate: Tensor | None = None
     softmaxed: bool = False
-    dropout_p: float = 0.0
-
-    @property
-    def lead(self) -> tuple[int, ...]:
-        if self.view_lead is not None:
-            return self.view_lead
-        return tuple(torch.broadcast_shapes(self.query.shape[:-2], self.key.shape[:-2]))
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((*self.lead, self.query.shape[-2], self.key.shape[-1]))
+    dropout: tuple[float, Tensor] | None = None
+    whole: torch.Size | None = None
+    overwritten: list = field(default_factory=list)
+    compute: Callable[[], Tensor] | None = None
+    noted: tuple[tuple[Tensor, int], ...] = ()
 
     @property
     def device(self) -> torch.device:
-        return self.query.device
+        return self.products[0][1].device
 
-    def size(self, dim: int | None = None):
-        return self.shape if dim is None else self.shape[dim]
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
 
     def dim(self) -> int:
         return len(self.shape)
 
-    def refuse(self, what: str):
-        raise NotImplementedError(
-            f"{self.layer}: flash_two cannot carry out {what} on attention scores that are never "
-            "computed; take the layer out with hf_flash_two.unpatch(model)"
-        )
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        return self.shape if dim is None else self.shape[dim]
 
-    def times(self, factor) -> Scores:
+    @property
+    def lead(self) -> Lead:
+        return self.leads[-1]
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a product and a scale, and nothing else."""
+        more = self.terms or self.visible or self.causal or self.shifted or self.softmaxed
+        return not more and self.gate is None and len(self.products) == len(self.leads) == 1
+
+    def tensor(self, what: str) -> Tensor:
         if self.softmaxed:
-            self.refuse("a factor after the softmax")
-        if isinstance(factor, Tensor):
-            if factor.numel() != 1 or factor.requires_grad:
-                self.refuse(f"a product with a tensor of shape {list(factor.shape)}")
+            self.layer.refuse(f"`{what}` on probabilities, which are never computed")
+        return super().tensor(what)
+
+    def but(self, **changes) -> Scores:
+        return replace(self, **{"compute": None, "overwritten": [], **changes})
+
+    def holds(self, *shape: int) -> bool:
+        """Whether it keeps its shape when combined with a tensor of that shape."""
+        try:
+            return torch.broadcast_shapes(self.shape, shape) == self.shape
+        except RuntimeError:
+            return False
+
+    def plus(self, term: Tensor | MaskCarrier) -> Scores | None:
+        carried = isinstance(term, MaskCarrier)
+        if self.softmaxed or not (carried or term.is_floating_point()):
+            return None
+        if not self.holds(*term.shape):
+            return None
+        if self.gate is not None:
+            return None if carried else self._closed(term)
+        dtype = torch.promote_types(self.dtype, term.dtype)
+        if carried or not term.dim():
+            dtype = self.dtype
+        if self.whole is not None:
+            if carried:
+                return None
+            term = term.expand(self.shape).reshape(self.whole)
+        return self.but(terms=(*self.terms, (self.lead, term)), dtype=dtype)
+
+    def _closed(self, term: Tensor) -> Scores | None:
+        """``scores * gate + term`` if the term hides what the gate set to 0, and nothing else."""
+        opened = self.gate == 1
+        if not torch.where(opened, term == 0, (self.gate == 0) & (term <= HIDDEN)).all():
+            return None
+        return self.but(gate=None).hide(opened)
+
+    def times(self, factor: float | Tensor) -> Scores | None:
+        if self.softmaxed or self.gate is not None:
+            return None
+        if isinstance(factor, Tensor) and factor.numel() == 1 and not factor.requires_grad:
             factor = factor.item()
-        terms = tuple(
+        masked = self.visible or any(isinstance(term, MaskCarrier) for _, term in self.terms)
+        if isinstance(factor, Tensor):
+            return None if masked else self._times_tensor(factor)
+        if masked and factor <= 0:
+            return None
+        return self.but(scale=self.scale * factor, terms=self._scaled_terms(factor))
+
+    def _times_tensor(self, factor: Tensor) -> Scores | None:
+        if not self.holds(*factor.shape) or len(self.leads) > 1:
+            return None
+        if factor.shape[-1] == 1:
+            products = tuple((lead, query * factor, key) for lead, query, key in self.products)
+            return self.but(products=products, terms=self._scaled_terms(factor))
+        return self.but(gate=factor)
+
+    def _scaled_terms(self, factor: float | Tensor) -> tuple:
+        return tuple(
             (lead, term if isinstance(term, MaskCarrier) else term * factor)
             for lead, term in self.terms
         )
-        return replace(self, scale=self.scale * factor, terms=terms)
 
-    def plus(self, term) -> Scores:
-        if self.softmaxed or not isinstance(term, (Tensor, MaskCarrier)):
-            self.refuse("a sum after the softmax" if self.softmaxed else f"adding {term!r}")
-        if isinstance(term, Tensor) and term.dtype == torch.bool:
-            self.refuse("adding a bool tensor")
-        return replace(self, terms=(*self.terms, (self.lead, term)))
+    def hide(self, visible: Tensor) -> Scores | None:
+        """Where not ``visible`` the probability is 0."""
+        if self.softmaxed or self.gate is not None or not self.holds(*visible.shape):
+            return None
+        return self.but(visible=(*self.visible, (self.lead, visible)))
 
-    def hide(self, visible: Tensor, value) -> Scores:
-        """Scores where ``visible``, ``value`` elsewhere."""
-        value = value.item() if isinstance(value, Tensor) else value
-        if self.softmaxed or value > -1e4:
-            self.refuse(f"filling scores with {value}")
-        return replace(self, visible=(*self.visible, (self.lead, visible)))
+    def viewed_as(self, shape: torch.Size) -> Scores | None:
+        whole = self.whole or self.shape
+        if self.gate is not None:
+            return None
+        if shape[-2:] == whole[-2:]:
+            changes = {"leads": (*self.leads, tuple(shape[:-2])), "whole": None}
+        else:
+            changes = {"whole": whole}
+        return self.but(shape=shape, overwritten=self.overwritten, **changes)
 
-    def viewed(self, *shape) -> Scores:
-        shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        full = torch.empty(self.shape, device="meta").view(*shape).shape
-        if full[-2:] != self.shape[-2:]:
-            self.refuse(f"a view as {list(full)} of {list(self.shape)}")
-        return replace(self, view_lead=tuple(full[:-2]))
-
-    def softmax(self, dim: int = -1, dtype: torch.dtype | None = None, **_) -> Scores:
-        if self.softmaxed or dim not in (-1, self.dim() - 1):
-            self.refuse(f"a softmax over dimension {dim}")
-        return replace(self, softmaxed=True, dtype=dtype or self.dtype)
-
-    def to(self, *args, **kwargs) -> Scores:
-        for target in (*args, *kwargs.values()):
-            if isinstance(target, torch.dtype):
-                return replace(self, dtype=target)
-            if isinstance(target, (Tensor, Scores)):
-                return replace(self, dtype=target.dtype)
-        return self
-
-    type = to
-    type_as = to
-    view = viewed
-    reshape = viewed
-
-    def float(self) -> Scores:
-        return self.to(torch.float32)
-
-    def masked_fill(self, mask: Tensor, value) -> Scores:
-        return self.hide(mask.logical_not(), value)
-
-    def __mul__(self, factor) -> Scores:
-        return self.times(factor)
-
-    def __truediv__(self, divisor) -> Scores:
-        return self.times(1 / divisor)
-
-    def __add__(self, term) -> Scores:
-        return self.plus(term)
-
-    __rmul__ = __mul__
-    __radd__ = __add__
-
-    def __matmul__(self, value: Tensor) -> Tensor:
-        return self.attend(value)
-
-    def __getattr__(self, name: str):
-        if name.startswith("_") or not hasattr(Tensor, name):
-            raise AttributeError(name)
-        self.refuse(f"`{name}`")
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        return _apply(getattr(func, "__name__", ""), args, kwargs or {})
-
-    def attend(self, value: Tensor) -> Tensor:
-        """probabilities @ value, at last: [*lead, Tq, Dv]."""
-        if not self.softmaxed:
-            self.refuse("a product without a softmax")
-        batch, heads = self._batch_and_heads()
-        query = self._split(self.query, batch, heads)
-        key = self._split(self.key.transpose(-1, -2), batch, heads)
-        out = flash_attention(
-            query.to(value.dtype),
-            key.to(value.dtype),
-            self._split(value, batch, heads),
-            mask=self._mask(batch, heads),
-            bias=self._bias(batch, heads),
-            scale=self.scale,
-            dropout_p=self.dropout_p,
-        )
-        return out.reshape(*self.lead, *out.shape[-2:])
-
-    def _batch_and_heads(self) -> tuple[int, int]:
-        leads = [lead for lead, _ in (*self.terms, *self.visible)] + [self.lead]
-        pairs = [lead for lead in (self.query.shape[:-2], *leads) if len(lead) == 2]
-        if pairs:
-            return tuple(pairs[0])
-        if len(self.lead) != 1:
-            self.refuse(f"attention over {list(self.shape)}")
-        return self.lead[0], 1
-
-    def _split(self, x: Tensor, batch: int, heads: int) -> Tensor:
-        """[B * H, ...] or [B, H or fewer, ...] as the latter."""
-        return x if x.dim() == 4 else x.reshape(batch, -1, *x.shape[-2:])
-
-    def _placed(self, lead: tuple[int, ...], x: Tensor, batch: int, heads: int) -> Tensor:
-        """What broadcast against ``lead`` now broadcasts against [B, H]."""
-        if len(lead) == 2 or x.dim() < 3:
-            return x
-        return x[:, None] if x.shape[0] == 1 else x.reshape(batch, heads, *x.shape[-2:])
-
-    def _mask(self, batch: int, heads: int) -> AttentionMask:
-        mask = AttentionMask.full()
-        for _, term in self.terms:
-            if isinstance(term, MaskCarrier):
-                mask = mask & term.mask
-        for lead, visible in self.visible:
-            mask = mask & AttentionMask.from_dense(self._placed(lead, visible, batch, heads))
-        return mask
-
-    def _bias(self, batch: int, heads: int) -> Tensor | None:
-        bias = None
+    def attend(self, value: Tensor) -> Tensor | None:
+        """probabilities @ value [..., Tk, Dv]: [*lead, Tq, Dv]."""
+        self.check_noted()
+        queries, keys = self.shape[-2:]
+        if value.shape[-2] != keys or not self.holds(*value.shape[:-2], 1, 1):
+            return None
+        leading = Leading([*self.leads, *(lead for lead, *_ in self.products)])
+        mask = AttentionMask.causal(query_offset=0) if self.causal else AttentionMask.full()
+        biases, visible, batch = [], list(self.visible), None
         for lead, term in self.terms:
             if not isinstance(term, MaskCarrier):
-                term = self._placed(lead, term, batch, heads)
-                bias = term if bias is None else bias + term
-        return bias
+                rest, seen = _parted(term)
+                if rest is not None:
+                    biases.append(leading.spread(rest, lead))
+                if seen is not None:
+                    visible.append((lead, seen))
+            elif len(lead) == 2:
+                mask = mask & term.for_all_queries(queries).mask
+                batch = lead[0] if term.shape[0] > 1 else batch
+            else:
+                visible.append((lead, term.as_bool()))
+        bias = sum(biases[1:], biases[0]) if biases else None
+        spread = [leading.spread(seen, lead) for lead, seen in visible]
+        place = leading.place(spread if bias is None else [*spread, bias], batch)
+        for (_, seen), whole in zip(visible, spread, strict=True):
+            made_for = (leading.ends, place, queries, keys)
+            whole = leading.fold(whole, place)
+            found = _once(seen, made_for, partial(_from_visible, whole, queries, keys))
+            mask = mask & _moved(found, mask, queries, keys)
+        query, key, value = self._folded(value, leading, place)
+        dropout_p, seed = self.dropout or (0.0, None)
+        out = flash_attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            scale=self.scale,
+            bias=None if bias is None else leading.fold(bias, place),
+            dropout_p=dropout_p,
+            dropout_seed=seed,
+        )
+        self.layer.attended = True
+        return out.reshape(*self.lead, *out.shape[-2:])
+
+    def _folded(self, value: Tensor, leading: Leading, place: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For `flash_attention`; a sum of products is one product of longer vectors."""
+        queries = [
+            leading.fold(leading.spread(query, lead), place, full=True)
+            for lead, query, _ in self.products
+        ]
+        others = [leading.spread(key, lead) for lead, _, key in self.products]
+        others = [leading.fold(x, place) for x in (*others, leading.spread(value, self.lead))]
+        heads = max(x.shape[1] for x in others)
+        *keys, value = (x.expand(queries[0].shape[0], heads, -1, -1) for x in others)
+        if len(keys) == 1:
+            return queries[0], keys[0], value
+        return torch.cat(queries, -1), torch.cat(keys, -1), value
 
 
-def _apply(name: str, args: tuple, kwargs: dict):
-    """A torch function one of whose operands is `Scores`."""
-    operands = [*args, *kwargs.values()]
-    operands += [part for x in operands if isinstance(x, (list, tuple)) for part in x]
-    scores = next(x for x in operands if isinstance(x, Scores))
-    first, *rest = args
-    if name in ("matmul", "bmm", "__matmul__") and first is scores and len(rest) == 1:
-        return scores.attend(rest[0])
-    if name in ("add", "__add__", "__radd__") and not kwargs:
-        return scores.plus(rest[0] if first is scores else first)
-    if name in ("mul", "__mul__", "__rmul__") and not kwargs:
-        return scores.times(rest[0] if first is scores else first)
-    if name in ("div", "true_divide", "__truediv__") and first is scores and not kwargs:
-        return scores.times(1 / rest[0])
-    if name == "softmax" and first is scores:
-        given = dict(zip(("dim", "_stacklevel", "dtype"), rest, strict=False)) | kwargs
-        return scores.softmax(dim=given.get("dim", -1), dtype=given.get("dtype"))
-    if name == "dropout" and first is scores:
-        given = dict(zip(("p", "training"), rest, strict=False)) | kwargs
-        if not scores.softmaxed or scores.dropout_p:
-            scores.refuse("dropout before the softmax" if not scores.softmaxed else "dropout twice")
-        return replace(scores, dropout_p=given["p"] if given.get("training", True) else 0.0)
-    if name == "where" and len(args) == 3 and args[1] is scores:
-        return scores.hide(args[0], args[2])
-    if name == "masked_fill" and first is scores:
-        return scores.masked_fill(*rest, **kwargs)
-    return scores.refuse(f"`{name}`")
+@dataclass(eq=False)
+class RowMax(Lazy):
+    """The largest of each row of ``scores``: softmax is indifferent to its being subtracted."""
+
+    scores: Scores
+    kept: bool
+    compute: Callable[[], Tensor] | None = None
+    noted: tuple[tuple[Tensor, int], ...] = ()
+
+    @property
+    def layer(self) -> object:
+        return self.scores.layer
+
+
+def _parted(term: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """(bias, visible) that a sum with ``term`` amounts to, None where there is none."""
+
+    def hidden() -> Tensor | None:
+        found = term <= HIDDEN
+        return found.logical_not_() if found.any() else None
+
+    with torch.no_grad():
+        visible = _once(term, "hidden", hidden)
+    if visible is None:
+        return term, None
+    bias = torch.where(visible, term, 0)
+    return (bias if term.requires_grad or bias.any() else None), visible
+
+
+def _from_visible(visible: Tensor, queries: int, keys: int) -> AttentionMask:
+    return _from_dense(visible.expand(*visible.shape[:3], keys), queries)
+
+
+def _moved(seen: AttentionMask, mask: AttentionMask, queries: int, keys: int) -> AttentionMask:
+    """``seen`` with its queries at the positions that they have in ``mask``."""
+    if seen.first_query is None:
+        return seen
+    shift = mask.resolve_offset(queries, keys) - seen.resolve_offset(queries, keys)
+    first, last = seen.first_query + shift, seen.last_query + shift
+    return AttentionMask.from_intervals(first, last, query_offset=mask.query_offset)

@@ -11,7 +11,8 @@ import transformers
 from torch import nn
 
 from hf_flash_two import attention, patch, patched, unpatch
-from hf_flash_two.hf.scores import own_attention
+from hf_flash_two.hf import families
+from hf_flash_two.hf.own_attention import own_attention
 
 OFF = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
 GPT_OFF = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
@@ -228,14 +229,33 @@ def test_sub_configs_are_switched_and_restored():
 
 
 def test_report_names_what_is_not_ours():
-    config = transformers.SiglipVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        image_size=16, patch_size=8,
-    )  # fmt: skip
-    report = patch(transformers.SiglipVisionModel(config))
-    assert not report.ok
-    assert [layer.kind for layer in report.unsupported] == ["MultiheadAttention"]
-    assert "computes attention itself in a way not known" in str(report)
+    model = transformers.BigBirdModel(
+        transformers.BigBirdConfig(
+            vocab_size=97,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+        )  # fmt: skip
+    )
+    with pytest.raises(ValueError, match="BigBirdBlockSparseAttention .*a fixed sparse pattern"):
+        patch(model)
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_a_layer_of_a_class_that_is_possible_may_be_impossible():
+    settings = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "type_vocab_size": 2}
+    config = transformers.DebertaConfig(
+        **settings, num_attention_heads=4, relative_attention=True, talking_head=True
+    )
+    with pytest.raises(ValueError, match="mixes the probabilities of its heads"):
+        patch(transformers.DebertaModel(config))
+
+
+def test_unknown_classes_are_reported(monkeypatch):
+    monkeypatch.setattr(families, "OWN_ATTENTION", frozenset())
+    with pytest.raises(ValueError, match="BloomAttention .*in a way not known"):
+        patch(build("bloom"))
 
 
 def test_refuses_what_it_cannot_patch():
@@ -246,27 +266,16 @@ def test_refuses_what_it_cannot_patch():
         patch(transformers.FNetModel(config))
 
 
-def test_attention_weights_are_refused(batch):
-    model = build("bloom")
-    layer = model.transformer.h[0].self_attention
-    patch(model)
-    with pytest.raises(ValueError, match="attention weights are not computed"):
-        layer(torch.zeros(1, 3, 32), torch.zeros(1, 3, 32), None, None, output_attentions=True)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda s: s.exp(), lambda s: s.softmax(-2), lambda s: s * torch.ones(4), lambda s: s[0],
-        lambda s: s.softmax(-1) * 2, lambda s: s.masked_fill(torch.zeros(5, 5).bool(), 0.5),
-        lambda s: torch.cat([s, s]), lambda s: s.softmax(-1).sum(), lambda s: s @ torch.ones(5, 2),
-        lambda s: s.transpose(1, 2),
-    ],
-)  # fmt: skip
-def test_scores_refuse_what_they_do_not_know(change):
-    q = torch.randn(1, 2, 5, 8)
-    with own_attention("layer 7"), pytest.raises((NotImplementedError, TypeError)):
-        change(q @ q.transpose(2, 3))
+@pytest.mark.parametrize("family", OWN)
+def test_attention_weights_are_computed_on_request(family, batch):
+    model = build(family)
+    want = model(**batch, output_attentions=True)
+    with patched(model):
+        got = model(**batch, output_attentions=True)
+        torch.testing.assert_close(got.attentions, want.attentions)
+        plain = model(**batch)
+    visible = batch["attention_mask"].bool()
+    torch.testing.assert_close(plain.logits[visible], want.logits[visible], atol=1e-5, rtol=1e-4)
 
 
 def test_scores_follow_the_formula():

@@ -1,0 +1,162 @@
+"""Classes that compute attention themselves instead of through Transformers' interface.
+
+All are carried out by one mechanism, `own_attention`. Listed are those that tests prove to give the
+same numbers, as ``family.class``, and those that cannot, with the reason.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from functools import cache
+
+from torch import nn
+from transformers import PreTrainedModel
+
+_BY_FAMILY = {
+    "aimv2": "Aimv2AttentionPoolingHead",
+    "bark": "BarkSelfAttention",
+    "big_bird": "BigBirdSelfAttention",
+    "bigbird_pegasus": "BigBirdPegasusSelfAttention",
+    "blip": "BlipAttention BlipTextSelfAttention",
+    "bloom": "BloomAttention",
+    "canine": "CanineSelfAttention",
+    "codegen": "CodeGenAttention",
+    "convbert": "ConvBertSelfAttention",
+    "cvt": "CvtSelfAttention",
+    "data2vec": "Data2VecVisionSdpaSelfAttention Data2VecVisionSelfAttention",
+    "deberta": "DisentangledSelfAttention",
+    "deberta_v2": "DisentangledSelfAttention",
+    "donut": "DonutSwinSelfAttention",
+    "falcon": "FalconAttention",
+    "fastspeech2_conformer": "FastSpeech2ConformerAttention",
+    "flaubert": "MultiHeadAttention",
+    "flava": "FlavaSelfAttention",
+    "fsmt": "Attention",
+    "funnel": "FunnelRelMultiheadAttention",
+    "git": "GitSelfAttention",
+    "glpn": "GLPNEfficientSelfAttention",
+    "gpt_neo": "GPTNeoSelfAttention",
+    "gpt_neox_japanese": "GPTNeoXJapaneseAttention",
+    "gptj": "GPTJAttention",
+    "groupvit": "GroupViTAttention",
+    "hiera": "HieraMaskUnitAttention",
+    "ibert": "IBertSelfAttention",
+    "imagegpt": "ImageGPTAttention",
+    "layoutlmv3": "LayoutLMv3SelfAttention",
+    "lilt": "LiltSelfAttention",
+    "longt5": "LongT5LocalAttention",
+    "luke": "LukeSelfAttention",
+    "lxmert": "LxmertAttention",
+    "maskformer": "MaskFormerSwinSelfAttention",
+    "megatron_bert": "MegatronBertSelfAttention",
+    "mobilevit": "MobileViTSelfAttention",
+    "mpnet": "MPNetSelfAttention",
+    "mpt": "MptAttention",
+    "mvp": "MvpAttention",
+    "openai": "Attention",
+    "pegasus_x": "PegasusXGlobalLocalAttention",
+    "perceiver": "PerceiverSelfAttention",
+    "prophetnet": "ProphetNetAttention ProphetNetNgramSelfAttention",
+    "pvt": "PvtEfficientSelfAttention",
+    "pvt_v2": "PvtV2SelfAttention",
+    "rembert": "RemBertSelfAttention",
+    "roformer": "RoFormerSelfAttention",
+    "sam": "SamVisionAttention SamVisionSdpaAttention",
+    "sam_hq": "SamHQVisionAttention SamHQVisionSdpaAttention",
+    "seggpt": "SegGptAttention",
+    "sew_d": "DisentangledSelfAttention",
+    "speecht5": "SpeechT5Attention",
+    "squeezebert": "SqueezeBertSelfAttention",
+    "superglue": "SuperGlueSelfAttention",
+    "swin2sr": "Swin2SRSelfAttention",
+    "swinv2": "Swinv2SelfAttention",
+    "tapas": "TapasSelfAttention",
+    "timesformer": "TimesformerSelfAttention",
+    "torch": "MultiheadAttention",
+    "trocr": "TrOCRAttention",
+    "vilt": "ViltSelfAttention",
+    "visual_bert": "VisualBertSelfAttention",
+    "vitdet": "VitDetAttention",
+    "wavlm": "WavLMAttention",
+    "xglm": "XGLMAttention",
+    "xlm": "MultiHeadAttention",
+    "xlnet": "XLNetRelativeAttention",
+}
+OWN_ATTENTION = frozenset(
+    f"{family}.{name}" for family, names in _BY_FAMILY.items() for name in names.split()
+)
+"""Tested to give what they give unpatched."""
+
+_SPARSE = "a fixed sparse pattern over blocks, whose probabilities are computed piece by piece"
+_WEIGHTS = "its result are the probabilities themselves"
+NOT_POSSIBLE = {
+    "autoformer.AutoformerAttention": "correlates whole series instead of tokens",
+    "big_bird.BigBirdBlockSparseAttention": _SPARSE,
+    "bigbird_pegasus.BigBirdPegasusBlockSparseAttention": _SPARSE,
+    "conditional_detr.ConditionalDetrMHAttentionMap": _WEIGHTS,
+    "dab_detr.DabDetrMHAttentionMap": _WEIGHTS,
+    "detr.DetrMHAttentionMap": _WEIGHTS,
+    "dinat.NeighborhoodAttention": "attends to a neighbourhood, by a library of its own",
+    "groupvit.GroupViTAssignAttention": "assigns each token to one group, by a hard softmax",
+    "led.LEDEncoderSelfAttention": _SPARSE,
+    "longformer.LongformerSelfAttention": _SPARSE,
+    "maskformer.MaskFormerDetrMHAttentionMap": _WEIGHTS,
+    "mobilevitv2.MobileViTV2LinearSelfAttention": "linear attention, no product of token pairs",
+    "mra.MraSelfAttention": "approximates the scores by a kernel of its own",
+    "nystromformer.NystromformerSelfAttention": "a low-rank approximation by three softmaxes",
+    "reformer.LSHSelfAttention": "attends within buckets of hashes",
+    "reformer.LocalSelfAttention": "normalises over chunks by a log-sum-exp of its own",
+    "swiftformer.SwiftFormerEfficientAdditiveAttention": "additive, no product of token pairs",
+    "yoso.YosoSelfAttention": "estimates weights by hashing; there is no softmax",
+}
+
+UNLESS = {
+    "deberta.DisentangledSelfAttention": ("talking_head", "mixes the probabilities of its heads"),
+    "ibert.IBertSelfAttention": ("quant_mode", "computes in integers"),
+}
+"""Layers of classes in OWN_ATTENTION that cannot: (attribute that tells, reason)."""
+
+_PRODUCT = re.compile(r"matmul|bmm\(|einsum\(| @ |scaled_dot_product_attention\(")
+
+
+def why_not(layer: nn.Module) -> str | None:
+    """Why a layer that computes attention itself cannot be carried out; None if it can."""
+    name = key(type(layer))
+    if name in NOT_POSSIBLE:
+        return NOT_POSSIBLE[name]
+    if name not in OWN_ATTENTION:
+        return "computes attention itself in a way not known"
+    attribute, reason = UNLESS.get(name, ("", ""))
+    return reason if attribute and getattr(layer, attribute) else None
+
+
+@cache
+def attention_kind(cls: type[nn.Module]) -> str | None:
+    """ "interface", "own" or None for a class that is no attention layer."""
+    name = key(cls)
+    if name in OWN_ATTENTION or name in NOT_POSSIBLE:
+        return "own"
+    if issubclass(cls, PreTrainedModel) or not cls.__module__.startswith("transformers.models."):
+        return None
+    try:
+        text = "\n".join(
+            inspect.getsource(member)
+            for owner in cls.__mro__
+            if owner.__module__.startswith("transformers.models.")
+            for member in vars(owner).values()
+            if inspect.isfunction(member)
+        )
+    except OSError:
+        return None
+    if "ALL_ATTENTION_FUNCTIONS" in text:
+        return "interface"
+    softmax = re.search("softmax|scaled_dot_product_attention", text, re.IGNORECASE)
+    named = re.search("att(ention|n)", cls.__name__, re.IGNORECASE)
+    return "own" if named and softmax and _PRODUCT.search(text) else None
+
+
+def key(cls: type) -> str:
+    """``family.class``; the family of PyTorch's own is ``torch``."""
+    *package, _ = cls.__module__.removeprefix("transformers.models.").split(".")
+    return f"{package[0] if package else cls.__module__}.{cls.__qualname__}"

@@ -1,0 +1,226 @@
+"""What a layer may do with its scores, on plain tensors: the same numbers, or a refusal."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hf_flash_two.hf.own_attention import own_attention
+
+
+@pytest.fixture
+def qkv():
+    torch.manual_seed(0)
+    shapes = ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 4))
+    return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+
+def run(layer, tensors):
+    """The result and the gradients of ``tensors``."""
+    for tensor in tensors:
+        tensor.grad = None
+    out = layer(*tensors)
+    out.square().sum().backward()
+    return out.detach(), [tensor.grad.clone() for tensor in tensors]
+
+
+def assert_same(layer, tensors, kernel_calls, calls: int = 1):
+    want = run(layer, tensors)
+    assert not kernel_calls
+    with own_attention("layer"):
+        out = layer(*tensors)
+    assert len(kernel_calls) == calls
+    kernel_calls.clear()
+
+    def carried_out(*tensors):
+        with own_attention("layer"):
+            return layer(*tensors)
+
+    got = run(carried_out, tensors)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    assert out.shape == want[0].shape
+
+
+def product(q, k):
+    return q @ k.transpose(-1, -2)
+
+
+SEEN = torch.rand(2, 1, 5, 7, generator=torch.Generator().manual_seed(1)) > 0.3
+SEEN[..., 0] = True
+BIAS = torch.randn(1, 3, 5, 7, generator=torch.Generator().manual_seed(2))
+MINIMUM = torch.finfo(torch.float32).min
+
+
+def filled(s):
+    return s.masked_fill(~SEEN, MINIMUM)
+
+
+def blocks(q, k, v):
+    s = product(q, k)
+    s = s.view(6, 5, 7) + BIAS.expand(2, -1, -1, -1).reshape(6, 5, 7)
+    s = s.view(2, 3, 5, 7) + torch.where(SEEN, 0.0, MINIMUM)
+    return torch.bmm(s.view(6, 5, 7).softmax(-1), v.reshape(6, 7, 4)).view(2, 3, 5, 4)
+
+
+def in_place(q, k, v):
+    s = product(q, k)
+    s /= 3
+    s += BIAS
+    s.masked_fill_(~SEEN, MINIMUM)
+    return s.softmax(-1) @ v
+
+
+def gated(q, k, v):
+    causal = torch.ones(5, 7).tril()
+    return F.softmax(product(q, k) * causal - 1e4 * (1 - causal), -1) @ v
+
+
+def relative(q, k, v):
+    position = torch.randn(9, 8, generator=torch.Generator().manual_seed(3))
+    shifted = torch.einsum("bhqd,rd->bhqr", q, position)
+    index = (torch.arange(7)[None] - torch.arange(5)[:, None]).clamp(0, 8)
+    s = product(q, k) + shifted.gather(-1, index.expand(2, 3, -1, -1))
+    return s.softmax(-1) @ v
+
+
+def einsums(q, k, v):
+    s = torch.einsum("bnqd,bnkd->bnqk", q, k) + torch.einsum("bnqd,qkd->bnqk", q, POSITIONS)
+    return torch.einsum("bnqk,bnkd->bqnd", s.softmax(-1), v)
+
+
+POSITIONS = torch.randn(5, 7, 8, generator=torch.Generator().manual_seed(4))
+CARRIED_OUT = {
+    "scaled": lambda q, k, v: (product(q, k) / 3).softmax(-1) @ v,
+    "factor_tensor": lambda q, k, v: (product(q, k) * torch.tensor(0.3)).softmax(-1) @ v,
+    "factor_per_head": lambda q, k, v: (product(q, k) * BIAS[:, :, :1, :1]).softmax(-1) @ v,
+    "bias": lambda q, k, v: (product(q, k) + BIAS).softmax(-1) @ v,
+    "bias_before_scale": lambda q, k, v: ((product(q, k) + BIAS) * 0.5).softmax(-1) @ v,
+    "negative_factor": lambda q, k, v: (product(q, k) * -0.5).softmax(-1) @ v,
+    "number": lambda q, k, v: (product(q, k) + 3.0).softmax(-1) @ v,
+    "filled": lambda q, k, v: filled(product(q, k)).softmax(-1) @ v,
+    "additive": lambda q, k, v: (product(q, k) + (1 - SEEN.float()) * -1e9).softmax(-1) @ v,
+    "where": lambda q, k, v: torch.where(SEEN, product(q, k), MINIMUM).softmax(-1) @ v,
+    "where_not": lambda q, k, v: torch.where(~SEEN, MINIMUM, product(q, k)).softmax(-1) @ v,
+    "bias_and_mask_in_one": lambda q, k, v: (
+        (product(q, k) + BIAS.masked_fill(~SEEN, MINIMUM)).softmax(-1) @ v
+    ),
+    "clamped": lambda q, k, v: filled(product(q, k)).clamp(min=MINIMUM).softmax(-1) @ v,
+    "row_max": lambda q, k, v: (
+        (s := product(q, k)) - s.amax(-1, keepdim=True).detach()
+    ).softmax(-1) @ v,
+    "dropped_at_zero": lambda q, k, v: F.dropout(product(q, k).softmax(-1), 0.0) @ v,
+    "casts": lambda q, k, v: product(q, k).float().softmax(-1).type_as(q).to(v.dtype) @ v,
+    "baddbmm": lambda q, k, v: torch.baddbmm(
+        BIAS.expand(2, -1, -1, -1).reshape(6, 5, 7), q.reshape(6, 5, 8),
+        k.reshape(6, 7, 8).mT, beta=0.5, alpha=0.3,
+    ).softmax(-1) @ v.reshape(6, 7, 4),
+    "sdpa": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, SEEN),
+    "sdpa_causal": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+    "columns_side_by_side": lambda q, k, v: torch.cat(
+        [product(q, k[:, :, :3]) * 2, product(q + 1, k[:, :, 3:])], -1
+    ).softmax(-1) @ v,
+    "rows_on_top": lambda q, k, v: torch.cat(
+        [product(q[:, :, :2], k), product(q[:, :, 2:], k * 2)], -2
+    ).softmax(-1) @ v,
+    "blocks": blocks, "in_place": in_place, "gated": gated, "relative": relative,
+    "einsums": einsums,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layer", CARRIED_OUT.values(), ids=CARRIED_OUT)
+def test_same_numbers_and_gradients(layer, qkv, kernel_calls):
+    assert_same(layer, qkv, kernel_calls)
+
+
+def test_gradient_of_a_bias(qkv, kernel_calls):
+    bias = BIAS.clone().requires_grad_()
+    assert_same(lambda q, k, v, b: (product(q, k) + b).softmax(-1) @ v, [*qkv, bias], kernel_calls)
+
+
+def test_probabilities_used_twice_are_dropped_once(qkv):
+    q, k, v = qkv
+    with own_attention("layer"):
+        p = F.dropout(product(q, k).softmax(-1), 0.5)
+        assert torch.equal(p @ v, p @ v)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda s: s.exp(), lambda s: s[0], lambda s: s.transpose(1, 2), lambda s: 1.0 - s.tanh() * 3],
+    ids=["exp", "part", "transpose", "tanh"],
+)
+def test_what_is_not_known_on_scores_computes_them(change, qkv):
+    q, k, v = qkv
+    with own_attention("layer"):
+        s = product(q, k)
+        changed = change(s)
+        s.softmax(-1) @ v
+    assert torch.equal(changed, change(product(q, k)))
+
+
+NOT_ON_PROBABILITIES = {
+    "a factor": lambda p, v: p * 2,
+    "a sum": lambda p, v: p.sum(),
+    "a part": lambda p, v: p[:, :1],
+    "a product from the left": lambda p, v: v.mT @ p.mT,
+    "other keys": lambda p, v: p @ torch.ones(2, 3, 6, 4),
+    "softmax again": lambda p, v: p.softmax(-1) @ v,
+    "padding": lambda p, v: F.pad(p, (1, 1)),
+    "a fill with 0": lambda p, v: p.masked_fill(~SEEN, 0.0) @ v,
+    "another head's": lambda p, v: p.transpose(0, 1),
+    "a view of the keys": lambda p, v: p.view(2, 3, 35) + 1.0,
+    "in place": lambda p, v: p.mul_(2),
+}
+
+
+@pytest.mark.parametrize("change", NOT_ON_PROBABILITIES.values(), ids=NOT_ON_PROBABILITIES)
+def test_what_is_not_known_on_probabilities_raises(change, qkv):
+    q, k, v = qkv
+    with pytest.raises(NotImplementedError, match="layer 7.*unpatch"), own_attention("layer 7"):
+        change(product(q, k).softmax(-1), v)
+
+
+NOT_ATTENTION = {
+    "softmax over queries": lambda q, k, v: product(q, k).softmax(-2) @ v,
+    "no softmax": lambda q, k, v: product(q, k) @ v,
+    "softmax of something else": lambda q, k, v: product(q, k).tanh().softmax(-1) @ v,
+    "a mild fill": lambda q, k, v: product(q, k).masked_fill(~SEEN, -10.0).softmax(-1) @ v,
+    "an open gate": lambda q, k, v: (product(q, k) * SEEN.float()).softmax(-1) @ v,
+}
+
+
+@pytest.mark.parametrize("layer", NOT_ATTENTION.values(), ids=NOT_ATTENTION)
+def test_a_layer_without_attention_raises(layer, qkv):
+    raises = pytest.raises(NotImplementedError, match="layer 7.*what this layer does")
+    with raises, own_attention("layer 7"):
+        layer(*qkv)
+
+
+def test_a_change_in_place_of_the_queries_raises(qkv):
+    q, k, v = (x.detach() for x in qkv)
+    with pytest.raises(NotImplementedError, match="layer 7.*in place"), own_attention("layer 7"):
+        s = product(q, k)
+        q.mul_(2)
+        s.softmax(-1) @ v
+
+
+def test_a_change_in_place_of_a_view_raises(qkv):
+    q, k, v = qkv
+    with pytest.raises(NotImplementedError, match="through a view"), own_attention("layer 7"):
+        s = product(q, k)
+        view = s.view(6, 5, 7)
+        s += 1.0
+        view.softmax(-1)
+
+
+def test_nested_attention_through_the_interface(qkv, kernel_calls):
+    from hf_flash_two import flash_attention
+
+    q, k, v = qkv
+    want = flash_attention(q, k, v)
+    with own_attention("layer"):
+        got = flash_attention(q, k, v)
+        product(q, k).softmax(-1) @ v
+    assert torch.equal(got, want)
+    assert len(kernel_calls) == 3
