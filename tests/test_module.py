@@ -345,7 +345,7 @@ def test_shapes_are_computed_without_data() -> None:
     ("heads", "batch"), [(4, 2), (2, 1), (1, 5)], ids=["heads", "few_heads", "batch_rows"]
 )
 def test_split_over_devices_equals_one_device(heads: int, batch: int, devices: int) -> None:
-    """To the bit where batch rows are split; one head alone takes another matrix product."""
+    """Up to rounding: fewer batch rows or heads at once take another matrix product."""
     settings = {"dim": 32, "heads": heads, "dim_head": 8, "causal": True}
     single = FlashAttentionTwo(**settings)
     split = FlashAttentionTwo(**settings, parallel=True, devices=["cpu"] * devices)
@@ -353,7 +353,7 @@ def test_split_over_devices_equals_one_device(heads: int, batch: int, devices: i
     x = torch.randn(batch, 133, 32, requires_grad=True)
     keep = torch.rand(batch, 133) > 0.3
     dense = torch.rand(batch, heads, 133, 133) > 0.2
-    tolerance = {"atol": 0, "rtol": 0} if heads == 1 else {"atol": 1e-5, "rtol": 1e-5}
+    tolerance = {"atol": 1e-5, "rtol": 1e-5}
     for mask in (None, keep, keep[:1], dense, dense[:1], dense[:, :1]):
         outs = [model(x, mask=mask) for model in (single, split)]
         torch.testing.assert_close(*outs, **tolerance)

@@ -30,8 +30,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tupl
         for lane in lanes(query, key, value, problem):
             for tile in lane.query_tiles:
                 lane_out, lane_lse = _attend(lane, tile)
-                out[lane.index][:, tile.rows] = lane.ungroup(lane_out)
-                lse[lane.index][:, tile.rows] = lane.ungroup(lane_lse)[..., 0]
+                out[lane.index][:, :, tile.rows] = lane.ungroup(lane_out)
+                lse[lane.index][:, :, tile.rows] = lane.ungroup(lane_lse)[..., 0]
     return out, lse
 
 
@@ -56,19 +56,20 @@ def backward(
             dk_blocks, dv_blocks = lane.accumulators(dk), lane.accumulators(dv)
             for tile in lane.query_tiles:
                 rows = tile.rows
-                row_lse = lane.group(lse[lane.index][:, rows, None])
-                row_d_out = lane.group(d_out[lane.index][:, rows]).to(stats)
-                delta = (row_d_out * lane.group(out[lane.index][:, rows])).sum(-1, keepdim=True)
+                row_lse = lane.group(lse[lane.index][:, :, rows, None])
+                row_d_out = lane.group(d_out[lane.index][:, :, rows]).to(stats)
+                delta = (row_d_out * lane.group(out[lane.index][:, :, rows])).sum(-1, keepdim=True)
                 if d_lse is not None:
-                    delta -= lane.group(d_lse[lane.index][:, rows, None])
+                    delta -= lane.group(d_lse[lane.index][:, :, rows, None])
                 if d_sinks is not None:
                     weight = torch.exp(lane.per_row(problem.sinks, rows) - row_lse)
-                    share = lane.ungroup(weight.nan_to_num_(0.0) * delta).sum((1, 2))
-                    d_sinks[lane.index_of(d_sinks)] -= share
+                    share = lane.ungroup(weight.nan_to_num_(0.0) * delta).sum((2, 3))
+                    lane_sinks = d_sinks[lane.index_of(d_sinks)]
+                    lane_sinks -= share.sum_to_size(lane_sinks.shape)
                 lane_dq = _differentiate(
                     lane, tile, row_lse, row_d_out, delta, dk_blocks, dv_blocks, d_bias
                 )
-                dq[lane.index][:, rows] = lane.ungroup(lane_dq)
+                dq[lane.index][:, :, rows] = lane.ungroup(lane_dq)
             lane.store(dk, dk_blocks, problem.scale)
             lane.store(dv, dv_blocks, 1)
     if d_bias is not None:
@@ -77,7 +78,7 @@ def backward(
 
 
 def _attend(lane: Lane, tile: QueryTile) -> tuple[Tensor, Tensor]:
-    """Output and natural-log lse of one tile of queries, [key heads, group * rows, Dv or 1]."""
+    """Output and natural-log lse of one tile of queries, [heads, group * rows, Dv or 1]."""
     query = lane.query(tile.rows)
     lazily = tile.probe and len(tile.key_tiles) > 1
     state = _attend_lazily(lane, query, tile) if lazily else None
@@ -150,7 +151,7 @@ def _differentiate(
     dv_blocks: list[Tensor],
     d_bias: Tensor | None,
 ) -> Tensor:
-    """dQ of one tile of queries, [key heads, group * rows, D]; adds its share to dK, dV and d_bias.
+    """dQ of one tile of queries, [heads, group * rows, D]; adds its share to dK, dV and d_bias.
 
     Tiles are laid out key by key: two of the three products that follow read them transposed.
     """

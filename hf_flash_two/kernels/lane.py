@@ -1,8 +1,9 @@
-"""A lane of the blockwise kernel: some key heads of a batch row and the query heads sharing them.
+"""A lane of the blockwise kernel: some key heads and the query heads sharing them.
 
-The heads of a lane go through each product together, one batched product per tile. Queries are laid
-out [key heads, group * rows, D]: the query heads of a group are simply more rows, so no key is
-repeated.
+The heads of a lane go through each product together, one batched product per tile: some of one
+batch row, or all of several where they are small. Queries are laid out [heads, group * rows, D],
+heads being the key heads of all its batch rows: the query heads of a group are simply more rows, so
+no key is repeated.
 """
 
 from __future__ import annotations
@@ -103,11 +104,20 @@ def lanes(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Iterat
     row_bytes = (key.shape[3] + value.shape[3]) * statistics_dtype(key.dtype).itemsize
     together = min(_TILE_BYTES // tile_bytes, _WORKSPACE_BYTES // max(1, key_length * row_bytes))
     together = max(1, together)
-    query_tiles = _query_tiles(call)
-    for row in range(batch):
-        row_tiles = query_tiles[row if len(query_tiles) > 1 else 0]
+    rows = 1 if problem.dropout_p else max(1, min(together // key_heads, batch))
+    if key_length > _BLOCK_K and not (_rows_are_heads(key) and _rows_are_heads(value)):
+        rows = 1
+    query_tiles = _query_tiles(call, rows)
+    for number, at in enumerate(range(0, batch, rows)):
+        tiles = query_tiles[number if len(query_tiles) > 1 else 0]
         for start in range(0, key_heads, together):
-            yield Lane(call, row, slice(start, min(start + together, key_heads)), row_tiles)
+            lane_heads = slice(start, min(start + together, key_heads))
+            yield Lane(call, slice(at, min(at + rows, batch)), lane_heads, tiles)
+
+
+def _rows_are_heads(x: Tensor) -> bool:
+    """Whether the heads of several batch rows are at even distances in memory."""
+    return x.stride(0) == x.shape[1] * x.stride(1)
 
 
 def _call(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Call:
@@ -126,8 +136,8 @@ def _call(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Call:
     )  # fmt: skip
 
 
-def _query_tiles(call: Call) -> list[list[QueryTile]]:
-    """All tiles of queries, for every batch row that the mask tells apart."""
+def _query_tiles(call: Call, rows: int) -> list[list[QueryTile]]:
+    """All tiles of queries for every ``rows`` batch rows, or once where the mask is one for all."""
     problem, bounds = call.problem, call.problem.key_bounds
     lengths = (call.query.shape[2], call.key.shape[2])
     settings = (problem.query_offset, *lengths, call.block_q, call.block_k)
@@ -136,10 +146,14 @@ def _query_tiles(call: Call) -> list[list[QueryTile]]:
         return _tiles_of_band(problem.window_left, problem.window_right, *settings, dense)
     # The mask owns the bounds, and all layers share the mask.
     known = vars(bounds).setdefault("_query_tiles", {})
-    key = (*settings, dense)
+    key = (*settings, dense, rows)
     if key not in known:
         offset, query_length, key_length, block_q, block_k = settings
         tile_map = bound_tiles(bounds, offset, query_length, block_q, KEY_GRANULE, dense)
+        if rows > 1:
+            visit = torch.stack([part.any(0) for part in tile_map.visit.split(rows)])
+            full = torch.stack([part.all(0) for part in tile_map.full.split(rows)])
+            tile_map = TileMap(visit, full)
         known[key] = _tiles_of_map(tile_map, *settings[1:])
     return known[key]
 
@@ -228,6 +242,7 @@ class Workspace:
 class Lane:
     """Attributes:
 
+    batch, key_heads, heads: the batch rows, and the heads of each.
     query_tiles: what to compute.
     key_blocks, value_blocks: the lane's keys and values, cut at every ``block_k`` keys.
     dtype: of the products; stats: of sums and statistics.
@@ -235,7 +250,7 @@ class Lane:
     plain: the scores are the scaled products and nothing else.
     """
 
-    def __init__(self, call: Call, batch: int, key_heads: slice, query_tiles: list[QueryTile]):
+    def __init__(self, call: Call, batch: slice, key_heads: slice, query_tiles: list[QueryTile]):
         problem = call.problem
         self.query_tiles = query_tiles
         self.call, self.problem, self.batch, self.key_heads = call, problem, batch, key_heads
@@ -248,28 +263,36 @@ class Lane:
         self.stats = statistics_dtype(call.query.dtype)
         self.few = call.query.shape[2] * self.group_size <= _FEW_ROWS
         self.plain = problem.bias is None and problem.alibi_slopes is None and not problem.softcap
-        self._query = call.query[self.index]
+        self.batch_size = batch.stop - batch.start
+        self._query = call.query[self.index].flatten(0, 1)
         self.key_blocks = self._blocks(call.key)
         self.value_blocks = self._blocks(call.value)
 
     def _blocks(self, x: Tensor) -> list[Tensor]:
-        blocks = x[self.batch, self.key_heads].to(self.dtype).split(self.call.block_k, dim=1)
+        x = x[self.batch, self.key_heads].to(self.dtype).flatten(0, 1)
+        blocks = x.split(self.call.block_k, dim=1)
         if len(blocks) == 1 or blocks[0].shape[0] == 1:
             return list(blocks)
         # A product copies a block that is not contiguous: better once than for every tile of rows.
         return [block.contiguous() for block in blocks]
 
     def accumulators(self, x: Tensor) -> list[Tensor]:
-        """Zeros to add this lane's blocks of a gradient of keys or values up in."""
-        blocks = x[self.batch, self.key_heads].split(self.call.block_k, dim=1)
-        if x.dtype == self.stats:
-            return [block.zero_() for block in blocks]
-        return [torch.zeros_like(block, dtype=self.stats) for block in blocks]
+        """Zeros to add up this lane's blocks in of ``x``, a gradient of keys or values."""
+        blocks = x[self.batch, self.key_heads].split(self.call.block_k, dim=2)
+        if self._in_place(x):
+            return [block[0].zero_() for block in blocks]
+        return [torch.zeros_like(block, dtype=self.stats).flatten(0, 1) for block in blocks]
 
     def store(self, x: Tensor, accumulators: list[Tensor], scale: float) -> None:
-        blocks = x[self.batch, self.key_heads].split(self.call.block_k, dim=1)
+        """``x`` is ``scale`` times what was added up."""
+        blocks = x[self.batch, self.key_heads].split(self.call.block_k, dim=2)
         for block, accumulated in zip(blocks, accumulators, strict=True):
-            block.copy_(accumulated.mul_(scale))
+            accumulated.mul_(scale)
+            if not self._in_place(x):
+                block.copy_(accumulated.unflatten(0, block.shape[:2]))
+
+    def _in_place(self, x: Tensor) -> bool:
+        return x.dtype == self.stats and self.batch_size == 1
 
     def query(self, rows: slice) -> Tensor:
         return self.group(self._query[:, rows].to(self.dtype))
@@ -281,32 +304,35 @@ class Lane:
         return self.value_blocks[tile.block][:, tile.inside]
 
     def group(self, x: Tensor) -> Tensor:
-        """[query heads, rows, D] -> [key heads, group * rows, D]"""
-        return x.reshape(-1, self.group_size * x.shape[1], x.shape[2])
+        """[..., rows, D] for all query heads -> [heads, group * rows, D]"""
+        return x.reshape(-1, self.group_size * x.shape[-2], x.shape[-1])
 
     def ungroup(self, x: Tensor) -> Tensor:
-        return x.reshape(x.shape[0] * self.group_size, -1, x.shape[2])
+        """[heads, group * rows, D] -> [batch rows, query heads, rows, D]"""
+        return x.reshape(self.batch_size, -1, x.shape[1] // self.group_size, x.shape[2])
 
     def by_head(self, x: Tensor) -> Tensor:
-        """[key heads, group * rows, cols] of any strides as [key heads, group, rows, cols]."""
-        return x.unflatten(1, (self.group_size, -1))
+        """[heads, group * rows, cols] as [batch rows, key heads, group, rows, cols], a view."""
+        return x.unflatten(1, (self.group_size, -1)).unflatten(0, (self.batch_size, -1))
 
-    def index_of(self, x: Tensor) -> tuple[int, slice]:
+    def index_of(self, x: Tensor) -> tuple[slice, slice]:
         """Where this lane's heads stand in a [B or 1, H or 1, ...] tensor."""
         return (
-            self.batch if x.shape[0] > 1 else 0,
+            self.batch if x.shape[0] > 1 else slice(0, 1),
             self.heads if x.shape[1] > 1 else slice(0, 1),
         )
 
     def part(self, x: Tensor, rows: slice, cols: slice) -> Tensor:
         """This lane's tile of a tensor that broadcasts to [B, H, Tq, Tk], to meet `by_head`."""
-        x = x[self.index_of(x)]
-        x = x[:, rows if x.shape[1] > 1 else slice(None), cols if x.shape[2] > 1 else slice(None)]
-        return x.unflatten(0, (-1, self.group_size)) if x.shape[0] > 1 else x[None]
+        whole = slice(None)
+        x = x[(*self.index_of(x), rows if x.shape[2] > 1 else whole)]
+        x = x[..., cols if x.shape[3] > 1 else whole]
+        return x.unflatten(1, (-1, self.group_size)) if x.shape[1] > 1 else x[:, None]
 
     def per_row(self, x: Tensor, rows: slice) -> Tensor:
-        """A number per head, [B or 1, H], for each row: [key heads, group * rows, 1]."""
-        x = x[self.index_of(x)].view(-1, self.group_size, 1)
+        """A number per head, [B or 1, H or 1], for each row: [heads, group * rows, 1]."""
+        x = x[self.index_of(x)].expand(self.batch_size, self.heads.stop - self.heads.start)
+        x = x.reshape(-1, self.group_size, 1)
         return x.repeat_interleave(rows.stop - rows.start, dim=1)
 
     def positions(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
@@ -333,9 +359,11 @@ class Lane:
         if problem.window_right is not None:
             parts.append(key - position > problem.window_right)
         if problem.first_query is not None:
-            batch = self.batch if problem.first_query.shape[0] > 1 else 0
-            parts.append(problem.first_query[batch, cols] > position)
-            parts.append(position >= problem.last_query[batch, cols])
+            batch = self.batch if problem.first_query.shape[0] > 1 else slice(0, 1)
+            first, last = (
+                x[batch, None, None, None, cols] for x in (problem.first_query, problem.last_query)
+            )
+            parts += [first > position, position >= last]
         if problem.dense is not None:
             parts.append(~self.part(problem.dense, rows, cols))
         hidden = parts[0]
@@ -346,13 +374,13 @@ class Lane:
     def scores(
         self, query: Tensor, rows: slice, tile: KeyTile, shift: Tensor | None, by_key: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Base-2 scores [key heads, group * rows, cols] plus ``shift``, and softcap's tanh.
+        """Base-2 scores [heads, group * rows, cols] plus ``shift``, and softcap's tanh.
 
         Plain scores come in the dtype of the products, shifted inside the product before it rounds;
         modified ones in the dtype of the statistics.
 
         Args:
-            shift: [key heads, group * rows, 1], in the dtype of the result.
+            shift: [heads, group * rows, 1], in the dtype of the result.
             by_key: lay the result out in memory key by key.
         """
         problem, cols = self.problem, tile.cols
@@ -383,7 +411,7 @@ class Lane:
     def product(
         self, name: str, a: Tensor, b: Tensor, shift: Tensor | None, scale: float, by_key: bool
     ) -> Tensor:
-        """scale * A B^T + shift, [key heads, rows of A, rows of B], rounded once.
+        """scale * A B^T + shift, [heads, rows of A, rows of B], rounded once.
 
         The result lies in the workspace under ``name``, key by key if ``by_key``.
         """
@@ -404,10 +432,10 @@ class Lane:
         return acc.baddbmm_(a, b) if self.dtype == self.stats else acc.add_(torch.bmm(a, b))
 
     def kept(self, rows: slice, cols: slice) -> Tensor:
-        """Dropout's multiplier of the probabilities, [key heads, group * rows, cols]."""
+        """Dropout's multiplier of the probabilities, [heads, group * rows, cols]."""
         problem = self.problem
         heads = torch.arange(self.heads.start, self.heads.stop, device=self.device)
         row = torch.arange(rows.start, rows.stop, device=self.device)
         col = torch.arange(cols.start, cols.stop, device=self.device)
-        keep = dropout.keep(problem.seed, self.batch, heads, row, col, problem.dropout_p)
+        keep = dropout.keep(problem.seed, self.batch.start, heads, row, col, problem.dropout_p)
         return self.group(keep).to(self.stats).div_(1 - problem.dropout_p)
