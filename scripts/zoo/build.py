@@ -1,0 +1,150 @@
+"""Every model family of the installed Transformers, and a tiny random model of it.
+
+A configuration starts from the family's defaults; numbers whose names say what they are become
+small ones, and `overrides` holds what the rule cannot know.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from zoo.overrides import OVERRIDES, SMALL, Override
+
+LARGEST = 30_000_000
+# Endings of class names, the most telling model first.
+_PREFERRED = (
+    "ForConditionalGeneration", "ForCausalLM", "ForMaskedLM", "LMHeadModel", "Model",
+    "Encoder", "Backbone",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family:
+    """A file ``transformers/models/<folder>/modeling_<name>.py``."""
+
+    folder: str
+    name: str
+
+    @property
+    def module(self) -> ModuleType:
+        return importlib.import_module(f"transformers.models.{self.folder}.modeling_{self.name}")
+
+    @property
+    def override(self) -> Override:
+        return OVERRIDES.get(self.name, Override())
+
+    @property
+    def model_class(self) -> type[PreTrainedModel] | None:
+        """The class that stands for the family: the named one, or the one with the most in it."""
+        if self.override.model:
+            return getattr(self.module, self.override.model)
+        found = [
+            value
+            for value in vars(self.module).values()
+            if inspect.isclass(value)
+            and issubclass(value, PreTrainedModel)
+            and value.__module__ == self.module.__name__
+            and value.config_class is not None
+            and value.forward.__name__ != "_forward_unimplemented"
+        ]
+        for ending in _PREFERRED:
+            named = [x for x in found if x.__name__.endswith(ending)]
+            named = [x for x in named if not x.__name__.endswith("PreTrainedModel")]
+            if named:
+                # the base model has the shortest name: CLIPModel, not CLIPTextModel
+                return min(named, key=lambda x: len(x.__name__))
+        return found[0] if found else None
+
+    def config(self, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
+        return shrunk(model_class.config_class, self.override.config)
+
+    def build(self, implementation: str) -> PreTrainedModel:
+        """The same weights for every implementation; float32, not training."""
+        cls = self.model_class
+        with torch.device("meta"):
+            size = sum(p.numel() for p in cls(self.config(cls)).parameters())
+        if size > LARGEST:
+            raise TooLarge(f"{cls.__name__} has {size:,} parameters after shrinking")
+        torch.manual_seed(0)
+        model = cls._from_config(self.config(cls), attn_implementation=implementation)
+        spread_out(model)
+        return model.eval()
+
+
+class TooLarge(ValueError):
+    """The rule for small configurations does not know some name."""
+
+
+def families() -> list[Family]:
+    """All of them, by name."""
+    root = Path(transformers.models.__file__).parent
+    found = [
+        Family(path.parent.name, path.stem.removeprefix("modeling_"))
+        for path in root.glob("*/modeling_*.py")
+    ]
+    return sorted(found, key=lambda family: family.name)
+
+
+def shrunk(config_class: type[PreTrainedConfig], changes: dict) -> PreTrainedConfig:
+    """The default configuration with small numbers; ``changes`` win, and go into sub-configs."""
+    default = config_class()
+    values = dict(_small_values(default))
+    for name in config_class.sub_configs:
+        part = getattr(default, name, None)
+        wanted = changes.get(name, {})
+        if isinstance(part, PreTrainedConfig) and isinstance(wanted, dict):
+            values[name] = shrunk(type(part), wanted)
+    parts = {k: v for k, v in changes.items() if not (isinstance(v, dict) and k in values)}
+    return config_class(**{**values, **parts})
+
+
+def _small_values(config: PreTrainedConfig) -> Iterator[tuple[str, object]]:
+    given = config.to_dict()
+    latent = "qk_rope_head_dim" in given
+    for name, default in given.items():
+        small = SMALL.get(name)
+        if small is None or isinstance(default, (dict, str, bool)):
+            continue
+        if isinstance(default, (list, tuple)):
+            if default and all(type(x) in (int, float) for x in default):
+                yield name, type(default)(type(default[0])(small) for _ in default)
+        elif default is not None:
+            yield name, type(default)(small)
+        elif name in ("num_key_value_heads", "head_dim") and not latent:
+            yield name, small
+    if latent:
+        yield "num_key_value_heads", SMALL["num_attention_heads"]
+    kinds = given.get("layer_types")
+    if kinds:
+        different = list(dict.fromkeys(kinds))
+        layers = max(2, len(different))
+        yield "layer_types", (different * 2)[:layers]
+        for name in ("num_hidden_layers", "n_layer", "num_layers"):
+            if name in given:
+                yield name, layers
+
+
+def spread_out(model: nn.Module) -> None:
+    """Weights with which attention prefers some keys and nothing is switched off.
+
+    So that a wrong mask shows: large matrices, and no gate, scale of a layer or bias of zero.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.is_floating_point():
+                continue
+            if parameter.dim() >= 2:
+                if parameter.numel():
+                    parameter.normal_(0, 1.2 * parameter[0].numel() ** -0.5)
+            elif parameter.numel() and parameter.abs().max() <= 1e-3:
+                parameter.normal_(0, 0.3)

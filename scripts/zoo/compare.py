@@ -1,0 +1,438 @@
+"""One family under flash_two and under eager, from the same weights: what differs, and how much."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import hf_flash_two
+from hf_flash_two import op
+from zoo import inputs as given
+from zoo.build import Family
+from zoo.inputs import padded, run
+from zoo.overrides import NOT_SOFTMAX
+
+FORWARD, GRADIENT = 2e-5, 1e-4
+DOCUMENTS = (7, 1, 5, 8)
+NEW_TOKENS = 5
+# A gradient smaller than this share of the model's largest one counts as that share: key biases.
+_FLOOR = 1e-3
+
+
+@dataclass
+class Row:
+    """What was found about a family.
+
+    Attributes:
+        kind: "interface", "own", "not softmax", "none" or "not buildable".
+        status: "equal", "partly" (equal, but some layers that ran used code of their own),
+            "differs", "error", or "" where there is nothing to compare.
+        layers: attention layers that ran; ours: those of them that called our kernel.
+        forward, gradient: largest error by case, relative to the largest entry.
+        generation: by cache whether the tokens are equal; a reason where eager cannot.
+        notes: causes.
+    """
+
+    family: str
+    model: str = ""
+    kind: str = ""
+    status: str = ""
+    patched: bool = False
+    layers: int = 0
+    ours: int = 0
+    calls: int = 0
+    forward: dict[str, float | str] = field(default_factory=dict)
+    gradient: dict[str, float | str] = field(default_factory=dict)
+    generation: dict[str, bool | str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def check(family: Family) -> Row:
+    """Build, compare, and say everything in a row; never raises."""
+    row, start = Row(family.name), time.perf_counter()
+    try:
+        _check(family, row)
+    except Exception as error:
+        row.status = "error"
+        row.notes.append(brief(error))
+    row.seconds = round(time.perf_counter() - start, 2)
+    return row
+
+
+def brief(error: Exception) -> str:
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    where = f" ({frame.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.tb_lineno})"
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:240]}" + (where if frame else "")
+
+
+def _check(family: Family, row: Row) -> None:
+    try:
+        cls = family.model_class
+        if cls is None:
+            row.kind = "none"
+            row.notes.append("no model in this file")
+            return
+        row.model = cls.__name__
+        eager = family.build("eager")
+    except ImportError as error:
+        row.kind = "not buildable"
+        row.notes.append(brief(error).partition(" library but")[0])
+        return
+    plain = given.example(eager, family.override)
+    kinds = attention_kinds(eager)
+    row.kind = _kind(family, eager, kinds)
+    ours = family.build("eager" if family.name in BUILT_AS_EAGER else "flash_two")
+    ours.load_state_dict(eager.state_dict())
+    if "own" in kinds.values():
+        try:
+            hf_flash_two.patch(ours)
+            row.patched = True
+        except ValueError as error:
+            row.notes.append(" ".join(str(error).split())[:200])
+    counter = LayerCalls(ours, kinds)
+    cases = {"plain": plain, "left": padded(plain, "left"), "right": padded(plain, "right")}
+    good = True
+    for name, inputs in cases.items():
+        if inputs is not None:
+            with counter:
+                good &= _compare(row, name, eager, ours, inputs)
+    row.layers, row.ours, row.calls = counter.ran, counter.served, counter.calls
+    good &= _packed(row, eager, ours, plain)
+    good &= _generate(row, eager, ours, cases["left"] or plain)
+    own = sorted({type(layer).__name__ for layer in counter.unserved})
+    if own:
+        row.notes.append("own code: " + ", ".join(own))
+    if not good:
+        row.status = "differs"
+    elif not row.layers:
+        row.status = ""
+    else:
+        row.status = "equal" if row.ours == row.layers else "partly"
+
+
+# Families whose class tables do not know our name.
+BUILT_AS_EAGER: frozenset[str] = frozenset()
+
+
+def _kind(family: Family, model: PreTrainedModel, kinds: dict[nn.Module, str]) -> str:
+    if family.name in NOT_SOFTMAX:
+        return "not softmax"
+    if hasattr(family.module, "ALL_ATTENTION_FUNCTIONS"):
+        return "interface"
+    own = [m for m, k in kinds.items() if k == "own" and type(m).__module__ == family.module.__name__]
+    return "own" if own else "none"
+
+
+def attention_kinds(model: nn.Module) -> dict[nn.Module, str]:
+    """The attention layers of a model, and whether each is of the "interface" or has its "own"."""
+    found = {}
+    for module in model.modules():
+        kind = _attention_kind(type(module))
+        if kind:
+            found[module] = kind
+    return found
+
+
+def _attention_kind(cls: type) -> str | None:
+    if cls is nn.MultiheadAttention:
+        return "own"
+    if issubclass(cls, PreTrainedModel) or not cls.__module__.startswith("transformers.models."):
+        return None
+    members = [
+        member
+        for owner in cls.__mro__
+        if owner.__module__.startswith("transformers.models.")
+        for member in vars(owner).values()
+        if inspect.isfunction(member)
+    ]
+    text = "\n".join(inspect.getsource(member) for member in members)
+    if "ALL_ATTENTION_FUNCTIONS" in text:
+        return "interface"
+    written_out = "softmax(" in text.lower() and ("matmul(" in text or "bmm(" in text or " @ " in text)
+    return "own" if written_out or "scaled_dot_product_attention(" in text else None
+
+
+class LayerCalls:
+    """Counts, while entered, the calls of our kernel inside each attention layer that runs."""
+
+    def __init__(self, model: nn.Module, layers: dict[nn.Module, str]):
+        names = dict(model.named_modules())
+        self.found: dict[nn.Module, int] = {}
+        self.calls = 0
+        self._handles: list = []
+        self._layers = [m for m in names.values() if _attention_kind(type(m))]
+
+    def __enter__(self) -> LayerCalls:
+        self._select = op.select
+
+        def counting(name, query):
+            kernel = self._select(name, query)
+
+            def forward(*args):
+                self.calls += 1
+                return kernel.forward(*args)
+
+            return kernel._replace(forward=forward)
+
+        op.select = counting
+        before: dict[nn.Module, int] = {}
+
+        def enter(module, *_):
+            before[module] = self.calls
+
+        def leave(module, *_):
+            self.found[module] = self.found.get(module, 0) + self.calls - before[module]
+
+        for layer in self._layers:
+            self._handles += [
+                layer.register_forward_pre_hook(enter),
+                layer.register_forward_hook(leave),
+            ]
+        return self
+
+    def __exit__(self, *_) -> None:
+        op.select = self._select
+        while self._handles:
+            self._handles.pop().remove()
+
+    @property
+    def ran(self) -> int:
+        return len(self.found)
+
+    @property
+    def served(self) -> int:
+        return sum(calls > 0 for calls in self.found.values())
+
+    @property
+    def unserved(self) -> list[nn.Module]:
+        return [layer for layer, calls in self.found.items() if not calls]
+
+
+def outputs(result, mask: Tensor | None) -> dict[str, Tensor]:
+    """All floating tensors of a model's result by name, those per token only for real tokens."""
+    found: dict[str, Tensor] = {}
+
+    def visit(name: str, value) -> None:
+        if isinstance(value, Tensor):
+            if value.is_floating_point() and value.numel():
+                value = _real(value, mask)
+                found[name] = value
+        elif isinstance(value, dict):
+            for key, part in value.items():
+                if key not in ("past_key_values", "attentions", "cross_attentions"):
+                    visit(f"{name}.{key}".lstrip("."), part)
+        elif isinstance(value, (list, tuple)):
+            for i, part in enumerate(value):
+                visit(f"{name}.{i}", part)
+
+    visit("", result)
+    return found
+
+
+def _real(value: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return value
+    if value.shape[:2] == mask.shape:
+        return value[mask.bool()]
+    return value[mask.flatten().bool()] if value.shape[0] == mask.numel() else value
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest entry; infinite where only one is finite."""
+    if actual.shape != expected.shape:
+        return float("inf")
+    finite = expected.isfinite()
+    if not torch.equal(actual.isfinite(), finite):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    difference = (actual.double() - expected.double())[finite].abs().max()
+    return (difference / expected[finite].abs().max().double().clamp_min(1e-9)).item()
+
+
+def _backward(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[dict, dict]:
+    """(outputs, gradients of their sum with fixed random weights)"""
+    model.zero_grad()
+    torch.manual_seed(1)
+    result = outputs(model(**_fresh(inputs)), inputs.get("attention_mask"))
+    loss = 0.0
+    for i, value in enumerate(result.values()):
+        if value.requires_grad:
+            weights = given.normal(*value.shape, seed=100 + i).to(value.dtype)
+            usable = value.isfinite()
+            loss = loss + (value.masked_fill(~usable, 0) * weights).sum()
+    if isinstance(loss, Tensor):
+        loss.backward()
+    gradients = {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    return {name: value.detach() for name, value in result.items()}, gradients
+
+
+def _fresh(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
+def gradient_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    if actual.keys() != expected.keys():
+        missing = sorted(actual.keys() ^ expected.keys())
+        return {name: float("inf") for name in missing}
+    largest = max((g.abs().max() for g in expected.values()), default=torch.tensor(1.0))
+    return {
+        name: (
+            (actual[name] - wanted).abs().max()
+            / torch.maximum(wanted.abs().max(), largest * _FLOOR).clamp_min(1e-30)
+        ).item()
+        for name, wanted in expected.items()
+    }
+
+
+def _worst(errors: dict[str, float]) -> tuple[str, float]:
+    name = max(errors, key=lambda n: errors[n] if errors[n] == errors[n] else float("inf"), default="")
+    return name, errors.get(name, 0.0)
+
+
+def _compare(row: Row, case: str, eager, ours, inputs: dict[str, Tensor]) -> bool:
+    wanted, wanted_gradients = _backward(eager, inputs)
+    got, got_gradients = _backward(ours, inputs)
+    missing = wanted.keys() ^ got.keys()
+    if missing:
+        row.notes.append(f"{case}: only one gives {', '.join(sorted(missing))}")
+        return False
+    name, error = _worst({n: relative(got[n], wanted[n]) for n in wanted})
+    parameter, gradient = _worst(gradient_errors(got_gradients, wanted_gradients))
+    row.forward[case], row.gradient[case] = error, gradient
+    if error <= FORWARD and gradient <= GRADIENT:
+        return True
+    row.notes.append(f"{case}: {name} {error:.0e}, gradient of {parameter} {gradient:.0e}")
+    return _explained(row, case, eager, inputs, (wanted, wanted_gradients), (got, got_gradients))
+
+
+def _explained(row: Row, case: str, eager, inputs, wanted, got) -> bool:
+    """Whether eager in float32 is as far from eager in float64 as we are."""
+    again = _backward(eager, inputs)
+    noise = _worst({n: relative(again[0][n], wanted[0][n]) for n in wanted[0]})[1]
+    if noise > FORWARD:
+        row.notes.append(f"{case}: eager differs from itself by {noise:.0e}")
+        return False
+    try:
+        exact_model = copy.deepcopy(eager).double()
+        exact = _backward(exact_model, {k: _double(v) for k, v in inputs.items()})
+    except Exception as error:
+        row.notes.append(f"{case}: no float64 ({brief(error)[:80]})")
+        return False
+    theirs = _distance(wanted, exact)
+    mine = _distance(got, exact)
+    row.notes.append(
+        f"{case}: from float64 eager is off by {theirs[0]:.0e} and {theirs[1]:.0e}, "
+        f"flash_two by {mine[0]:.0e} and {mine[1]:.0e}"
+    )
+    return mine[0] <= max(FORWARD, 2 * theirs[0]) and mine[1] <= max(GRADIENT, 2 * theirs[1])
+
+
+def _double(value):
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.double() if floating else value
+
+
+def _distance(of, exact) -> tuple[float, float]:
+    forward = _worst({n: relative(of[0][n], exact[0][n]) for n in exact[0]})[1]
+    gradients = {n: g.double() for n, g in of[1].items()}
+    return forward, _worst(gradient_errors(gradients, exact[1]))[1]
+
+
+def _packed(row: Row, eager, ours, plain: dict[str, Tensor]) -> bool:
+    """Documents end to end, told apart by positions alone: each as if it were by itself."""
+    names = inspect.signature(eager.forward).parameters
+    config = eager.config.get_text_config(decoder=True)
+    if "position_ids" not in names or not eager.can_generate() or config.is_encoder_decoder:
+        return True
+    ids = given.tokens(2, sum(DOCUMENTS), seed=4)
+    positions = torch.cat([torch.arange(n) for n in DOCUMENTS])[None].expand(2, -1)
+
+    def together(model) -> Tensor:
+        return _logits(run(model, {"input_ids": ids, "position_ids": positions, "use_cache": False}))
+
+    try:
+        alone = [_logits(run(eager, {"input_ids": part})) for part in ids.split(DOCUMENTS, 1)]
+        wanted = torch.cat(alone, dim=1)
+        theirs = relative(together(eager), wanted)
+    except Exception as error:
+        row.forward["packed"] = f"eager: {brief(error)}"
+        return True
+    error = relative(together(ours), wanted)
+    row.forward["packed"] = error
+    if error <= FORWARD:
+        return True
+    if theirs > FORWARD:
+        row.forward["packed"] = f"the model mixes documents, under eager too ({theirs:.0e})"
+        return True
+    row.notes.append(f"packed: {error:.0e}")
+    return False
+
+
+def _logits(result) -> Tensor:
+    return result["logits"] if "logits" in result else result["last_hidden_state"]
+
+
+def _generate(row: Row, eager, ours, inputs: dict[str, Tensor]) -> bool:
+    if not eager.can_generate():
+        return True
+    inputs = {k: v for k, v in inputs.items() if not k.startswith("decoder_")}
+    good = True
+    for cache in ("dynamic", "static"):
+        options = {"cache_implementation": "static", "disable_compile": True}
+        options = options if cache == "static" else {}
+        try:
+            wanted = _greedy(eager, inputs, **options)
+        except Exception as error:
+            row.generation[cache] = f"eager: {brief(error)}"
+            continue
+        try:
+            got = _greedy(ours, inputs, **options)
+        except Exception as error:
+            row.generation[cache] = False
+            row.notes.append(f"{cache} cache: {brief(error)}")
+            good = False
+            continue
+        row.generation[cache] = got.shape == wanted.shape and bool((got == wanted).all())
+        good &= row.generation[cache]
+    return good
+
+
+def _greedy(model, inputs: dict[str, Tensor], **options) -> Tensor:
+    model.generation_config.eos_token_id = None
+    torch.manual_seed(1)
+    result = model.generate(
+        **_fresh(inputs), max_new_tokens=NEW_TOKENS, do_sample=False, **options
+    )
+    return result if isinstance(result, Tensor) else result["sequences"]
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+__all__ = ["Row", "Callable", "check", "quietly"]
