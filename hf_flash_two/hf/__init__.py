@@ -38,6 +38,6 @@ def register() -> None:
             "use_cache=False and no attention_mask with packed data.",
             stacklevel=2,
         )
-    for name in names:
+    for name in compat.with_paged_names(names):
         transformers.AttentionInterface.register(name, attention_forward)
         transformers.AttentionMaskInterface.register(name, make_mask)

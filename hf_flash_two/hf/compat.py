@@ -4,7 +4,9 @@ Tested with transformers 5.4 to 5.23; what differs there:
 
 * 5.4: chunked masks of packed sequences count positions from the row's start, later from the
   document's; encoders of the T5 line take ``position_bias`` through the interface from 5.14.
-* 5.19: continuous batching hands its paged cache to the ordinary attention function.
+* up to 5.15 the paged cache of continuous batching is wrong for sliding windows.
+* up to 5.18 continuous batching calls the implementation ``paged|NAME``, and its cache takes and
+  gives other shapes; from 5.19 it calls the ordinary one, if that has "flash" in its name.
 
 "flash" in a name makes Transformers take it for Tri Dao's package: three library modules then load
 a kernel, re-route models that list the kernels they like, and refuse chunked attention and
@@ -24,6 +26,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from transformers import masking_utils
 from transformers.utils import output_capturing
 
@@ -31,6 +34,8 @@ from hf_flash_two.hf.packing import all_visible, document_ids, falls, may_be_pac
 
 FLASH_TWO = "flash_two"
 FA_TWO = "fa_two"
+PAGED = "paged|"
+RIGHT_PAGED_WINDOWS = Version("5.16.0")
 
 _FLASH_TEST = "is_flash_attention_requested"
 _FLASH_TEST_ARGUMENTS = ["config", "requested_attention_implementation"]
@@ -65,6 +70,56 @@ WANTS_FLOAT_TENSOR = frozenset({"deepseek_v4", "gemma4_audio"})
 NOT_CAUSAL_WITHOUT_MASK = frozenset({"bridgetower", "bridgetower_text_model"})
 
 
+def is_ours(implementation: str | None) -> bool:
+    """Whether this is one of our names, for continuous batching or not."""
+    return (implementation or "").removeprefix(PAGED) in (FLASH_TWO, FA_TWO)
+
+
+def with_paged_names(names: list[str]) -> list[str]:
+    """Also the names under which continuous batching calls them, where it has its own."""
+    paged = PAGED + "sdpa" in transformers.AttentionInterface()
+    return names + [PAGED + name for name in names] if paged else names
+
+
+def update_paged_cache(
+    cache, key: torch.Tensor, value: torch.Tensor, layer: int, paged: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int | None]:
+    """Write to the cache of continuous batching and read all that this layer's queries may need.
+
+    Args:
+        key, value: [1, Hk, Tq, D or Dv], of all requests of this step end to end.
+        paged: ``cu_seq_lens_k``, ``max_length_k``, ``read_index`` and ``write_index``; changed.
+
+    Returns:
+        key, value [1, Hk, Tk, D or Dv], the boundaries of the requests in them [N + 1], and the
+        layer's window in tokens, None if it has none.
+
+    Raises:
+        NotImplementedError: the layer has a window, and this cache gives it the wrong tokens.
+    """
+    states = {"key_states": key, "value_states": value, "layer_idx": layer}
+    allocators = getattr(cache, "layer_to_allocator", None)
+    if allocators is not None:
+        key, value = cache.update(**states, kwargs=paged)
+        window = getattr(allocators[layer], "sliding_window", None)
+        return key, value, paged["cu_seq_lens_k"], window
+    window = cache.sliding_windows[layer]
+    if window != 1 and Version(transformers.__version__) < RIGHT_PAGED_WINDOWS:
+        raise NotImplementedError(
+            f"continuous batching: layer {layer} has a sliding window, and the paged cache of "
+            f"transformers {transformers.__version__} loses the newest token of a full window; "
+            f"use `generate`, or transformers {RIGHT_PAGED_WINDOWS} or newer"
+        )
+    key, value = cache.update(
+        **states, read_index=paged["read_index"], write_index=paged["write_index"]
+    )
+    ends = paged["cu_seq_lens_k"]
+    if isinstance(ends, dict):
+        ends = ends["full_attention" if window == 1 else "sliding_attention"]
+    key, value = (x.transpose(0, 1)[None] for x in (key, value))
+    return key, value, ends, None if window == 1 else window
+
+
 def allow_flash_two() -> str | None:
     """Let ``flash_two`` load and behave as any registered name; the reason if impossible."""
     found = {}
@@ -88,7 +143,8 @@ def _false_for_flash_two(test: Callable) -> Callable:
         config=None, requested_attention_implementation=None, *args, **kwargs
     ) -> bool:
         name = requested_attention_implementation
-        if (config._attn_implementation if config is not None else name) == FLASH_TWO:
+        asked = name if config is None else config._attn_implementation
+        if asked in (FLASH_TWO, PAGED + FLASH_TWO):
             return False
         return test(config, name, *args, **kwargs)
 
@@ -121,7 +177,7 @@ def _finding_documents(prepare: Callable) -> Callable:
             config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs
         )
         early_exit, mask, ids, queries, keys, offset, *rest = prepared
-        if early_exit or ids is not None or config._attn_implementation not in (FLASH_TWO, FA_TWO):
+        if early_exit or ids is not None or not is_ours(config._attn_implementation):
             return prepared
         if isinstance(offset, torch.Tensor) or offset != 0:
             return prepared

@@ -18,7 +18,7 @@ from hf_flash_two.masks import AttentionMask
 _INFORMATIONAL = frozenset(
     {
         # lengths that cu_seq_lens already hold; the same documents once more
-        "max_length_q", "max_length_k", "seq_idx",
+        "max_length_q", "max_length_k", "max_seqlen_q", "max_seqlen_k", "seq_idx",
         # asked of the model, answered elsewhere
         "use_cache", "past_key_values", "cache_position", "output_hidden_states",
         "output_router_logits", "return_dict", "logits_to_keep", "logits_indices",
@@ -29,7 +29,7 @@ _INFORMATIONAL = frozenset(
         # used by the model before attention, or where the mask was made
         "position_embeddings", "token_type_ids", "mm_token_type_ids",
         # of continuous batching, read by its cache and its sampler
-        "read_index", "write_index", "block_table", "logits_processor_args",
+        "read_index", "write_index", "logits_processor_args",
     }
 )  # fmt: skip
 _MEMO = "_flash_two_memo"
@@ -93,9 +93,8 @@ def attention_forward(
                 "from the call of the model, or use attn_implementation='eager'"
             )
     if cache is not None:
-        key, value, mask = _from_paged_cache(
-            module, key, value, cache, cu_seq_lens_q, cu_seq_lens_k, sliding_window, kwargs
-        )
+        paged = dict(kwargs, cu_seq_lens_k=cu_seq_lens_k)
+        key, value, mask = _from_paged_cache(module, key, value, cache, cu_seq_lens_q, paged)
         bias = None
     else:
         causal = _causality(module, attention_mask, is_causal)
@@ -296,20 +295,25 @@ def _from_cu_seqlens(
 
 
 def _from_paged_cache(
-    module, key, value, cache, cu_seq_lens_q, cu_seq_lens_k, sliding_window, kwargs
+    module: torch.nn.Module,
+    key: Tensor,
+    value: Tensor,
+    cache,
+    query_ends: Tensor,
+    paged: dict,
 ) -> tuple[Tensor, Tensor, AttentionMask]:
-    paged = dict(kwargs, cu_seq_lens_k=cu_seq_lens_k)
-    key, value = cache.update(
-        key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=paged
+    """The keys and values of all requests end to end, and the mask that keeps these apart."""
+    key, value, key_ends, window = compat.update_paged_cache(
+        cache, key, value, module.layer_idx, paged
     )
-    mask = AttentionMask.from_documents(
-        paged["cu_seq_lens_k"],
-        query_cu_seqlens=cu_seq_lens_q,
-        key_length=key.shape[2],
-        causal=True,
-        window=sliding_window,
-    )
-    return key, value, mask
+    keys = key.shape[2]
+
+    def build() -> AttentionMask:
+        return AttentionMask.from_documents(
+            key_ends, query_cu_seqlens=query_ends, key_length=keys, causal=True, window=window
+        )
+
+    return key, value, _once(key_ends, ("paged", query_ends.data_ptr(), keys, window), build)
 
 
 def _from_indices(
