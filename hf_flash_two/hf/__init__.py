@@ -9,6 +9,7 @@ import transformers
 from hf_flash_two.hf import compat
 from hf_flash_two.hf.interface import attention_forward
 from hf_flash_two.hf.mask_function import make_mask
+from hf_flash_two.hf.patching import patch_asked, patch_built
 
 __all__ = ["register"]
 
@@ -36,6 +37,13 @@ def register() -> None:
         warnings.warn(
             f"packed documents are not kept apart in all models with {version}: {reason}. Pass "
             "use_cache=False and no attention_mask with packed data.",
+            stacklevel=2,
+        )
+    reason = compat.patch_at_load(patch_built, patch_asked)
+    if reason is not None:
+        warnings.warn(
+            "attn_implementation has no effect on models that compute attention themselves with "
+            f"{version}: {reason}. Call hf_flash_two.patch(model) on the loaded model.",
             stacklevel=2,
         )
     for name in compat.with_paged_names(names):

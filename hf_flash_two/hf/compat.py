@@ -21,13 +21,13 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import transformers
 from packaging.version import Version
-from transformers import masking_utils
+from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.utils import output_capturing
 
 from hf_flash_two.hf.packing import all_visible, document_ids, falls, may_be_packed
@@ -57,6 +57,14 @@ _BUILDERS = {
     "packed_sequence_mask_function": ("packed_sequence_mask",),
     "remap_positions_for_packed_sequence": ("mask_function", "position_ids"),
 }
+
+# Methods of PreTrainedModel, and the arguments they begin with.
+_LOADING = {
+    "_check_and_adjust_attn_implementation": ["self", "attn_implementation"],
+    "post_init": ["self"],
+    "set_attn_implementation": ["self", "attn_implementation"],
+}
+_TABLES = "_ATTENTION_CLASSES"
 
 _PREPARE = "_preprocess_mask_arguments"
 _PREPARE_ARGUMENTS = [
@@ -191,6 +199,92 @@ def _finding_documents(prepare: Callable) -> Callable:
     return preprocess_mask_arguments
 
 
+def patch_at_load(
+    built: Callable[[PreTrainedModel], None],
+    asked: Callable[[PreTrainedModel, dict[int | None, str]], None],
+) -> str | None:
+    """Tell when a model is asked for under our names, however that is done; why not if impossible.
+
+    Args:
+        built: called with each model at the end of its construction, its parts done.
+        asked: called with a model and the names asked for by id of config, None for all others:
+            before ``set_attn_implementation`` with those not ours, after it with ours.
+    """
+    for name, arguments in _LOADING.items():
+        method = getattr(PreTrainedModel, name, None)
+        if method is None:
+            return f"PreTrainedModel.{name} is missing"
+        if list(inspect.signature(method).parameters)[: len(arguments)] != arguments:
+            return f"PreTrainedModel.{name} takes other arguments: {inspect.signature(method)}"
+    if hasattr(PreTrainedModel.post_init, FLASH_TWO):
+        return None
+    check, end, choose = (getattr(PreTrainedModel, name) for name in _LOADING)
+
+    @functools.wraps(check)
+    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
+        if is_ours(attn_implementation):
+            _enter_in_tables(type(self))
+        return check(self, attn_implementation, *args, **kwargs)
+
+    @functools.wraps(end)
+    def post_init(self, *args, **kwargs):
+        end(self, *args, **kwargs)
+        if not _is_part_of_another(self):
+            built(self)
+
+    @functools.wraps(choose)
+    def set_attn_implementation(self, attn_implementation, *args, **kwargs):
+        names = dict(_asked_for(self.config, attn_implementation))
+        if isinstance(attn_implementation, str):
+            names[None] = attn_implementation
+        asked(self, {at: name for at, name in names.items() if not is_ours(name)})
+        # Of a family that computes attention itself it would say that it cannot be set.
+        if uses_interface(self) or self.config.sub_configs or not is_ours(attn_implementation):
+            choose(self, attn_implementation, *args, **kwargs)
+        asked(self, {at: name for at, name in names.items() if is_ours(name)})
+
+    for method in (_check_and_adjust_attn_implementation, post_init, set_attn_implementation):
+        setattr(method, FLASH_TWO, True)
+        setattr(PreTrainedModel, method.__name__, method)
+    return None
+
+
+def _enter_in_tables(model: type[PreTrainedModel]) -> None:
+    """Let our names stand for "eager" where a family picks attention classes by name."""
+    module = sys.modules[model.__module__]
+    tables = [table for name, table in vars(module).items() if name.endswith(_TABLES)]
+    for table in tables:
+        for name in (FLASH_TWO, FA_TWO):
+            table.setdefault(name, table["eager"])
+    test = getattr(module, _FLASH_TEST, None)
+    if tables and test is not None and not model._can_set_attn_implementation():
+        if not hasattr(test, FLASH_TWO):
+            setattr(module, _FLASH_TEST, _false_for_flash_two(test))
+
+
+def _asked_for(config: PreTrainedConfig, name: str | dict | None) -> Iterator[tuple[int, str]]:
+    """(id of config, name) that ``name`` asks for, down through the sub-configs."""
+    own = name.get("") if isinstance(name, dict) else name
+    if own is not None:
+        yield id(config), own
+    for key in config.sub_configs:
+        sub = getattr(config, key, None)
+        below = name.get(key) if isinstance(name, dict) else name
+        if sub is not None and below is not None:
+            yield from _asked_for(sub, below)
+
+
+def _is_part_of_another(model: PreTrainedModel) -> bool:
+    """Whether ``model`` is being built by the constructor of another Transformers model."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        builder = frame.f_locals.get("self") if frame.f_code.co_name == "__init__" else None
+        if isinstance(builder, PreTrainedModel) and builder is not model:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def describe_mask_functions() -> None:
     """Let mask functions say what they are: while torch.compile traces, closures cannot be read."""
     for name in _BUILDERS:
@@ -252,6 +346,11 @@ def has_own_attention(config: transformers.PreTrainedConfig) -> bool:
 def uses_interface(model: transformers.PreTrainedModel) -> bool:
     """Whether the layers of this very model (not of others in it) go through the interface."""
     return model._can_set_attn_implementation()
+
+
+def default_implementation(config: transformers.PretrainedConfig) -> str:
+    """What a family that computes attention itself may always be set to."""
+    return "sdpa" if needs_its_sdpa(config) else "eager"
 
 
 def needs_its_sdpa(config: transformers.PretrainedConfig) -> bool:

@@ -157,6 +157,7 @@ def attention_kind(cls: type[nn.Module]) -> str | None:
 
 
 def key(cls: type) -> str:
-    """``family.class``; the family of PyTorch's own is ``torch``."""
-    *package, _ = cls.__module__.removeprefix("transformers.models.").split(".")
-    return f"{package[0] if package else cls.__module__}.{cls.__qualname__}"
+    """``family.class`` of the class that defines ``forward``; PyTorch's own family is ``torch``."""
+    cls = next((owner for owner in cls.__mro__ if "forward" in vars(owner)), cls)
+    family = cls.__module__.removeprefix("transformers.models.").partition(".")[0]
+    return f"{family}.{cls.__qualname__}"

@@ -15,12 +15,15 @@ from functools import cache, partial
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from hf_flash_two.hf import compat
 from hf_flash_two.hf.families import attention_kind, why_not
 from hf_flash_two.hf.own_attention import own_attention
 from hf_flash_two.hf.scores import Scores
+
+logger = logging.get_logger(__name__)
 
 _UNDO = "_flash_two_before"
 
@@ -85,17 +88,17 @@ def patch(model: nn.Module) -> PatchReport:
         )
     before = _patched_modules(model)
     for part in parts:
-        patch_part(part)
+        _patch_part(part)
     report = PatchReport(tuple(_report(model)))
     if not any(layer.ok for layer in report.layers):
-        _restore(model, keep=before)
+        _restore(module for module in model.modules() if id(module) not in before)
         raise ValueError(f"model: {type(model).__name__} has no layer for flash_two:\n{report}")
     return report
 
 
 def unpatch(model: nn.Module) -> None:
     """Undo `patch` to the letter; a model that is not patched stays as it is."""
-    _restore(model)
+    _restore(model.modules())
 
 
 @contextmanager
@@ -106,23 +109,71 @@ def patched(model: nn.Module) -> Iterator[PatchReport]:
     try:
         yield report
     finally:
-        _restore(model, keep=before)
+        _restore(module for module in model.modules() if id(module) not in before)
 
 
-def patch_part(part: PreTrainedModel, name: str = compat.FLASH_TWO) -> None:
+def patch_built(model: PreTrainedModel) -> None:
+    """Patch those parts of a model just built whose configs ask for it; say what stays behind.
+
+    Raises:
+        ValueError: they ask for it, and no attention layer of the model can be switched.
+    """
+    asking = [part for part in _parts(model) if compat.is_ours(compat.implementation(part.config))]
+    names = {id(part.config): compat.implementation(part.config) for part in asking}
+    for part in asking:
+        if not compat.uses_interface(part):
+            compat.set_implementation(part.config, compat.default_implementation(part.config))
+    patch_asked(model, names)
+
+
+def patch_asked(model: PreTrainedModel, names: dict[int | None, str]) -> None:
+    """Switch each part of ``model`` to the name that its config is asked to use, or back.
+
+    Args:
+        names: by id of config; None for all others.
+
+    Raises:
+        ValueError: as `patch_built`.
+    """
+    asking = []
+    for part in _parts(model):
+        name = names.get(id(part.config), names.get(None))
+        if compat.is_ours(name):
+            _patch_part(part, name)
+            asking.append(part)
+        elif name is not None:
+            _restore_part(part)
+    left = tuple(layer for part in asking for layer in _report_part(part) if not layer.ok)
+    if not left:
+        return
+    reason = f"{PatchReport(left)}\n`hf_flash_two.patch` reports the same of any loaded model."
+    if not any(layer.ok for layer in _report(model)):
+        for part in asking:
+            _restore_part(part)
+        raise ValueError(f"attn_implementation: no effect on {type(model).__name__}:\n{reason}")
+    logger.warning(
+        f"attn_implementation: without effect on parts of {type(model).__name__}:\n{reason}"
+    )
+
+
+def _patch_part(part: PreTrainedModel, name: str = compat.FLASH_TWO) -> None:
     """Switch the layers that are ``part``'s own, not those of other models in it, to ``name``."""
     layers = list(_layers_of(part))
-    own = [(at, layer) for at, layer in layers if attention_kind(type(layer)) == "own"]
-    ours = [(at, layer) for at, layer in own if why_not(layer) is None]
-    through = [layer for _, layer in layers if attention_kind(type(layer)) == "interface"]
-    configs = [layer.config for layer in through if getattr(layer, "config", None) is not None]
-    if compat.uses_interface(part) or ours and not compat.needs_its_sdpa(part.config):
+    ours = [
+        (at, layer)
+        for at, layer in layers
+        if attention_kind(type(layer)) == "own" and why_not(layer) is None
+    ]
+    configs = [
+        getattr(layer, "config", None)
+        for _, layer in layers
+        if attention_kind(type(layer)) == "interface"
+    ]
+    if ours or compat.uses_interface(part):
         configs.append(part.config)
     for config in configs:
-        before = compat.implementation(config)
-        if before != name:
-            part.__dict__.setdefault(_UNDO, []).append((config, before))
-            compat.set_implementation(config, name)
+        if config is not None:
+            _switch(part, config, "sdpa" if ours and compat.needs_its_sdpa(config) else name)
     for at, layer in ours:
         if _slot(layer) is None:
             previous = layer.__dict__.get("forward")
@@ -131,13 +182,23 @@ def patch_part(part: PreTrainedModel, name: str = compat.FLASH_TWO) -> None:
             layer.forward = forward
 
 
+def _switch(part: PreTrainedModel, config: PreTrainedConfig, name: str) -> None:
+    before = compat.implementation(config)
+    if before != name:
+        part.__dict__.setdefault(_UNDO, []).append((config, before))
+        compat.set_implementation(config, name)
+
+
 def _forward(layer: nn.Module, name: str, previous, *args, **kwargs):
-    call = type(layer).forward.__get__(layer) if previous is None else previous
-    return _carried_out(call, layer, name, args, kwargs)
+    if torch.compiler.is_compiling() and isinstance(layer, nn.MultiheadAttention):
+        # PyTorch's own is compiled whole, and as thrifty.
+        return type(layer).forward(layer, *args, **kwargs)
+    return _carried_out(layer, name, previous, args, kwargs)
 
 
 @torch.compiler.disable(reason="attention that a layer writes out itself runs uncompiled")
-def _carried_out(call, layer: nn.Module, name: str, args: tuple, kwargs: dict):
+def _carried_out(layer: nn.Module, name: str, previous, args: tuple, kwargs: dict):
+    call = type(layer).forward.__get__(layer) if previous is None else previous
     at = _position_of_output_attentions(type(layer))
     asked = args[at] if at is not None and at < len(args) else kwargs.get("output_attentions")
     if asked or compat.records_attentions():
@@ -156,10 +217,8 @@ def _position_of_output_attentions(cls: type[nn.Module]) -> int | None:
     return names.index("output_attentions") - 1 if "output_attentions" in names else None
 
 
-def _restore(model: nn.Module, keep: frozenset[int] = frozenset()) -> None:
-    for module in model.modules():
-        if id(module) in keep:
-            continue
+def _restore(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
         slot = _slot(module)
         if slot is not None:
             previous = module.__dict__[slot].args[2]
@@ -168,6 +227,10 @@ def _restore(model: nn.Module, keep: frozenset[int] = frozenset()) -> None:
                 setattr(module, slot, previous or type(module).forward.__get__(module))
         for config, before in reversed(module.__dict__.pop(_UNDO, ())):
             compat.set_implementation(config, before)
+
+
+def _restore_part(part: PreTrainedModel) -> None:
+    _restore([part, *(layer for _, layer in _layers_of(part))])
 
 
 def _patched_modules(model: nn.Module) -> frozenset[int]:
@@ -199,15 +262,17 @@ def _layers_of(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Modu
 
 def _report(model: nn.Module) -> Iterator[Layer]:
     for name, part in model.named_modules():
-        if not isinstance(part, PreTrainedModel):
-            continue
-        for at, layer in _layers_of(part):
-            at, kind = f"{name}.{at}" if name else at, type(layer).__name__
-            if attention_kind(type(layer)) == "interface":
-                uses = compat.implementation(getattr(layer, "config", None) or part.config)
-                ours = uses in (compat.FLASH_TWO, compat.FA_TWO)
-                yield Layer(at, kind, uses, "" if ours else f"its config says {uses!r}")
-            elif _slot(layer) is not None:
-                yield Layer(at, kind, compat.FLASH_TWO)
-            else:
-                yield Layer(at, kind, "its own code", why_not(layer) or "not patched")
+        if isinstance(part, PreTrainedModel):
+            yield from _report_part(part, name)
+
+
+def _report_part(part: PreTrainedModel, name: str = "") -> Iterator[Layer]:
+    for at, layer in _layers_of(part, name):
+        kind = type(layer).__name__
+        if attention_kind(type(layer)) == "interface":
+            uses = compat.implementation(getattr(layer, "config", None) or part.config)
+            yield Layer(at, kind, uses, "" if compat.is_ours(uses) else f"its config says {uses!r}")
+        elif _slot(layer) is not None:
+            yield Layer(at, kind, compat.FLASH_TWO)
+        else:
+            yield Layer(at, kind, "its own code", why_not(layer) or "not patched")

@@ -383,14 +383,14 @@ ENCODERS = [
     Family("modernbert", "ModernBertForMaskedLM", modernbert, 4, encoder_inputs),
     Family("vit", "ViTModel", lambda: vision("ViTConfig"), 2, image_inputs),
     Family(
-        "siglip-vision", "SiglipVisionModel", lambda: vision("SiglipVisionConfig"), 2, image_inputs
+        "siglip-vision", "SiglipVisionModel", lambda: vision("SiglipVisionConfig"), 3, image_inputs
     ),
     Family("clip", "CLIPModel", lambda: two_towers("CLIPConfig"), 4, two_tower_inputs),
-    Family("siglip", "SiglipModel", lambda: two_towers("SiglipConfig"), 4, two_tower_inputs),
+    Family("siglip", "SiglipModel", lambda: two_towers("SiglipConfig"), 5, two_tower_inputs),
 ]
 MULTIMODAL = [
     Family(
-        "gemma3-images", "Gemma3ForConditionalGeneration", gemma3_images, 4, gemma3_image_inputs
+        "gemma3-images", "Gemma3ForConditionalGeneration", gemma3_images, 5, gemma3_image_inputs
     ),
     Family("qwen2.5-vl", "Qwen2_5_VLForConditionalGeneration", qwen2_5_vl, 4, qwen2_5_vl_inputs),
 ]

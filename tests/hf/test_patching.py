@@ -125,6 +125,37 @@ def test_same_tokens(family, batch, cache):
         assert torch.equal(model.generate(**batch, **settings), want)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_compiles_with_a_break_at_each_layer(batch, calls):
+    model = build("bloom")
+    want = model(**batch).logits
+    visible = batch["attention_mask"].bool()
+    with patched(model):
+        torch._dynamo.reset()
+        got = torch.compile(model, backend="aot_eager")(**batch).logits
+        assert len(calls) == 2
+        torch.testing.assert_close(got[visible], want[visible], atol=1e-5, rtol=1e-4)
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="a layer writes out itself runs uncompiled"):
+            torch.compile(model, backend="aot_eager", fullgraph=True)(**batch)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torch_multihead_attention_compiles_whole():
+    config = transformers.SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    model = transformers.SiglipVisionModel(config).eval()
+    pixels = torch.randn(2, 3, 16, 16)
+    want = model(pixels).pooler_output
+    assert patch(model).ok
+    torch._dynamo.reset()
+    got = torch.compile(model, backend="aot_eager", fullgraph=True)(pixels).pooler_output
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("family", ALL)
 def test_undo_leaves_nothing(family, batch):
     model = build(family)
