@@ -4,6 +4,7 @@ import torch
 
 from hf_flash_two.attention import flash_attention
 from hf_flash_two.hf import register
+from hf_flash_two.hf.parity import check_parity
 from hf_flash_two.hf.patching import patch, patched, unpatch
 from hf_flash_two.masks import AttentionMask
 from hf_flash_two.module import FlashAttentionTwo
@@ -11,6 +12,7 @@ from hf_flash_two.module import FlashAttentionTwo
 __all__ = [
     "AttentionMask",
     "FlashAttentionTwo",
+    "check_parity",
     "flash_attention",
     "patch",
     "patched",

@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "attention": ["op", "kernels", "masks"],
     "module": ["attention", "masks", "parallel"],
     "parallel": ["attention", "op", "masks", "parallel"],
-    "hf": ["attention", "masks", "hf", "parallel"],
+    "hf": ["attention", "kernels", "masks", "hf", "parallel"],
     "__init__": ["attention", "masks", "module", "parallel", "hf"],
 }
 
