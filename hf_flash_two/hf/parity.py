@@ -449,6 +449,8 @@ class _Runs:
                 allow_unused=True,
             )
             for call, cotangent in zip(ends, found, strict=True):
+                # None: the layer ran, as an image's pooling head may, but the output is without it.
+                cotangent = self._random(ends[call], call[0]) if cotangent is None else cotangent
                 calls.given[call].cotangent = cotangent
             own.append(calls.given)
             parts["", 0, _OUTPUT].append(output.detach())
@@ -543,16 +545,20 @@ class _Runs:
         return found[0]
 
     def _cotangent(self, output: Tensor, place: Place | None) -> Tensor:
-        """Random numbers in the shape of ``output``, always the same; 0 in padding."""
+        """Of the model's output, for the batch or the document at ``place``; always the same."""
         if self.cotangent is None:
             shape = output.shape if place is None else (*self.documents.shape, *output.shape[2:])
-            generator = torch.Generator().manual_seed(0)
-            self.cotangent = torch.randn(shape, generator=generator).to(output.device)
-            mask = self._real_tokens("")
-            if mask is not None and shape[:2] == mask.shape:
-                self.cotangent[~mask] = 0
+            self.cotangent = self._random(output.new_empty(shape))
         cotangent = self.cotangent if place is None else self.cotangent[place]
         return cotangent.to(output.dtype)
+
+    def _random(self, like: Tensor, layer: str = "") -> Tensor:
+        """Numbers in the shape and dtype of ``like``, 0 in padding."""
+        numbers = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
+        mask = self._real_tokens(layer)
+        if mask is not None and like.shape[:2] == mask.shape:
+            numbers[~mask] = 0
+        return numbers
 
     def _movement(self, changed: dict) -> Tensor:
         """Root mean square change of the output per token, relative to the whole output's."""
