@@ -1,6 +1,6 @@
 """Time candidate tile sizes of the Triton kernels on this GPU, for the table in triton_config.
 
-    python scripts/tune_triton.py --pass forward --head-dim 128 --mask causal
+    python scripts/tune_triton.py --passes forward keys queries --head-dims 64 128 256
 
 Candidates are compiled first, in parallel processes that fill Triton's cache, then timed one by
 one. Prints TFLOP/s: 4 B H D visible pairs forward, 2.5 times that for both backward passes.
@@ -20,15 +20,19 @@ from hf_flash_two import AttentionMask, flash_attention
 from hf_flash_two.kernels import triton_backward, triton_config, triton_forward
 
 Candidate = tuple[int, int, int, int]
+Job = tuple[str, int, str, Candidate]
+# Rows of the tile that stays and of those that pass it, and warps.
+SIZES = (
+    (128, 128, 8), (128, 64, 8), (128, 32, 8), (128, 128, 4), (128, 64, 4),
+    (64, 128, 4), (64, 64, 4), (64, 32, 4), (64, 64, 8), (64, 32, 8),
+)  # fmt: skip
 
 
 def candidates(walk: str) -> list[Candidate]:
     """(block_q, block_k, warps, stages)"""
-    if walk == "keys":
-        sizes = [(32, 64), (32, 128), (64, 64), (64, 128), (128, 64), (128, 128)]
-    else:
-        sizes = [(64, 32), (64, 64), (64, 128), (128, 32), (128, 64), (128, 128)]
-    return [(q, k, w, s) for (q, k), w, s in itertools.product(sizes, (4, 8), (1, 2, 3, 4))]
+    stages = (2, 3, 4) if walk == "forward" else (1, 2, 3)
+    found = [(*size, n) for size in SIZES for n in stages]
+    return [(k, q, w, n) for q, k, w, n in found] if walk == "keys" else found
 
 
 def use(walk: str, candidate: Candidate) -> None:
@@ -50,28 +54,28 @@ def use(walk: str, candidate: Candidate) -> None:
         triton_backward.backward_tiles = backward_tiles
 
 
-def problem(args: argparse.Namespace, length: int):
-    heads = args.heads or 2048 // args.head_dim
+def problem(head_dim: int, mask: str, length: int):
+    heads = 2048 // head_dim
     batch = max(1, 16384 // length)
-    shape = (batch, heads, length, args.head_dim)
+    shape = (batch, heads, length, head_dim)
     tensors = [
         torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for _ in range(3)
     ]
-    mask = {
+    made = {
         "full": AttentionMask.full(),
         "causal": AttentionMask.causal(),
         "window": AttentionMask.causal(1024),
         "documents": AttentionMask.from_documents(
             segment_ids=torch.arange(length, device="cuda") // 512, causal=True
         ),
-    }[args.mask]
+    }[mask]
     pairs = length * length
-    if args.mask == "causal":
+    if mask == "causal":
         pairs //= 2
-    elif args.mask != "full":
-        pairs = int(mask.to_dense(length, length, "cuda").sum())
-    return tensors, mask, 4 * batch * heads * args.head_dim * pairs
+    elif mask != "full":
+        pairs = int(made.to_dense(length, length, "cuda").sum())
+    return tensors, made, 4 * batch * heads * head_dim * pairs
 
 
 def runner(walk: str, tensors, mask):
@@ -82,50 +86,55 @@ def runner(walk: str, tensors, mask):
     return lambda: torch.autograd.grad(out, tensors, d_out, retain_graph=True)
 
 
-def compile_one(job) -> None:
-    args, candidate = job
-    use(args.walk, candidate)
-    tensors, mask, _ = problem(args, 256)
+def compile_one(job: Job) -> None:
+    walk, head_dim, mask, candidate = job
+    use(walk, candidate)
+    tensors, made, _ = problem(head_dim, mask, 256)
     try:
-        runner(args.walk, tensors, mask)()
+        runner(walk, tensors, made)()
+    except triton.runtime.errors.OutOfResources:
+        pass
     except Exception as error:
-        print(f"{candidate}: {type(error).__name__}", flush=True)
+        print(f"{job}: {type(error).__name__}", flush=True)
+
+
+def measure(walk: str, head_dim: int, mask: str, length: int) -> list[tuple[float, Candidate]]:
+    tensors, made, flops = problem(head_dim, mask, length)
+    rows = []
+    for candidate in candidates(walk):
+        use(walk, candidate)
+        try:
+            run = runner(walk, tensors, made)
+            ms = triton.testing.do_bench(run, warmup=5, rep=30, return_mode="median")
+        except triton.runtime.errors.OutOfResources:
+            continue
+        rows.append(((1.0 if walk == "forward" else 2.5) * flops / ms / 1e9, candidate))
+    return sorted(rows, reverse=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    walks = ["forward", "keys", "queries"]
+    parser.add_argument("--passes", nargs="+", choices=walks, default=walks)
+    parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128, 256])
     parser.add_argument(
-        "--pass", dest="walk", choices=["forward", "keys", "queries"], required=True
-    )
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--heads", type=int)
-    parser.add_argument(
-        "--mask", default="causal", choices=["full", "causal", "window", "documents"]
+        "--masks",
+        nargs="+",
+        default=["causal"],
+        choices=["full", "causal", "window", "documents"],
     )
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--processes", type=int, default=8)
+    parser.add_argument("--show", type=int, default=5, help="rows per pass, head dim and mask")
     args = parser.parse_args()
-    jobs = [(args, candidate) for candidate in candidates(args.walk)]
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(args.processes) as pool:
-        pool.map_async(compile_one, jobs, chunksize=1).get(timeout=240)
-    tensors, mask, flops = problem(args, args.length)
-    rows = []
-    for candidate in candidates(args.walk):
-        use(args.walk, candidate)
-        try:
-            ms = triton.testing.do_bench(
-                runner(args.walk, tensors, mask), warmup=20, rep=60, return_mode="median"
-            )
-        except triton.runtime.errors.OutOfResources:
-            continue
-        except Exception as error:
-            print(f"{candidate}: {type(error).__name__}")
-            continue
-        factor = 1.0 if args.walk == "forward" else 2.5
-        rows.append((factor * flops / ms / 1e9, candidate))
-    for tflops, candidate in sorted(rows, reverse=True)[:8]:
-        print(f"{args.walk} d{args.head_dim} {args.mask} {tflops:6.0f} TFLOP/s {candidate}")
+    settings = list(itertools.product(args.passes, args.head_dims, args.masks))
+    jobs = [(*chosen, candidate) for chosen in settings for candidate in candidates(chosen[0])]
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+        for _ in pool.imap_unordered(compile_one, jobs):
+            pass
+    for walk, head_dim, mask in settings:
+        for tflops, candidate in measure(walk, head_dim, mask, args.length)[: args.show]:
+            print(f"{walk} d{head_dim} {mask} {tflops:6.0f} TFLOP/s {candidate}", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from hf_flash_two.kernels import triton_backward, triton_config, triton_forward  # noqa: E402
 
@@ -53,6 +54,9 @@ def compile_launch(kernel, args, kwargs, target):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
+        elif isinstance(value, TensorDescriptor):
+            kind = TYPES[value.base.dtype].removeprefix("*")
+            signature[name] = f"tensordesc<{kind}{value.block_shape}>".replace(" ", "")
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
@@ -95,7 +99,7 @@ ALWAYS = {
 )
 def test_compiles(monkeypatch, target, feature):
     gpu, shared_memory = TARGETS[target]
-    device = triton_config.Device(processors=132, shared_memory=shared_memory)
+    device = triton_config.Device(132, shared_memory, bulk_copy=target == "hopper")
     monkeypatch.setattr(triton_config, "device_of", lambda index: device)
     launches: list = []
     for module, names in (

@@ -16,11 +16,13 @@ from hf_flash_two.kernels.problem import LOG2E, Problem, empty_output
 from hf_flash_two.kernels.triton_config import (
     Tiles,
     backward_tiles,
+    bulk_tiles,
     dropout_of,
     launch_flags,
     strides_of,
 )
 from hf_flash_two.kernels.triton_tile import (
+    bulk_load,
     kept,
     key_tiles,
     nth_tile,
@@ -68,6 +70,10 @@ def backward(
     )  # fmt: skip
     sizes = {"D": head_dim, "DV": value_dim} | flags
 
+    def bulk(tensor: Tensor, rows: int, columns: int):
+        # A row is read in parts where it is wider than a tile.
+        return bulk_tiles(tensor, rows, columns) if tensor.shape[3] <= columns else None
+
     def launch(kernel, grid, outputs, output_strides, block: Tiles):
         kernel[grid](
             *tensors, *outputs, *scalars, *output_strides, **sizes,
@@ -79,12 +85,22 @@ def backward(
         block = tiles.keys
         chunks = triton.cdiv(max(head_dim, value_dim), block.block_d)
         grid = (triton.cdiv(key_length, block.block_k) * batch * key_heads, chunks)
-        launch(_keys_kernel, grid, (dk, dv), (*dk.stride()[:3], *dv.stride()[:3]), block)
+        moving = (
+            bulk(query, block.block_q, block.block_d),
+            bulk(d_out, block.block_q, block.block_v),
+        )
+        launch(
+            _keys_kernel, grid, (*moving, dk, dv), (*dk.stride()[:3], *dv.stride()[:3]), block
+        )  # fmt: skip
     if dq.numel():
         block = tiles.queries
         chunks = triton.cdiv(head_dim, block.block_d)
         grid = (triton.cdiv(query_length, block.block_q) * batch * heads, chunks)
-        launch(_queries_kernel, grid, (dq,), dq.stride()[:3], block)
+        moving = (
+            bulk(key, block.block_k, block.block_d),
+            bulk(value, block.block_k, block.block_v),
+        )
+        launch(_queries_kernel, grid, (*moving, dq), dq.stride()[:3], block)
     d_bias = d_sinks = None
     if need_d_bias:
         block = tiles.queries
@@ -164,7 +180,7 @@ _PER_LENGTH = [
 def _keys_kernel(
     q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr,
     first_ptr, last_ptr, bounds_ptr, dense_ptr, bias_ptr, slopes_ptr, seed_ptr,
-    dk_ptr, dv_ptr,
+    q_tiles, g_tiles, dk_ptr, dv_ptr,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, g_sb, g_sh, g_st,
     mask_sb, bounds_sb, dense_sb, dense_sh, dense_sq, dense_sk, bias_sb, bias_sh, bias_sq, bias_sk,
     slopes_sb,
@@ -234,13 +250,17 @@ def _keys_kernel(
                 row_inside = row < query_length
                 q_at = q_head + row.to(tl.int64) * q_st
                 g_at = g_head + row.to(tl.int64) * g_st
-                if phase == 0 and D == BLOCK_D:
+                if q_tiles is not None:
+                    q = bulk_load(q_tiles, batch, head, query_tile * BLOCK_Q, 0, BLOCK_Q, BLOCK_D)
+                elif phase == 0 and D == BLOCK_D:
                     q = tl.load(q_at[:, None] + d[None, :])
                 else:
                     q = tl.load(
                         q_at[:, None] + d[None, :], row_inside[:, None] & (d < D)[None, :], 0.0
                     )
-                if phase == 0 and DV == BLOCK_V:
+                if g_tiles is not None:
+                    g = bulk_load(g_tiles, batch, head, query_tile * BLOCK_Q, 0, BLOCK_Q, BLOCK_V)
+                elif phase == 0 and DV == BLOCK_V:
                     g = tl.load(g_at[:, None] + e[None, :])
                 else:
                     g = tl.load(
@@ -301,7 +321,7 @@ def _keys_kernel(
 def _queries_kernel(
     q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr,
     first_ptr, last_ptr, bounds_ptr, dense_ptr, bias_ptr, slopes_ptr, seed_ptr,
-    dq_ptr,
+    k_tiles, v_tiles, dq_ptr,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, g_sb, g_sh, g_st,
     mask_sb, bounds_sb, dense_sb, dense_sh, dense_sq, dense_sk, bias_sb, bias_sh, bias_sq, bias_sk,
     slopes_sb,
@@ -370,7 +390,9 @@ def _queries_kernel(
             col_inside = col < key_length
             k_at = k_head + col.to(tl.int64) * k_st
             v_at = v_head + col.to(tl.int64) * v_st
-            if phase == 0 and D == BLOCK_D:
+            if k_tiles is not None:
+                k = bulk_load(k_tiles, batch, key_head, key_tile * BLOCK_K, 0, BLOCK_K, BLOCK_D)
+            elif phase == 0 and D == BLOCK_D:
                 k = tl.load(k_at[:, None] + d[None, :])
             else:
                 k = tl.load(k_at[:, None] + d[None, :], col_inside[:, None] & (d < D)[None, :], 0.0)
@@ -382,7 +404,9 @@ def _queries_kernel(
                     g_at, v_at, row_inside, col_inside, DV, BLOCK_V, BLOCK_Q, BLOCK_K, PRECISION
                 )
             else:
-                if phase == 0 and DV == BLOCK_V:
+                if v_tiles is not None:
+                    v = bulk_load(v_tiles, batch, key_head, key_tile * BLOCK_K, 0, BLOCK_K, BLOCK_V)
+                elif phase == 0 and DV == BLOCK_V:
                     v = tl.load(v_at[:, None] + e[None, :])
                 else:
                     v = tl.load(

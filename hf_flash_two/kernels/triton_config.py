@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_flash_two.kernels import dropout
 from hf_flash_two.kernels.problem import Problem
@@ -21,6 +22,7 @@ from hf_flash_two.kernels.triton_tile import BAND, INTERVALS, NO_MASK
 MAX_UNSPLIT_HEAD_DIM = 256
 _DECODE_ROWS = 64
 _SPLIT_KEYS = 256
+_BULK_LENGTH = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class Device:
 
     processors: int
     shared_memory: int
+    bulk_copy: bool = False
 
 
 # (block_q, block_k, warps, stages) of the forward, the walk for keys and the walk for queries, by
@@ -90,11 +93,12 @@ def _table_row(width: int, wide: bool, device: Device, problem: Problem):
 @lru_cache
 def device_of(index: int | None) -> Device:
     if index is None or not torch.cuda.is_available():
-        return Device(processors=1, shared_memory=2**16)
+        return Device(processors=4, shared_memory=2**16)
     properties = torch.cuda.get_device_properties(index)
     return Device(
         properties.multi_processor_count,
         getattr(properties, "shared_memory_per_block_optin", 2**16),
+        bulk_copy=torch.version.hip is None and properties.major >= 9,
     )
 
 
@@ -172,6 +176,26 @@ def backward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) 
         )
 
     return BackwardTiles(capped(*keys), capped(*queries))
+
+
+def bulk_tiles(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
+    """[rows, columns] tiles of [B, H, T, D] for the copy engine of Hopper and later GPUs.
+
+    None where it cannot copy them, or would not pay: kernels then load through pointers.
+    """
+    size = tensor.element_size()
+    axes = list(zip(tensor.shape[:3], tensor.stride()[:3], strict=True))
+    if (
+        not _device(tensor).bulk_copy
+        or size != 2
+        or tensor.shape[2] < _BULK_LENGTH
+        or tensor.data_ptr() % 16
+        or any(length > 1 and (stride == 0 or stride * size % 16) for length, stride in axes)
+    ):
+        return None
+    # An axis of one element is never stepped along, but its stride is checked.
+    strides = [stride if length > 1 else 16 for length, stride in axes]
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, columns])
 
 
 def launch_flags(query: Tensor, problem: Problem) -> dict:

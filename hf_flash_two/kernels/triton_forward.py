@@ -13,8 +13,21 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_flash_two.kernels.problem import LOG2E, Problem, empty_lse, empty_output
-from hf_flash_two.kernels.triton_config import dropout_of, forward_tiles, launch_flags, strides_of
-from hf_flash_two.kernels.triton_tile import kept, key_tiles, modify, nth_tile, visible
+from hf_flash_two.kernels.triton_config import (
+    bulk_tiles,
+    dropout_of,
+    forward_tiles,
+    launch_flags,
+    strides_of,
+)
+from hf_flash_two.kernels.triton_tile import (
+    bulk_load,
+    kept,
+    key_tiles,
+    modify,
+    nth_tile,
+    visible,
+)
 
 _LOG2E = tl.constexpr(LOG2E)
 
@@ -36,9 +49,13 @@ def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tupl
         part_lse = query.new_empty(tiles.splits, *lse.shape, dtype=torch.float32)
     strides = strides_of(problem, batch, heads, query_length, key_length)
     flags = launch_flags(query, problem)
+    bulk_key = bulk_value = None
+    if head_dim <= tiles.block_d:
+        bulk_key = bulk_tiles(key, tiles.block_k, tiles.block_d)
+        bulk_value = bulk_tiles(value, tiles.block_k, tiles.block_v)
     grid = (row_tiles * batch * (heads // tiles.pack), triton.cdiv(value_dim, tiles.block_v))
     _forward_kernel[(*grid, tiles.splits)](
-        query, key, value, part_out, part_lse,
+        query, key, value, bulk_key, bulk_value, part_out, part_lse,
         problem.first_query, problem.last_query, problem.key_bounds, problem.dense, problem.bias,
         problem.alibi_slopes, problem.sinks, problem.seed,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *part_out.stride()[:4],
@@ -65,7 +82,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tupl
     "mask_sb", "bounds_sb", "l_ss", "o_ss", "threshold",
 ])  # fmt: skip
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, out_ptr, lse_ptr,
     first_ptr, last_ptr, bounds_ptr, dense_ptr, bias_ptr, slopes_ptr, sinks_ptr, seed_ptr,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, o_ss, o_sb, o_sh, o_st, l_ss,
     mask_sb, bounds_sb, dense_sb, dense_sh, dense_sq, dense_sk, bias_sb, bias_sh, bias_sq, bias_sk,
@@ -149,7 +166,10 @@ def _forward_kernel(
                 key_tile = nth_tile(n, first, full, full_end)
             col = key_tile * BLOCK_K + tl.arange(0, BLOCK_K)
             col_at = col.to(tl.int64)
-            if CHUNKS == 1:
+            if k_tiles is not None:
+                k = bulk_load(k_tiles, batch, key_head, key_tile * BLOCK_K, 0, BLOCK_K, BLOCK_D)
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            elif CHUNKS == 1:
                 k_ptrs = k_at + col_at[None, :] * k_st + d[:, None]
                 if phase == 0:
                     if D == BLOCK_D:
@@ -206,7 +226,12 @@ def _forward_kernel(
                 p = tl.where(keep, p * keep_scale, 0.0)
             acc = acc * shrink[:, None]
             v_ptrs = v_at + col_at[:, None] * v_st
-            if phase == 0:
+            if v_tiles is not None:
+                v = bulk_load(
+                    v_tiles, batch, key_head, key_tile * BLOCK_K, tl.program_id(1) * BLOCK_V,
+                    BLOCK_K, BLOCK_V,
+                )  # fmt: skip
+            elif phase == 0:
                 if DV % BLOCK_V == 0:
                     v = tl.load(v_ptrs)
                 else:
@@ -260,13 +285,14 @@ def _merge_kernel(
     if SINKS:
         peak = tl.load(sinks_ptr + batch * sinks_sb + head) * _LOG2E
         total = tl.where(peak == float("-inf"), 0.0, 1.0)
+    # All splits together are a few tiles per processor: 32 bits reach them.
     for split in range(splits):
-        lse = tl.load(part_lse_ptr + split.to(tl.int64) * l_ss + program) * _LOG2E
+        lse = tl.load(part_lse_ptr + split * l_ss + program) * _LOG2E
         new_peak = tl.maximum(peak, lse)
         origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         shrink = tl.exp2(peak - origin)
         share = tl.exp2(lse - origin)
-        partial = tl.load(part + split.to(tl.int64) * p_ss, dv < DV, 0.0)
+        partial = tl.load(part + split * p_ss, dv < DV, 0.0)
         acc = acc * shrink + partial * share
         total = total * shrink + share
         peak = new_peak

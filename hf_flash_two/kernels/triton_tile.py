@@ -119,6 +119,13 @@ def query_tiles(
 
 
 @triton.jit
+def bulk_load(tiles, batch, head, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """One tile by the copy engine, zero outside of the tensor; see `triton_config.bulk_tiles`."""
+    at = [batch.to(tl.int32), head.to(tl.int32), row, column]
+    return tiles.load(at).reshape(ROWS, COLUMNS)
+
+
+@triton.jit
 def nth_tile(n, first, full, full_end):
     """The n-th tile to visit: first those that need no masking, then the others in order."""
     whole = full_end - full
