@@ -17,7 +17,12 @@ import torch
 import triton
 
 from hf_flash_two import AttentionMask, flash_attention
-from hf_flash_two.kernels import triton_backward, triton_config, triton_forward
+from hf_flash_two.kernels import (
+    triton_backward,
+    triton_config,
+    triton_forward,
+    triton_launch,
+)
 
 Candidate = tuple[int, int, int, int]
 Job = tuple[str, int, str, Candidate]
@@ -38,6 +43,7 @@ def candidates(walk: str) -> list[Candidate]:
 def use(walk: str, candidate: Candidate) -> None:
     """Make the kernels take this candidate."""
     block_q, block_k, warps, stages = candidate
+    triton_launch.plans.clear()
     chosen = {"block_q": block_q, "block_k": block_k, "warps": warps, "stages": stages}
     if walk == "forward":
 

@@ -20,7 +20,13 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from hf_flash_two.kernels import triton_backward, triton_config, triton_forward  # noqa: E402
+from hf_flash_two.kernels import (  # noqa: E402
+    triton_backward,
+    triton_config,
+    triton_forward,
+    triton_launch,
+    triton_ranges,
+)
 
 TARGETS = {
     "turing": (GPUTarget("cuda", 75, 32), 2**16),
@@ -100,10 +106,13 @@ ALWAYS = {
 def test_compiles(monkeypatch, target, feature):
     gpu, shared_memory = TARGETS[target]
     device = triton_config.Device(132, shared_memory, bulk_copy=target == "hopper")
-    monkeypatch.setattr(triton_config, "device_of", lambda index: device)
+    for module in (triton_config, triton_launch):
+        monkeypatch.setattr(module, "device_of", lambda index: device)
+    monkeypatch.setattr(triton_launch, "plans", {})
     launches: list = []
     for module, names in (
         (triton_forward, ("_forward_kernel", "_merge_kernel")),
+        (triton_ranges, ("_ranges_kernel",)),
         (triton_backward, ("_keys_kernel", "_queries_kernel", "_bias_kernel", "_delta_kernel")),
     ):
         for name in names:

@@ -7,6 +7,8 @@ probabilities from lse. The gradient of the bias is a third walk, over whatever 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -14,13 +16,17 @@ from torch import Tensor
 
 from hf_flash_two.kernels.problem import LOG2E, Problem, empty_output
 from hf_flash_two.kernels.triton_config import (
+    BackwardTiles,
     Tiles,
     backward_tiles,
+    bulk_strides,
     bulk_tiles,
     dropout_of,
     launch_flags,
     strides_of,
 )
+from hf_flash_two.kernels.triton_launch import Launch, planned
+from hf_flash_two.kernels.triton_ranges import key_ranges
 from hf_flash_two.kernels.triton_tile import (
     bulk_load,
     kept,
@@ -30,8 +36,11 @@ from hf_flash_two.kernels.triton_tile import (
     query_tiles,
     visible,
 )
+from hf_flash_two.masks import KEY_GRANULE
 
 _LOG2E = tl.constexpr(LOG2E)
+_GRANULE = tl.constexpr(KEY_GRANULE)
+_DELTA_ROWS = 64
 
 
 def backward(
@@ -47,20 +56,74 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key, value, bias and sinks."""
     dq, dk, dv = (empty_output(tensor, tensor.shape[3]) for tensor in (query, key, value))
-    batch, heads, query_length, head_dim = query.shape
-    key_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
     query, key, value, d_out = (
         x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value, d_out)
     )
-    delta = _delta(out, d_out, d_lse)
+    with torch.cuda.device_of(query):
+        plan = planned(_plan, problem, query, key, value, d_out, out, dq, dk, dv, d_lse)
+        delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
+        tensors = (query, key, value, d_out, lse, delta, problem.first_query, problem.last_query)
+        extras = (problem.dense, problem.bias, problem.alibi_slopes, problem.seed)
+        if delta.numel():
+            plan.delta(out, d_out, d_lse, delta)
+        if dk.numel():
+            tiles = plan.tiles.keys
+            plan.keys(
+                *tensors, problem.key_bounds, *extras,
+                bulk_tiles(query, plan.bulk_query, tiles.block_q, tiles.block_d),
+                bulk_tiles(d_out, plan.bulk_d_out, tiles.block_q, tiles.block_v),
+                dk, dv,
+            )  # fmt: skip
+        tiles = plan.tiles.queries
+        ranges = key_ranges(problem, tiles, query.shape[2], key.shape[2])
+        if dq.numel():
+            plan.queries(
+                *tensors, ranges, *extras,
+                bulk_tiles(key, plan.bulk_key, tiles.block_k, tiles.block_d),
+                bulk_tiles(value, plan.bulk_value, tiles.block_k, tiles.block_v),
+                dq,
+            )  # fmt: skip
+        d_bias = d_sinks = None
+        if need_d_bias:
+            d_bias = torch.empty_like(problem.bias, memory_format=torch.contiguous_format)
+            if d_bias.numel():
+                plan.bias(*tensors, ranges, *extras, d_bias)
+    if problem.sinks is not None:
+        weight = torch.exp(problem.sinks[:, :, None] - lse).nan_to_num_(nan=0.0)
+        d_sinks = -(weight * delta).sum(2).sum_to_size(problem.sinks.shape)
+    return dq, dk, dv, d_bias, d_sinks
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    tiles: BackwardTiles
+    bulk_query: list[int] | None
+    bulk_key: list[int] | None
+    bulk_value: list[int] | None
+    bulk_d_out: list[int] | None
+    delta: Launch
+    keys: Launch
+    queries: Launch
+    bias: Launch | None
+
+
+def _plan(
+    problem: Problem,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    d_out: Tensor,
+    out: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    d_lse: Tensor | None,
+) -> _Plan:
+    batch, heads, query_length, head_dim = query.shape
+    key_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
+    tiles = backward_tiles(query, key, value, problem)
     flags = launch_flags(query, problem)
     flags.pop("SINKS")
-    tiles = backward_tiles(query, key, value, problem)
-    tensors = (
-        query, key, value, d_out, lse, delta,
-        problem.first_query, problem.last_query, problem.key_bounds, problem.dense, problem.bias,
-        problem.alibi_slopes, problem.seed,
-    )  # fmt: skip
     *strides, _ = strides_of(problem, batch, heads, query_length, key_length)
     scalars = (
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *d_out.stride()[:3],
@@ -68,81 +131,64 @@ def backward(
         problem.query_offset, problem.window_left or 0, problem.window_right or 0,
         problem.scale, problem.softcap or 1.0, *dropout_of(problem),
     )  # fmt: skip
-    sizes = {"D": head_dim, "DV": value_dim} | flags
 
-    def bulk(tensor: Tensor, rows: int, columns: int):
-        # A row is read in parts where it is wider than a tile.
-        return bulk_tiles(tensor, rows, columns) if tensor.shape[3] <= columns else None
+    def launch(kernel, grid: tuple[int, ...], block: Tiles, *own_scalars: int) -> Launch:
+        blocks = {
+            "BLOCK_Q": block.block_q, "BLOCK_K": block.block_k,
+            "BLOCK_D": block.block_d, "BLOCK_V": block.block_v,
+        }  # fmt: skip
+        constants = flags | {"D": head_dim, "DV": value_dim} | blocks
+        return Launch(kernel, grid, (*scalars, *own_scalars), constants, block)
 
-    def launch(kernel, grid, outputs, output_strides, block: Tiles):
-        kernel[grid](
-            *tensors, *outputs, *scalars, *output_strides, **sizes,
-            BLOCK_Q=block.block_q, BLOCK_K=block.block_k, BLOCK_D=block.block_d,
-            BLOCK_V=block.block_v, num_warps=block.warps, num_stages=block.stages,
-        )  # fmt: skip
-
-    if dk.numel():
-        block = tiles.keys
-        chunks = triton.cdiv(max(head_dim, value_dim), block.block_d)
-        grid = (triton.cdiv(key_length, block.block_k) * batch * key_heads, chunks)
-        moving = (
-            bulk(query, block.block_q, block.block_d),
-            bulk(d_out, block.block_q, block.block_v),
-        )
-        launch(
-            _keys_kernel, grid, (*moving, dk, dv), (*dk.stride()[:3], *dv.stride()[:3]), block
-        )  # fmt: skip
-    if dq.numel():
-        block = tiles.queries
-        chunks = triton.cdiv(head_dim, block.block_d)
-        grid = (triton.cdiv(query_length, block.block_q) * batch * heads, chunks)
-        moving = (
-            bulk(key, block.block_k, block.block_d),
-            bulk(value, block.block_k, block.block_v),
-        )
-        launch(_queries_kernel, grid, (*moving, dq), dq.stride()[:3], block)
-    d_bias = d_sinks = None
-    if need_d_bias:
-        block = tiles.queries
-        d_bias = torch.empty_like(problem.bias, memory_format=torch.contiguous_format)
-        bias_batch, bias_heads, bias_queries, bias_keys = d_bias.shape
+    delta = Launch(
+        _delta_kernel,
+        (triton.cdiv(query_length, _DELTA_ROWS), batch * heads),
+        (
+            *out.stride()[:3], *d_out.stride()[:3],
+            *((0, 0, 0) if d_lse is None else d_lse.stride()), heads, query_length,
+        ),
+        {"DV": value_dim, "BLOCK_V": triton.next_power_of_2(value_dim), "ROWS": _DELTA_ROWS},
+        tiles.queries,
+    )  # fmt: skip
+    block = tiles.keys
+    parts = triton.cdiv(max(head_dim, value_dim), block.block_d)
+    keys = launch(
+        _keys_kernel, (triton.cdiv(key_length, block.block_k) * batch * key_heads, parts), block,
+        *dk.stride()[:3], *dv.stride()[:3],
+    )  # fmt: skip
+    block = tiles.queries
+    parts = triton.cdiv(head_dim, block.block_d)
+    queries = launch(
+        _queries_kernel, (triton.cdiv(query_length, block.block_q) * batch * heads, parts), block,
+        *dq.stride()[:3],
+    )  # fmt: skip
+    bias = None
+    if problem.bias is not None:
+        bias_batch, bias_heads, bias_queries, bias_keys = problem.bias.shape
         grid = (
             triton.cdiv(bias_keys, block.block_k),
             triton.cdiv(bias_queries, block.block_q),
             bias_batch * bias_heads,
         )
-        if d_bias.numel():
-            launch(_bias_kernel, grid, (d_bias,), (batch, *d_bias.shape), block)
-    if problem.sinks is not None:
-        weight = torch.exp(problem.sinks[:, :, None] - lse).nan_to_num_(nan=0.0)
-        d_sinks = -(weight * delta).sum(2).sum_to_size(problem.sinks.shape)
-    return dq, dk, dv, d_bias, d_sinks
-
-
-def _delta(out: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
-    """float32 [B, H, Tq]: each row's sum of out * d_out, less d_lse."""
-    batch, heads, length, dim = out.shape
-    delta = out.new_empty(batch, heads, length, dtype=torch.float32)
-    if not delta.numel():
-        return delta
-    d_lse_strides = (0, 0, 0) if d_lse is None else d_lse.stride()
-    grid = (triton.cdiv(length, 64), batch * heads)
-    _delta_kernel[grid](
-        out, d_out, d_lse, delta, *out.stride()[:3], *d_out.stride()[:3], *d_lse_strides,
-        heads, length, DV=dim, BLOCK_V=triton.next_power_of_2(dim), num_warps=4,
+        bias = launch(_bias_kernel, grid, block, batch, *problem.bias.shape)
+    # A row is read in parts where it is wider than a tile.
+    whole_rows = head_dim <= block.block_d and value_dim <= block.block_v
+    return _Plan(
+        tiles,
+        *(bulk_strides(x) if whole_rows else None for x in (query, key, value, d_out)),
+        delta, keys, queries, bias,
     )  # fmt: skip
-    return delta
 
 
 @triton.jit(do_not_specialize=["length"])
 def _delta_kernel(
     out_ptr, d_out_ptr, d_lse_ptr, delta_ptr,
     o_sb, o_sh, o_st, g_sb, g_sh, g_st, l_sb, l_sh, l_st, heads, length,
-    DV: tl.constexpr, BLOCK_V: tl.constexpr,
+    DV: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     head = (tl.program_id(1) % heads).to(tl.int64)
     batch = (tl.program_id(1) // heads).to(tl.int64)
-    row = (tl.program_id(0) * 64 + tl.arange(0, 64)).to(tl.int64)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     dv = tl.arange(0, BLOCK_V)
     inside = (row < length)[:, None] & (dv < DV)[None, :]
     out_at = out_ptr + batch * o_sb + head * o_sh + row[:, None] * o_st + dv[None, :]
@@ -172,7 +218,7 @@ def _wide_product(
 
 
 _PER_LENGTH = [
-    "query_length", "key_length", "offset", "left", "right", "mask_sb", "bounds_sb", "threshold",
+    "query_length", "key_length", "offset", "left", "right", "mask_sb", "threshold",
 ]  # fmt: skip
 
 
@@ -182,7 +228,7 @@ def _keys_kernel(
     first_ptr, last_ptr, bounds_ptr, dense_ptr, bias_ptr, slopes_ptr, seed_ptr,
     q_tiles, g_tiles, dk_ptr, dv_ptr,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, g_sb, g_sh, g_st,
-    mask_sb, bounds_sb, dense_sb, dense_sh, dense_sq, dense_sk, bias_sb, bias_sh, bias_sq, bias_sk,
+    mask_sb, dense_sb, dense_sh, dense_sq, dense_sk, bias_sb, bias_sh, bias_sq, bias_sk,
     slopes_sb,
     heads, group, query_length, key_length, offset, left, right,
     scale, softcap, threshold, keep_scale,
@@ -213,7 +259,9 @@ def _keys_kernel(
     if MASK == 2:
         first_ptr += batch * mask_sb
         last_ptr += batch * mask_sb
-        bounds_ptr += batch * bounds_sb
+        # Intervals of one row may serve all.
+        if mask_sb != 0:
+            bounds_ptr += batch * tl.cdiv(key_length, _GRANULE) * 4
     first, last, full, full_end = query_tiles(
         bounds_ptr, tile * BLOCK_K, key_length, query_length, offset, left, right,
         MASK, LEFT, RIGHT, DENSE, BLOCK_Q, BLOCK_K,
@@ -320,10 +368,10 @@ def _keys_kernel(
 @triton.jit(do_not_specialize=_PER_LENGTH)
 def _queries_kernel(
     q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr,
-    first_ptr, last_ptr, bounds_ptr, dense_ptr, bias_ptr, slopes_ptr, seed_ptr,
+    first_ptr, last_ptr, ranges_ptr, dense_ptr, bias_ptr, slopes_ptr, seed_ptr,
     k_tiles, v_tiles, dq_ptr,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, g_sb, g_sh, g_st,
-    mask_sb, bounds_sb, dense_sb, dense_sh, dense_sq, dense_sk, bias_sb, bias_sh, bias_sq, bias_sk,
+    mask_sb, dense_sb, dense_sh, dense_sq, dense_sk, bias_sb, bias_sh, bias_sq, bias_sk,
     slopes_sb,
     heads, group, query_length, key_length, offset, left, right,
     scale, softcap, threshold, keep_scale,
@@ -361,7 +409,8 @@ def _queries_kernel(
     if MASK == 2:
         first_ptr += batch * mask_sb
         last_ptr += batch * mask_sb
-        bounds_ptr += batch * bounds_sb
+        if mask_sb != 0:
+            ranges_ptr += batch * query_tiles_all * 4
     if DENSE:
         dense_ptr += batch * dense_sb + head * dense_sh
     if BIAS:
@@ -372,7 +421,7 @@ def _queries_kernel(
     start = tile * BLOCK_Q + offset
     stop = tl.minimum(tile * BLOCK_Q + BLOCK_Q, query_length) + offset
     first, last, full, full_end = key_tiles(
-        bounds_ptr, start, stop, key_length, left, right, MASK, LEFT, RIGHT, DENSE, BLOCK_K
+        ranges_ptr, tile, start, stop, key_length, left, right, MASK, LEFT, RIGHT, DENSE, BLOCK_K
     )
     whole = full_end - full
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
@@ -444,10 +493,10 @@ def _queries_kernel(
 @triton.jit(do_not_specialize=_PER_LENGTH)
 def _bias_kernel(
     q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr,
-    first_ptr, last_ptr, bounds_ptr, dense_ptr, bias_ptr, slopes_ptr, seed_ptr,
+    first_ptr, last_ptr, ranges_ptr, dense_ptr, bias_ptr, slopes_ptr, seed_ptr,
     d_bias_ptr,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, g_sb, g_sh, g_st,
-    mask_sb, bounds_sb, dense_sb, dense_sh, dense_sq, dense_sk, bias_sb, bias_sh, bias_sq, bias_sk,
+    mask_sb, dense_sb, dense_sh, dense_sq, dense_sk, bias_sb, bias_sh, bias_sq, bias_sk,
     slopes_sb,
     heads, group, query_length, key_length, offset, left, right,
     scale, softcap, threshold, keep_scale,
@@ -486,12 +535,13 @@ def _bias_kernel(
             g_head = g_ptr + batch * g_sb + head * g_sh
             first_at = first_ptr
             last_at = last_ptr
-            bounds_at = bounds_ptr
+            ranges_at = ranges_ptr
             dense_at = dense_ptr
             if MASK == 2:
                 first_at += batch * mask_sb
                 last_at += batch * mask_sb
-                bounds_at += batch * bounds_sb
+                if mask_sb != 0:
+                    ranges_at += batch * tl.cdiv(query_length, BLOCK_Q) * 4
             if DENSE:
                 dense_at += batch * dense_sb + head * dense_sh
             slope = 0.0
@@ -508,7 +558,7 @@ def _bias_kernel(
                 start = row_tile * BLOCK_Q + offset
                 stop = tl.minimum(row_tile * BLOCK_Q + BLOCK_Q, query_length) + offset
                 first, last, full, full_end = key_tiles(
-                    bounds_at, start, stop, key_length, left, right,
+                    ranges_at, row_tile, start, stop, key_length, left, right,
                     MASK, LEFT, RIGHT, DENSE, BLOCK_K,
                 )  # fmt: skip
                 from_tile = tl.maximum(first, tl.program_id(0))

@@ -19,7 +19,7 @@ from hf_flash_two.kernels import dropout
 from hf_flash_two.kernels.problem import Problem
 from hf_flash_two.kernels.triton_tile import BAND, INTERVALS, NO_MASK
 
-MAX_UNSPLIT_HEAD_DIM = 256
+_MOST_COLUMNS = 256
 _DECODE_ROWS = 64
 _SPLIT_KEYS = 256
 _BULK_LENGTH = 256
@@ -51,6 +51,17 @@ class Device:
 # (block_q, block_k, warps, stages) of the forward, the walk for keys and the walk for queries, by
 # shared memory in KiB at least, dtype (float32 is "wide") and padded head dim at most.
 _TABLE = {
+    200: {
+        "half": {
+            64: ((64, 128, 4, 3), (128, 64, 4, 2), (128, 128, 8, 2)),
+            128: ((64, 64, 4, 3), (32, 64, 4, 3), (128, 64, 8, 2)),
+            256: ((64, 64, 4, 3), (32, 64, 8, 2), (64, 32, 8, 2)),
+        },
+        "wide": {
+            64: ((64, 64, 4, 2), (32, 64, 4, 1), (32, 64, 4, 1)),
+            256: ((32, 64, 4, 1), (32, 64, 4, 1), (32, 64, 4, 1)),
+        },
+    },
     128: {
         "half": {
             64: ((128, 128, 4, 3), (64, 128, 8, 2), (128, 128, 8, 2)),
@@ -110,6 +121,12 @@ def _padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
+def _columns(size: int, wide: bool, device: Device) -> int:
+    """Columns of a tile of ``size``, padded to what products need."""
+    # On Hopper, ptxas 12.8 makes wrong code, or crashes, for narrower tiles of half precision.
+    return max(_padded(size), 64 if device.bulk_copy and not wide else 16)
+
+
 def _cap(block: int, limit: int | None, least: int) -> int:
     """The caller's bucket limits a tile, down to what the hardware's products need."""
     return block if limit is None else max(least, min(block, 2 ** (limit.bit_length() - 1)))
@@ -121,9 +138,10 @@ def forward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -
     device = _device(query)
     group = heads // key_heads
     wide = query.dtype == torch.float32
-    block_d = min(_padded(head_dim), MAX_UNSPLIT_HEAD_DIM if not wide else 128)
-    block_v = min(_padded(value_dim), MAX_UNSPLIT_HEAD_DIM if not wide else 128)
-    if head_dim > MAX_UNSPLIT_HEAD_DIM:
+    most = _MOST_COLUMNS if not wide else 128
+    block_d = min(_columns(head_dim, wide, device), most)
+    block_v = min(_columns(value_dim, wide, device), most)
+    if head_dim > _MOST_COLUMNS:
         block_d = 64
     if group * query_length <= _DECODE_ROWS:
         block_q = _padded(group * query_length)
@@ -159,12 +177,12 @@ def backward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) 
     device = _device(query)
     wide = query.dtype == torch.float32
     width = max(_padded(head_dim), _padded(value_dim))
-    limit = 128 if wide else MAX_UNSPLIT_HEAD_DIM
+    limit = 128 if wide else _MOST_COLUMNS
     if width > limit:
         # One program per part of the head dim; all parts together read Q, K, V once for each.
         keys = queries = (32, 64, 64, 64, 4, 1)
     else:
-        sizes = (_padded(head_dim), _padded(value_dim))
+        sizes = (_columns(head_dim, wide, device), _columns(value_dim, wide, device))
         _, keys, queries = _table_row(width, wide, device, problem)
         keys, queries = (*keys[:2], *sizes, *keys[2:]), (*queries[:2], *sizes, *queries[2:])
 
@@ -178,10 +196,10 @@ def backward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) 
     return BackwardTiles(capped(*keys), capped(*queries))
 
 
-def bulk_tiles(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
-    """[rows, columns] tiles of [B, H, T, D] for the copy engine of Hopper and later GPUs.
+def bulk_strides(tensor: Tensor) -> list[int] | None:
+    """Strides of [B, H, T, D] for the copy engine of Hopper and later GPUs.
 
-    None where it cannot copy them, or would not pay: kernels then load through pointers.
+    None where it cannot copy the tensor, or would not pay: kernels then load through pointers.
     """
     size = tensor.element_size()
     axes = list(zip(tensor.shape[:3], tensor.stride()[:3], strict=True))
@@ -194,8 +212,16 @@ def bulk_tiles(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor | No
     ):
         return None
     # An axis of one element is never stepped along, but its stride is checked.
-    strides = [stride if length > 1 else 16 for length, stride in axes]
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, columns])
+    return [*(stride if length > 1 else 16 for length, stride in axes), 1]
+
+
+def bulk_tiles(
+    tensor: Tensor, strides: list[int] | None, rows: int, columns: int
+) -> TensorDescriptor | None:
+    """[rows, columns] tiles of ``tensor``, None without ``strides``."""
+    if strides is None:
+        return None
+    return TensorDescriptor(tensor, list(tensor.shape), strides, [1, 1, rows, columns])
 
 
 def launch_flags(query: Tensor, problem: Problem) -> dict:
@@ -231,10 +257,8 @@ def strides_of(
         return (0,) * len(shape) if tensor is None else tensor.expand(shape).stride()
 
     full = (batch, heads, query_length, key_length)
-    bounds = problem.key_bounds
     return (
         of(problem.first_query, batch, key_length)[0],
-        0 if bounds is None or bounds.shape[0] == 1 else bounds.stride(0),
         *of(problem.dense, *full),
         *of(problem.bias, *full),
         of(problem.alibi_slopes, batch, heads)[0],

@@ -7,6 +7,8 @@ long queries, the whole group in decode, so that few queries fill the tile and a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -14,12 +16,16 @@ from torch import Tensor
 
 from hf_flash_two.kernels.problem import LOG2E, Problem, empty_lse, empty_output
 from hf_flash_two.kernels.triton_config import (
+    Tiles,
+    bulk_strides,
     bulk_tiles,
     dropout_of,
     forward_tiles,
     launch_flags,
     strides_of,
 )
+from hf_flash_two.kernels.triton_launch import Launch, planned
+from hf_flash_two.kernels.triton_ranges import key_ranges
 from hf_flash_two.kernels.triton_tile import (
     bulk_load,
     kept,
@@ -32,60 +38,111 @@ from hf_flash_two.kernels.triton_tile import (
 _LOG2E = tl.constexpr(LOG2E)
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    tiles: Tiles
+    bulk_key: list[int] | None
+    bulk_value: list[int] | None
+    attend: Launch
+    merge: Launch | None
+
+
 def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] in the dtype of ``query`` and lse [B, Hq, Tq] in float32."""
     out, lse = empty_output(query, value.shape[3]), empty_lse(query)
     if out.numel() == 0:
         return out, lse
+    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+    with torch.cuda.device_of(query):
+        plan = planned(_plan, problem, query, key, value, out)
+        tiles = plan.tiles
+        part_out, part_lse = out, lse
+        if plan.merge is not None:
+            part_out = query.new_empty(tiles.splits, *out.shape, dtype=torch.float32)
+            part_lse = query.new_empty(tiles.splits, *lse.shape, dtype=torch.float32)
+        plan.attend(
+            query, key, value,
+            bulk_tiles(key, plan.bulk_key, tiles.block_k, tiles.block_d),
+            bulk_tiles(value, plan.bulk_value, tiles.block_k, tiles.block_v),
+            part_out, part_lse, problem.first_query, problem.last_query,
+            key_ranges(problem, tiles, query.shape[2], key.shape[2]),
+            problem.dense, problem.bias, problem.alibi_slopes, problem.sinks, problem.seed,
+        )  # fmt: skip
+        if plan.merge is not None:
+            plan.merge(part_out, part_lse, out, lse, problem.sinks)
+    return out, lse
+
+
+def _plan(problem: Problem, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> _Plan:
     batch, heads, query_length, head_dim = query.shape
     key_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
-    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     tiles = forward_tiles(query, key, value, problem)
     row_tiles = triton.cdiv(tiles.pack * query_length, tiles.block_q)
     split = tiles.splits > 1
-    part_out, part_lse = out[None], lse[None]
+    part_strides, lse_step = (0, *out.stride()), 0
     if split:
-        part_out = query.new_empty(tiles.splits, *out.shape, dtype=torch.float32)
-        part_lse = query.new_empty(tiles.splits, *lse.shape, dtype=torch.float32)
+        lse_step = batch * heads * query_length
+        part_strides = tuple(
+            value_dim * step for step in (lse_step, heads * query_length, query_length, 1)
+        )
     strides = strides_of(problem, batch, heads, query_length, key_length)
     flags = launch_flags(query, problem)
-    bulk_key = bulk_value = None
-    if head_dim <= tiles.block_d:
-        bulk_key = bulk_tiles(key, tiles.block_k, tiles.block_d)
-        bulk_value = bulk_tiles(value, tiles.block_k, tiles.block_v)
-    grid = (row_tiles * batch * (heads // tiles.pack), triton.cdiv(value_dim, tiles.block_v))
-    _forward_kernel[(*grid, tiles.splits)](
-        query, key, value, bulk_key, bulk_value, part_out, part_lse,
-        problem.first_query, problem.last_query, problem.key_bounds, problem.dense, problem.bias,
-        problem.alibi_slopes, problem.sinks, problem.seed,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *part_out.stride()[:4],
-        part_lse.stride(0), *strides,
-        heads, heads // key_heads, query_length, key_length, row_tiles, tiles.splits,
-        problem.query_offset, problem.window_left or 0, problem.window_right or 0,
-        problem.scale, problem.softcap or 1.0, *dropout_of(problem),
-        D=head_dim, DV=value_dim, PACK=tiles.pack, SPLIT=split,
-        BLOCK_Q=tiles.block_q, BLOCK_K=tiles.block_k, BLOCK_D=tiles.block_d, BLOCK_V=tiles.block_v,
-        **flags, num_warps=tiles.warps, num_stages=tiles.stages,
+    attend = Launch(
+        _forward_kernel,
+        (
+            row_tiles * batch * (heads // tiles.pack),
+            triton.cdiv(value_dim, tiles.block_v),
+            tiles.splits,
+        ),
+        (
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *part_strides[:4],
+            lse_step, *strides,
+            heads, heads // key_heads, query_length, key_length, row_tiles, tiles.splits,
+            problem.query_offset, problem.window_left or 0, problem.window_right or 0,
+            problem.scale, problem.softcap or 1.0, *dropout_of(problem),
+        ),
+        flags | {
+            "D": head_dim, "DV": value_dim, "PACK": tiles.pack, "SPLIT": split,
+            "BLOCK_Q": tiles.block_q, "BLOCK_K": tiles.block_k,
+            "BLOCK_D": tiles.block_d, "BLOCK_V": tiles.block_v,
+        },
+        tiles,
     )  # fmt: skip
+    merge = None
     if split:
-        _merge_kernel[(batch * heads * query_length,)](
-            part_out, part_lse, out, lse, problem.sinks, *part_out.stride()[:4],
-            part_lse.stride(0), *out.stride()[:3], strides[-1], heads, query_length, tiles.splits,
-            SINKS=problem.sinks is not None, DV=value_dim,
-            BLOCK_V=triton.next_power_of_2(value_dim), num_warps=4,
+        merge = Launch(
+            _merge_kernel,
+            (batch * heads * query_length,),
+            (
+                *part_strides, lse_step, *out.stride()[:3], strides[-1], heads, query_length,
+                tiles.splits,
+            ),
+            {
+                "SINKS": flags["SINKS"],
+                "DV": value_dim,
+                "BLOCK_V": triton.next_power_of_2(value_dim),
+            },
+            tiles,
         )  # fmt: skip
-    return out, lse
+    whole_rows = head_dim <= tiles.block_d
+    return _Plan(
+        tiles,
+        bulk_strides(key) if whole_rows else None,
+        bulk_strides(value) if whole_rows else None,
+        attend,
+        merge,
+    )
 
 
 @triton.jit(do_not_specialize=[
     "query_length", "key_length", "row_tiles", "splits", "offset", "left", "right",
-    "mask_sb", "bounds_sb", "l_ss", "o_ss", "threshold",
+    "mask_sb", "l_ss", "o_ss", "threshold",
 ])  # fmt: skip
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, out_ptr, lse_ptr,
-    first_ptr, last_ptr, bounds_ptr, dense_ptr, bias_ptr, slopes_ptr, sinks_ptr, seed_ptr,
+    first_ptr, last_ptr, ranges_ptr, dense_ptr, bias_ptr, slopes_ptr, sinks_ptr, seed_ptr,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, o_ss, o_sb, o_sh, o_st, l_ss,
-    mask_sb, bounds_sb, dense_sb, dense_sh, dense_sq, dense_sk, bias_sb, bias_sh, bias_sq, bias_sk,
+    mask_sb, dense_sb, dense_sh, dense_sq, dense_sk, bias_sb, bias_sh, bias_sq, bias_sk,
     slopes_sb, sinks_sb,
     heads, group, query_length, key_length, row_tiles, splits, offset, left, right,
     scale, softcap, threshold, keep_scale,
@@ -124,7 +181,9 @@ def _forward_kernel(
     if MASK == 2:
         first_ptr += batch * mask_sb
         last_ptr += batch * mask_sb
-        bounds_ptr += batch * bounds_sb
+        # Intervals of one row may serve all.
+        if mask_sb != 0:
+            ranges_ptr += batch * row_tiles * 4
     if PACK == 1:
         head_row = head
     else:
@@ -140,7 +199,7 @@ def _forward_kernel(
         q = tl.load(q_at[:, None] + d[None, :], rows_left[:, None] & (d < D)[None, :], 0.0)
 
     first, last, full, full_end = key_tiles(
-        bounds_ptr, start + offset, stop + offset, key_length, left, right,
+        ranges_ptr, tile, start + offset, stop + offset, key_length, left, right,
         MASK, LEFT, RIGHT, DENSE, BLOCK_K,
     )  # fmt: skip
     whole = full_end - full

@@ -13,7 +13,6 @@ from hf_flash_two.masks import KEY_GRANULE
 
 _LOG2E = tl.constexpr(LOG2E)
 _GRANULE = tl.constexpr(KEY_GRANULE)
-_SCAN = tl.constexpr(128)
 
 NO_MASK = tl.constexpr(0)
 BAND = tl.constexpr(1)
@@ -22,12 +21,13 @@ INTERVALS = tl.constexpr(2)
 
 @triton.jit
 def key_tiles(
-    bounds_ptr, start, stop, key_length, left, right,
+    ranges_ptr, tile, start, stop, key_length, left, right,
     MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, DENSE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Key tiles that queries at positions [start, stop) must visit: [first, last), and the one run
-    [full, full_end) of them that needs no masking."""
+    [full, full_end) of them that needs no masking. Intervals were looked through before, for all
+    ``tile`` of a batch row: see `triton_ranges`."""
     tiles = tl.cdiv(key_length, BLOCK_K)
     first, last, full, full_end = 0, tiles, 0, key_length // BLOCK_K
     if MASK == BAND:
@@ -38,24 +38,9 @@ def key_tiles(
             last = tl.minimum(tl.cdiv(tl.maximum(stop + right, 0), BLOCK_K), tiles)
             full_end = tl.minimum(tl.maximum(start + right + 1, 0) // BLOCK_K, full_end)
     elif MASK == INTERVALS:
-        groups = tl.cdiv(key_length, _GRANULE)
-        low, high, whole = groups, 0, groups
-        for scan in range(0, groups, _SCAN):
-            group = scan + tl.arange(0, _SCAN)
-            seen, complete = _classify(bounds_ptr, group, groups, start, stop)
-            low = tl.minimum(low, tl.min(tl.where(seen, group, groups)))
-            high = tl.maximum(high, tl.max(tl.where(seen, group + 1, 0)))
-            whole = tl.minimum(whole, tl.min(tl.where(complete, group, groups)))
-        broken = groups
-        for scan in range((whole // _SCAN) * _SCAN, groups, _SCAN):
-            group = scan + tl.arange(0, _SCAN)
-            seen, complete = _classify(bounds_ptr, group, groups, start, stop)
-            gap = (group >= whole) & (complete == 0) & (group < groups)
-            broken = tl.minimum(broken, tl.min(tl.where(gap, group, groups)))
-        first = low * _GRANULE // BLOCK_K
-        last = tl.minimum(tl.cdiv(high * _GRANULE, BLOCK_K), tiles)
-        full = tl.cdiv(whole * _GRANULE, BLOCK_K)
-        full_end = tl.minimum(broken * _GRANULE // BLOCK_K, full_end)
+        at = ranges_ptr + tile * 4
+        first, last = tl.load(at), tl.load(at + 1)
+        full, full_end = tl.load(at + 2), tl.load(at + 3)
     last = tl.maximum(last, first)
     full = tl.maximum(full, first)
     full_end = tl.minimum(full_end, last)
@@ -65,19 +50,6 @@ def key_tiles(
     full = tl.where(empty, first, full)
     full_end = tl.where(empty, first, full_end)
     return first, last, full, full_end
-
-
-@triton.jit
-def _classify(bounds_ptr, group, groups, start, stop):
-    """Which groups of keys queries at [start, stop) see at all, and which they all see wholly."""
-    inside = group < groups
-    at = bounds_ptr + group * 4
-    min_first = tl.load(at, inside, 2**30)
-    max_first = tl.load(at + 1, inside, 2**30)
-    min_last = tl.load(at + 2, inside, -(2**30))
-    max_last = tl.load(at + 3, inside, -(2**30))
-    seen = (min_first < stop) & (max_last > start)
-    return seen, seen & (max_first <= start) & (min_last >= stop)
 
 
 @triton.jit

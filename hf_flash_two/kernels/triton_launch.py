@@ -1,0 +1,78 @@
+"""Kernel launches with all but their tensors decided, remembered for the next call of their kind.
+
+Small models are bound by what the host does before a kernel runs. All layers and most steps make
+calls of the same layout, so tiles, grid, strides and flags are worked out for the first of them,
+and the compiled kernel is launched directly from then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from triton.compiler import CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from hf_flash_two.kernels.problem import Problem
+from hf_flash_two.kernels.triton_config import Tiles, device_of
+
+Plan = TypeVar("Plan")
+_MOST_PLANS = 4096
+plans: dict[tuple, object] = {}
+
+
+def planned(make: Callable[..., Plan], problem: Problem, *tensors: Tensor | None) -> Plan:
+    """``make(problem, *tensors)``, once for all calls that differ in their tensors' values only."""
+    layouts = tuple(
+        [
+            None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % 16)
+            for x in (
+                *tensors, problem.first_query, problem.last_query, problem.key_bounds,
+                problem.dense, problem.bias, problem.alibi_slopes, problem.sinks, problem.seed,
+            )
+        ]
+    )  # fmt: skip
+    index = tensors[0].device.index
+    key = (
+        make, layouts, index, device_of(index), torch.backends.cuda.matmul.allow_tf32,
+        problem.query_offset, problem.window_left, problem.window_right, problem.scale,
+        problem.softcap, problem.dropout_p, problem.block_q, problem.block_k,
+    )  # fmt: skip
+    plan = plans.get(key)
+    if plan is None:
+        if len(plans) >= _MOST_PLANS:
+            plans.clear()
+        plan = plans[key] = make(problem, *tensors)
+    return plan
+
+
+class Launch:
+    """A kernel, its grid, scalars and constants; called with its tensors, in order.
+
+    A kernel takes tensors first, then ``scalars``, then compile-time ``constants``.
+    """
+
+    def __init__(
+        self, kernel, grid: tuple[int, ...], scalars: tuple, constants: dict, tiles: Tiles
+    ):
+        self._kernel, self._scalars, self._constants = kernel, scalars, constants
+        self._grid = (*grid, 1, 1)[:3]
+        self._options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+        self._run: Callable | None = None
+        self._rest: tuple = ()
+
+    def __call__(self, *tensors: Tensor | TensorDescriptor | None) -> None:
+        if self._run is not None:
+            self._run(*tensors, *self._rest)
+            return
+        compiled = self._kernel[self._grid](
+            *tensors, *self._scalars, **self._constants, **self._options
+        )
+        # Interpreted kernels are not compiled.
+        if isinstance(compiled, CompiledKernel):
+            decided = len(tensors) + len(self._scalars)
+            constants = (self._constants[name] for name in self._kernel.arg_names[decided:])
+            self._rest = (*self._scalars, *constants)
+            self._run = compiled[self._grid]
