@@ -175,7 +175,7 @@ def _plan(
     whole_rows = head_dim <= block.block_d and value_dim <= block.block_v
     return _Plan(
         tiles,
-        *(bulk_strides(x) if whole_rows else None for x in (query, key, value, d_out)),
+        *(bulk_strides(x, problem) if whole_rows else None for x in (query, key, value, d_out)),
         delta, keys, queries, bias,
     )  # fmt: skip
 

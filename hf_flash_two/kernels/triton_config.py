@@ -53,9 +53,9 @@ class Device:
 _TABLE = {
     200: {
         "half": {
-            64: ((64, 128, 4, 3), (128, 64, 4, 2), (128, 128, 8, 2)),
-            128: ((64, 64, 4, 3), (32, 64, 4, 3), (128, 64, 8, 2)),
-            256: ((64, 64, 4, 3), (32, 64, 8, 2), (64, 32, 8, 2)),
+            64: ((64, 128, 4, 3), (128, 64, 4, 2), (128, 64, 4, 2)),
+            128: ((64, 64, 4, 3), (32, 64, 4, 3), (128, 64, 8, 3)),
+            256: ((64, 64, 4, 3), (32, 64, 8, 3), (128, 32, 8, 3)),
         },
         "wide": {
             64: ((64, 64, 4, 2), (32, 64, 4, 1), (32, 64, 4, 1)),
@@ -196,7 +196,7 @@ def backward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) 
     return BackwardTiles(capped(*keys), capped(*queries))
 
 
-def bulk_strides(tensor: Tensor) -> list[int] | None:
+def bulk_strides(tensor: Tensor, problem: Problem) -> list[int] | None:
     """Strides of [B, H, T, D] for the copy engine of Hopper and later GPUs.
 
     None where it cannot copy the tensor, or would not pay: kernels then load through pointers.
@@ -206,6 +206,7 @@ def bulk_strides(tensor: Tensor) -> list[int] | None:
     if (
         not _device(tensor).bulk_copy
         or size != 2
+        or problem.dense is not None  # ptxas 12.8 crashes on both in one loop
         or tensor.shape[2] < _BULK_LENGTH
         or tensor.data_ptr() % 16
         or any(length > 1 and (stride == 0 or stride * size % 16) for length, stride in axes)

@@ -127,8 +127,8 @@ def _plan(problem: Problem, query: Tensor, key: Tensor, value: Tensor, out: Tens
     whole_rows = head_dim <= tiles.block_d
     return _Plan(
         tiles,
-        bulk_strides(key) if whole_rows else None,
-        bulk_strides(value) if whole_rows else None,
+        bulk_strides(key, problem) if whole_rows else None,
+        bulk_strides(value, problem) if whole_rows else None,
         attend,
         merge,
     )
