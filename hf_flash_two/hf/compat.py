@@ -73,9 +73,11 @@ _PREPARE_ARGUMENTS = [
 
 # Families that ask whether the mask is a tensor, by model_type: bool where they know it.
 WANTS_BOOL_TENSOR = frozenset({"doge"})
-WANTS_FLOAT_TENSOR = frozenset({"deepseek_v4", "gemma4_audio"})
+WANTS_FLOAT_TENSOR = frozenset({"deepseek_v4", "gemma4_audio", "informer"})
 # Families with bidirectional layers that say is_causal, which no mask bears out.
 NOT_CAUSAL_WITHOUT_MASK = frozenset({"bridgetower", "bridgetower_text_model"})
+# Families whose causal layers say is_causal=False where a mask came, which holds causality.
+CAUSALITY_IN_MASK = frozenset({"moonshine", "moonshine_streaming"})
 
 
 def is_ours(implementation: str | None) -> bool:
@@ -331,8 +333,16 @@ def makes_masks(module: torch.nn.Module) -> bool:
 
 def is_causal_without_mask(module: torch.nn.Module) -> bool:
     """Whether ``module.is_causal`` may be believed where no mask came."""
-    family = getattr(getattr(module, "config", None), "model_type", None)
-    return family not in NOT_CAUSAL_WITHOUT_MASK
+    return _family(module) not in NOT_CAUSAL_WITHOUT_MASK
+
+
+def leaves_causality_to_mask(module: torch.nn.Module) -> bool:
+    """Whether ``is_causal=False`` says nothing once there is a mask."""
+    return _family(module) in CAUSALITY_IN_MASK
+
+
+def _family(module: torch.nn.Module) -> str | None:
+    return getattr(getattr(module, "config", None), "model_type", None)
 
 
 def has_own_attention(config: transformers.PreTrainedConfig) -> bool:

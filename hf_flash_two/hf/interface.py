@@ -147,7 +147,7 @@ def _causality(module: torch.nn.Module, attention_mask, is_causal: bool | None) 
     if is_causal is None:
         return modules and (attention_mask is not None or compat.is_causal_without_mask(module))
     if not is_causal and modules and isinstance(attention_mask, MaskCarrier):
-        if attention_mask.causal:
+        if attention_mask.causal and not compat.leaves_causality_to_mask(module):
             raise ValueError(
                 "is_causal: False was passed, but the model made a causal mask; set "
                 "`model.config.is_causal = False` before the forward for bidirectional attention"

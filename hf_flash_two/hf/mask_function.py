@@ -74,7 +74,8 @@ def make_mask(
             it, so its value is used up here.
         attention_mask: None or [B, L], nonzero where the key may be seen; L may exceed
             ``kv_offset + kv_length`` or, with a static cache, fall short of it.
-        allow_is_bidirectional_skip: None may stand for "all see all".
+        allow_is_bidirectional_skip: None may stand for "all see all"; done where a family computes
+            attention itself, and would add a mask of zeros.
         use_vmap: ``mask_function`` must be called with scalars.
 
     Returns:
@@ -86,7 +87,7 @@ def make_mask(
             f"{list(attention_mask.shape)}"
         )
     place = _Place(kv_length, q_offset, kv_offset, device)
-    keep, unpadded = _padding(attention_mask, place)
+    keep, unpadded = _padding(attention_mask, place, q_length)
     mask = _convert(mask_function, place)
     kinds = _kinds(mask_function)
     if mask is not None:
@@ -110,19 +111,23 @@ def make_mask(
             )
 
         mask = from_tiles(visible, q_length, batch_size * kv_length)
-    if allow_is_bidirectional_skip and _is_full(mask):
+    own_attention = config is not None and compat.has_own_attention(config)
+    family = getattr(config, "model_type", None)
+    # Through the interface it is not left out: layers without one may take themselves for causal.
+    adds_it = own_attention or family in compat.WANTS_FLOAT_TENSOR
+    if allow_is_bidirectional_skip and adds_it and _is_full(mask):
         return None
     shape = (batch_size, 1, q_length, kv_length)
-    own_attention = config is not None and compat.has_own_attention(config)
     carrier = MaskCarrier(
         mask,
         shape,
         device,
         dtype if own_attention else torch.bool,
         causal="causal" in kinds,
-        may_pack=False if "packed_sequence_mask_function" in kinds else unpadded,
+        may_pack=False
+        if "packed_sequence_mask_function" in kinds or q_length != kv_length
+        else unpadded,
     )
-    family = getattr(config, "model_type", None)
     if family in compat.WANTS_BOOL_TENSOR:
         return carrier.as_bool()
     return carrier.as_additive(dtype) if family in compat.WANTS_FLOAT_TENSOR else carrier
@@ -159,13 +164,19 @@ def from_tiles(
     return replace(AttentionMask.from_dense(torch.cat(tiles, dim=2)), query_offset=0)
 
 
-def _padding(attention_mask: Tensor | None, place: _Place) -> tuple[Tensor | None, bool | Tensor]:
+def _padding(
+    attention_mask: Tensor | None, place: _Place, q_length: int
+) -> tuple[Tensor | None, bool | Tensor]:
     """(bool [B, Tk] or None if nothing is hidden, whether no token at all is hidden)."""
     if attention_mask is None:
         return None, True
     keep = place.of_keys(attention_mask)
     missing = place.kv_length - keep.shape[1]
     keep = pad(keep, (0, missing)) if missing > 0 else keep
+    if q_length != place.kv_length and (isinstance(place.q_offset, Tensor) or place.kv_offset):
+        # Intervals in any case, or few keys. Another kind of mask once the padding has left the
+        # window would be compiled anew, and to ask would make the device wait.
+        return keep, False
     unpadded = all_visible(keep)
     return (None if unpadded is True else keep), unpadded
 

@@ -16,7 +16,8 @@ from models import (
     tokens,
 )
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, DynamicCache
+from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers.masking_utils import create_masks_for_generate
 
 FAMILIES = {f.name: f for f in DECODERS + ENCODERS + SEQUENCE_MODELS}
 LENGTHS = (19, 33)
@@ -129,15 +130,72 @@ def test_decoding_with_a_growing_cache_in_two_graphs() -> None:
     assert graphs() <= 2
 
 
-def graphs_of_generate(model, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[int, list]:
+def decode(step, model, cache: StaticCache, ids, mask, start: int, stop: int) -> list:
+    """Logits of one token after another; the mask is as long as what has been seen."""
+    made = []
+    for at in range(start, stop):
+        position_ids = (mask.cumsum(1) - 1)[:, at : at + 1]
+        full = torch.nn.functional.pad(mask[:, : at + 1], (0, 32 - at - 1))
+        masks = create_masks_for_generate(
+            config=model.config,
+            inputs_embeds=torch.empty(2, 1, 0),
+            attention_mask=full,
+            past_key_values=cache,
+            position_ids=position_ids,
+        )
+        with torch.no_grad():
+            made.append(
+                step(
+                    ids[:, at : at + 1],
+                    attention_mask=masks,
+                    position_ids=position_ids,
+                    past_key_values=cache,
+                ).logits[:, 0]
+            )
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("llama", "aot_eager"),
+        ("gpt-oss", "eager"),
+        pytest.param("mistral", "aot_eager", marks=pytest.mark.sweep),
+        pytest.param("llama4", "eager", marks=pytest.mark.sweep),
+        pytest.param("deepseek-v3", "eager", marks=pytest.mark.sweep),
+        pytest.param("llama", "inductor", marks=pytest.mark.sweep),
+    ],
+)
+def test_no_token_of_a_static_cache_is_compiled_again(name: str, backend: str) -> None:
+    """After the first token, and the first past a window, anything new to compile is an error."""
+    flash, eager = FAMILIES[name].pair("flash_two")
+    ids, mask = tokens(2, 20), left_padded(2, 20, 3)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = StaticCache(config=flash.config, max_cache_len=32)
+    with torch.no_grad():
+        expected = eager(ids, attention_mask=mask, position_ids=positions).logits
+        flash(
+            ids[:, :4], attention_mask=mask[:, :4], position_ids=positions[:, :4],
+            past_key_values=cache,
+        )  # fmt: skip
+    step = torch.compile(flash, fullgraph=True, backend=backend)
+    made = decode(step, flash, cache, ids, mask, 4, 9)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        made += decode(step, flash, cache, ids, mask, 9, 20)
+    # As with eager attention: one more for each of window and chunk, once they are full.
+    assert graphs() == {"llama": 1, "deepseek-v3": 1, "llama4": 3}.get(name, 2)
+    for at, logits in enumerate(made, start=4):
+        assert_close(logits, expected[:, at])
+
+
+def graphs_of_generate(model, inputs: dict, new: int) -> tuple[int, list]:
     torch._dynamo.reset()
     counters.clear()
     config = CompileConfig(backend="eager", fullgraph=True, mode=None)
     config._compile_all_devices = True  # generate compiles by itself only on accelerators
     made = model.generate(
-        ids,
-        attention_mask=mask,
-        max_new_tokens=14,
+        **inputs,
+        max_new_tokens=new,
         do_sample=False,
         cache_implementation="static",
         compile_config=config,
@@ -145,13 +203,63 @@ def graphs_of_generate(model, ids: torch.Tensor, mask: torch.Tensor | None) -> t
     return graphs(), made.tolist()
 
 
-@pytest.mark.parametrize(("name", "padded"), [("llama", False), ("gemma3", True)])
-def test_generate_with_a_static_cache(name: str, padded: bool) -> None:
+def check_generate(name: str, implementation: str = "flash_two") -> None:
     """As many graphs as a layer's cache has states: filling, and for a window also full."""
-    flash, eager = FAMILIES[name].pair("flash_two")
-    ids = tokens(2, 11)
-    mask = left_padded(2, 11, 4) if padded else torch.ones_like(ids)
-    count, made = graphs_of_generate(flash, ids, mask)
-    assert count == (1 if name == "llama" else 2)
-    expected = eager.generate(ids, attention_mask=mask, max_new_tokens=14, do_sample=False)
+    family = FAMILIES[name]
+    supported(family)
+    flash, eager = family.pair(implementation)
+    if family in SEQUENCE_MODELS:
+        inputs = {k: v for k, v in family.inputs().items() if not k.startswith("decoder")}
+    else:
+        inputs = {"input_ids": tokens(2, 11), "attention_mask": left_padded(2, 11, 4)}
+    count, made = graphs_of_generate(flash, inputs, 14)
+    assert count == (2 if getattr(flash.config, "sliding_window", None) else 1)
+    expected = eager.generate(**inputs, max_new_tokens=14, do_sample=False)
     assert made == expected.tolist()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-oss", "t5", "whisper"])
+def test_generate_with_a_static_cache(name: str) -> None:
+    check_generate(name)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("implementation", ["flash_two", "fa_two"])
+@pytest.mark.parametrize("name", [f.name for f in DECODERS + SEQUENCE_MODELS if f.name != "llama4"])
+def test_every_generate_with_a_static_cache(name: str, implementation: str) -> None:
+    """But Llama 4, which `generate` does not compile."""
+    check_generate(name, implementation)
+
+
+def test_more_tokens_make_no_more_graphs() -> None:
+    flash = FAMILIES["llama"].build("flash_two")
+    inputs = {"input_ids": tokens(2, 11)}
+    counts = [graphs_of_generate(flash, inputs, new)[0] for new in (3, 14, 30)]
+    assert counts == [1, 1, 1]
+
+
+def test_generate_compiles_nothing_by_itself_on_a_cpu() -> None:
+    flash = FAMILIES["llama"].build("flash_two")
+    options = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": "static"}
+    for config in (None, CompileConfig(backend="eager")):
+        flash.generate(tokens(1, 7), compile_config=config, **options)
+    assert graphs() == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="generate compiles by itself on GPUs")
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-oss", "deepseek-v3", "t5"])
+def test_generate_compiles_by_itself_on_a_gpu(name: str) -> None:
+    """With Transformers' own settings, which capture CUDA graphs."""
+    family = FAMILIES[name]
+    flash, eager = (model.cuda() for model in family.pair("flash_two"))
+    if family in SEQUENCE_MODELS:
+        inputs = {k: v for k, v in family.inputs().items() if not k.startswith("decoder")}
+    else:
+        inputs = {"input_ids": tokens(2, 11), "attention_mask": left_padded(2, 11, 4)}
+    inputs = {name: tensor.cuda() for name, tensor in inputs.items()}
+    options = {"max_new_tokens": 14, "do_sample": False}
+    expected = eager.generate(**inputs, **options)
+    for _ in range(2):
+        made = flash.generate(**inputs, **options, cache_implementation="static")
+        assert made.tolist() == expected.tolist()
+    assert counters["stats"]["unique_graphs"] > 0

@@ -143,6 +143,13 @@ def test_a_causal_mask_contradicts_is_causal_false() -> None:
         attention_forward(Layer(is_causal=True), *qkv(5), mask, is_causal=False)
 
 
+def test_some_families_leave_causality_to_the_mask() -> None:
+    layer, states = Layer(is_causal=True), qkv(5)
+    layer.config.model_type = "moonshine"
+    mask = make_mask(batch_size=2, q_length=5, kv_length=5)
+    check(attention_forward(layer, *states, mask, is_causal=False), expected(*states, causal(5)))
+
+
 @pytest.mark.parametrize("how", ["argument", "config"])
 @pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
 def test_a_decoder_made_bidirectional(padded: bool, how: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from transformers import masking_utils
+from transformers import BertModel, RemBertModel, masking_utils
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from hf_flash_two.hf import compat, mask_function
@@ -243,16 +243,18 @@ def test_the_counter_of_a_static_cache_is_not_read_later() -> None:
     assert torch.equal(made.as_bool(), dense(causal_mask_function, PLACES["static cache"], None))
 
 
-def test_a_full_bidirectional_mask_may_be_left_out() -> None:
+def test_a_full_bidirectional_mask_is_left_out_where_it_would_be_added() -> None:
     function = masking_utils.bidirectional_mask_function
     place = PLACES["prefill"]
-    options = {"allow_is_bidirectional_skip": True}
+    # RemBert computes attention itself, Bert does not.
+    options = {"allow_is_bidirectional_skip": True, "config": RemBertModel.config_class()}
     assert carrier(function, place, None, **options) is None
     assert carrier(function, place, attention_mask("ones", 37), **options) is None
     assert carrier(function, place, attention_mask("left", 37), **options) is not None
-    assert carrier(function, place, None) is not None
+    assert carrier(function, place, None, config=options["config"]) is not None
     window = masking_utils.sliding_window_bidirectional_mask_function(4)
     assert carrier(window, place, None, **options) is not None
+    assert carrier(function, place, None, **{**options, "config": BertModel.config_class()})
 
 
 def test_a_mask_of_three_dimensions_is_refused() -> None:
