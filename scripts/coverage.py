@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 import transformers
 from tqdm import tqdm
-
-import hf_flash_two  # noqa: F401
 from zoo.build import Family, families
 from zoo.compare import Row, check
+
+import hf_flash_two  # noqa: F401
 
 
 def main() -> int:

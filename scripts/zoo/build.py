@@ -26,6 +26,12 @@ _PREFERRED = (
     "ForConditionalGeneration", "ForCausalLM", "ForMaskedLM", "LMHeadModel", "Model",
     "Encoder", "Backbone",
 )  # fmt: skip
+# Without a default, but the model does not do without.
+_NEEDED = (
+    "num_key_value_heads", "head_dim", "num_experts_per_tok", "n_routed_experts", "image_token_id",
+    "n_shared_experts",
+)  # fmt: skip
+_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 @dataclass(frozen=True)
@@ -110,28 +116,31 @@ def shrunk(config_class: type[PreTrainedConfig], changes: dict) -> PreTrainedCon
 
 def _small_values(config: PreTrainedConfig) -> Iterator[tuple[str, object]]:
     given = config.to_dict()
-    latent = "qk_rope_head_dim" in given
+    latent = given.get("qk_rope_head_dim") is not None
+    depth = next((given[name] for name in _DEPTHS if isinstance(given.get(name), int)), 0)
+    kinds = given.get("layer_types") or ()
+    layers = max(2, len(set(kinds)))
     for name, default in given.items():
-        small = SMALL.get(name)
-        if small is None or isinstance(default, (dict, str, bool)):
-            continue
+        small = layers if name in _DEPTHS else SMALL.get(name)
         if isinstance(default, (list, tuple)):
-            if default and all(type(x) in (int, float) for x in default):
-                yield name, type(default)(type(default[0])(small) for _ in default)
+            if depth > 1 and len(default) == depth:  # one entry per layer
+                if isinstance(default[0], str):
+                    default = list(dict.fromkeys(default)) * layers
+                elif small is not None and isinstance(default[0], (int, float)):
+                    default = [type(x)(small) for x in default]
+                yield name, default[:layers]
+            elif small is not None and all(type(x) in (int, float) for x in default):
+                yield name, type(default)(type(x)(small) for x in default)
+        elif small is None or isinstance(default, (dict, str, bool)):
+            continue
         elif default is not None:
             yield name, type(default)(small)
-        elif name in ("num_key_value_heads", "head_dim") and not latent:
+        elif name in _NEEDED and not (latent and name in ("num_key_value_heads", "head_dim")):
             yield name, small
     if latent:
         yield "num_key_value_heads", SMALL["num_attention_heads"]
-    kinds = given.get("layer_types")
-    if kinds:
-        different = list(dict.fromkeys(kinds))
-        layers = max(2, len(different))
-        yield "layer_types", (different * 2)[:layers]
-        for name in ("num_hidden_layers", "n_layer", "num_layers"):
-            if name in given:
-                yield name, layers
+        if "head_dim" in given:
+            yield "head_dim", SMALL["qk_rope_head_dim"]
 
 
 def spread_out(model: nn.Module) -> None:

@@ -5,20 +5,17 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 import hf_flash_two
 from hf_flash_two import op
+from hf_flash_two.hf.families import NOT_POSSIBLE, attention_kind, key, why_not
 from zoo import inputs as given
 from zoo.build import Family
 from zoo.inputs import padded, run
-from zoo.overrides import NOT_SOFTMAX
 
 FORWARD, GRADIENT = 2e-5, 1e-4
 DOCUMENTS = (7, 1, 5, 8)
@@ -94,17 +91,19 @@ def _check(family: Family, row: Row) -> None:
         row.notes.append(brief(error).partition(" library but")[0])
         return
     plain = given.example(eager, family.override)
-    kinds = attention_kinds(eager)
-    row.kind = _kind(family, eager, kinds)
-    ours = family.build("eager" if family.name in BUILT_AS_EAGER else "flash_two")
-    ours.load_state_dict(eager.state_dict())
-    if "own" in kinds.values():
+    layers = attention_layers(eager)
+    row.kind = _kind(family, layers)
+    row.patched = "own" in layers.values()
+    if row.patched:
+        ours = family.build("eager")
         try:
             hf_flash_two.patch(ours)
-            row.patched = True
         except ValueError as error:
             row.notes.append(" ".join(str(error).split())[:200])
-    counter = LayerCalls(ours, kinds)
+    else:
+        ours = family.build("flash_two")
+    ours.load_state_dict(eager.state_dict())
+    counter = LayerCalls(ours)
     cases = {"plain": plain, "left": padded(plain, "left"), "right": padded(plain, "right")}
     good = True
     for name, inputs in cases.items():
@@ -114,68 +113,38 @@ def _check(family: Family, row: Row) -> None:
     row.layers, row.ours, row.calls = counter.ran, counter.served, counter.calls
     good &= _packed(row, eager, ours, plain)
     good &= _generate(row, eager, ours, cases["left"] or plain)
-    own = sorted({type(layer).__name__ for layer in counter.unserved})
-    if own:
-        row.notes.append("own code: " + ", ".join(own))
+    row.notes += sorted({f"{type(x).__name__}: {why_not(x)}" for x in counter.unserved})
     if not good:
         row.status = "differs"
-    elif not row.layers:
-        row.status = ""
-    else:
+    elif row.layers:
         row.status = "equal" if row.ours == row.layers else "partly"
 
 
-# Families whose class tables do not know our name.
-BUILT_AS_EAGER: frozenset[str] = frozenset()
-
-
-def _kind(family: Family, model: PreTrainedModel, kinds: dict[nn.Module, str]) -> str:
-    if family.name in NOT_SOFTMAX:
-        return "not softmax"
+def _kind(family: Family, layers: dict[nn.Module, str]) -> str:
     if hasattr(family.module, "ALL_ATTENTION_FUNCTIONS"):
         return "interface"
-    own = [m for m, k in kinds.items() if k == "own" and type(m).__module__ == family.module.__name__]
-    return "own" if own else "none"
+    package = f"transformers.models.{family.folder}."
+    own = [x for x, kind in layers.items() if kind == "own"]
+    own = [x for x in own if type(x).__module__.startswith(package)]
+    if not own:
+        return "none"
+    return "not softmax" if all(key(type(x)) in NOT_POSSIBLE for x in own) else "own"
 
 
-def attention_kinds(model: nn.Module) -> dict[nn.Module, str]:
+def attention_layers(model: nn.Module) -> dict[nn.Module, str]:
     """The attention layers of a model, and whether each is of the "interface" or has its "own"."""
-    found = {}
-    for module in model.modules():
-        kind = _attention_kind(type(module))
-        if kind:
-            found[module] = kind
-    return found
-
-
-def _attention_kind(cls: type) -> str | None:
-    if cls is nn.MultiheadAttention:
-        return "own"
-    if issubclass(cls, PreTrainedModel) or not cls.__module__.startswith("transformers.models."):
-        return None
-    members = [
-        member
-        for owner in cls.__mro__
-        if owner.__module__.startswith("transformers.models.")
-        for member in vars(owner).values()
-        if inspect.isfunction(member)
-    ]
-    text = "\n".join(inspect.getsource(member) for member in members)
-    if "ALL_ATTENTION_FUNCTIONS" in text:
-        return "interface"
-    written_out = "softmax(" in text.lower() and ("matmul(" in text or "bmm(" in text or " @ " in text)
-    return "own" if written_out or "scaled_dot_product_attention(" in text else None
+    kinds = {module: attention_kind(type(module)) for module in model.modules()}
+    return {module: kind for module, kind in kinds.items() if kind is not None}
 
 
 class LayerCalls:
     """Counts, while entered, the calls of our kernel inside each attention layer that runs."""
 
-    def __init__(self, model: nn.Module, layers: dict[nn.Module, str]):
-        names = dict(model.named_modules())
+    def __init__(self, model: nn.Module):
         self.found: dict[nn.Module, int] = {}
         self.calls = 0
         self._handles: list = []
-        self._layers = [m for m in names.values() if _attention_kind(type(m))]
+        self._layers = list(attention_layers(model))
 
     def __enter__(self) -> LayerCalls:
         self._select = op.select
@@ -294,18 +263,23 @@ def gradient_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> d
     if actual.keys() != expected.keys():
         missing = sorted(actual.keys() ^ expected.keys())
         return {name: float("inf") for name in missing}
-    largest = max((g.abs().max() for g in expected.values()), default=torch.tensor(1.0))
+    largest = max(
+        (g.abs().max() for g in expected.values() if g.numel()), default=torch.tensor(1.0)
+    )
     return {
         name: (
             (actual[name] - wanted).abs().max()
             / torch.maximum(wanted.abs().max(), largest * _FLOOR).clamp_min(1e-30)
         ).item()
         for name, wanted in expected.items()
+        if wanted.numel()
     }
 
 
 def _worst(errors: dict[str, float]) -> tuple[str, float]:
-    name = max(errors, key=lambda n: errors[n] if errors[n] == errors[n] else float("inf"), default="")
+    name = max(
+        errors, key=lambda n: errors[n] if errors[n] == errors[n] else float("inf"), default=""
+    )
     return name, errors.get(name, 0.0)
 
 
@@ -368,7 +342,9 @@ def _packed(row: Row, eager, ours, plain: dict[str, Tensor]) -> bool:
     positions = torch.cat([torch.arange(n) for n in DOCUMENTS])[None].expand(2, -1)
 
     def together(model) -> Tensor:
-        return _logits(run(model, {"input_ids": ids, "position_ids": positions, "use_cache": False}))
+        return _logits(
+            run(model, {"input_ids": ids, "position_ids": positions, "use_cache": False})
+        )
 
     try:
         alone = [_logits(run(eager, {"input_ids": part})) for part in ids.split(DOCUMENTS, 1)]
@@ -420,19 +396,5 @@ def _generate(row: Row, eager, ours, inputs: dict[str, Tensor]) -> bool:
 def _greedy(model, inputs: dict[str, Tensor], **options) -> Tensor:
     model.generation_config.eos_token_id = None
     torch.manual_seed(1)
-    result = model.generate(
-        **_fresh(inputs), max_new_tokens=NEW_TOKENS, do_sample=False, **options
-    )
+    result = model.generate(**_fresh(inputs), max_new_tokens=NEW_TOKENS, do_sample=False, **options)
     return result if isinstance(result, Tensor) else result["sequences"]
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-__all__ = ["Row", "Callable", "check", "quietly"]

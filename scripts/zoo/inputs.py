@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from zoo.overrides import Override
+from zoo.overrides import SMALL, Override
 
 BATCH, LENGTH, DECODER_LENGTH, PADDING = 2, 21, 9, 5
 _HIGHEST = 90
+END = SMALL["eos_token_id"]
 _MEDIA = {
     "image": ("image_token_id", "image_token_index", "im_patch_id", "image_patch_id"),
     "video": ("video_token_id", "video_token_index"),
@@ -37,7 +38,7 @@ def example(model: PreTrainedModel, override: Override) -> dict[str, Tensor]:
             errors.append((candidate, error))
         else:
             return inputs
-    raise NoInputs(f"{_describe(errors[0][1])}") from errors[0][1]
+    raise NoInputs(" / ".join(dict.fromkeys(_describe(e) for _, e in errors))) from errors[0][1]
 
 
 def _describe(error: Exception) -> str:
@@ -64,6 +65,13 @@ def find(config: PreTrainedConfig, *names: str):
 
 def tokens(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(3, _HIGHEST, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def text(batch: int, length: int) -> Tensor:
+    """Tokens whose end is neither padded on the left nor on the right: towers pool there."""
+    ids = tokens(batch, length)
+    ids[:, -PADDING - 3] = END
+    return ids
 
 
 def normal(*shape: int, seed: int = 3) -> Tensor:
@@ -93,7 +101,7 @@ def _candidates(model: PreTrainedModel, names, override: Override) -> Iterator:
         def build(pixels=pixels, sound=sound):
             inputs: dict[str, Tensor | None] = {}
             if "input_ids" in names:
-                inputs["input_ids"] = tokens(BATCH, LENGTH)
+                inputs["input_ids"] = text(BATCH, LENGTH)
             if config.is_encoder_decoder and "decoder_input_ids" in names:
                 inputs["decoder_input_ids"] = tokens(BATCH, DECODER_LENGTH, seed=1)
             inputs |= {**pixels, **sound, **given}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 
 @dataclass(frozen=True)
 class Override:
@@ -28,12 +30,13 @@ def _table(*groups: tuple[str, object]) -> dict[str, object]:
 
 SMALL = _table(
     (
-        "hidden_size d_model n_embd dim embed_dim decoder_embed_dim model_dim emb_dim embedding_size "
-        "word_embed_proj_dim hidden_dim output_size out_hidden_size encoder_hidden_size "
-        "decoder_hidden_size lru_width attention_hidden_size cross_attention_hidden_size "
-        "mask_feature_size fpn_feature_size text_hidden_size vision_hidden_size projection_dim "
-        "hidden_sizes input_embedding_size output_embedding_size entity_emb_size "
-        "visual_embedding_dim proj_dim embed_dims decoder_dim text_dim codebook_dim",
+        "hidden_size d_model n_embd dim embed_dim decoder_embed_dim model_dim emb_dim "
+        "embedding_size word_embed_proj_dim hidden_dim output_size out_hidden_size "
+        "encoder_hidden_size decoder_hidden_size lru_width attention_hidden_size "
+        "cross_attention_hidden_size mask_feature_size fpn_feature_size text_hidden_size "
+        "vision_hidden_size projection_dim hidden_sizes input_embedding_size "
+        "output_embedding_size entity_emb_size visual_embedding_dim proj_dim embed_dims "
+        "decoder_dim text_dim codebook_dim",
         64,
     ),
     (
@@ -46,7 +49,7 @@ SMALL = _table(
         64,
     ),
     (
-        "num_hidden_layers n_layer num_layers encoder_layers decoder_layers n_layers depth "
+        "encoder_layers decoder_layers depth "
         "num_decoder_layers num_encoder_layers decoder_depth encoder_num_hidden_layers "
         "decoder_num_hidden_layers num_blocks r_layers x_layers l_layers num_attention_layers "
         "decoder_num_layers encoder_num_layers num_layers_per_block",
@@ -56,7 +59,7 @@ SMALL = _table(
     (
         "num_attention_heads n_head num_heads encoder_attention_heads decoder_attention_heads "
         "n_heads num_attn_heads encoder_num_attention_heads decoder_num_attention_heads "
-        "swa_num_attention_heads decoder_num_heads encoder_num_heads",
+        "swa_num_attention_heads linear_num_heads decoder_num_heads encoder_num_heads",
         4,
     ),
     ("num_key_value_heads multi_query_group_num num_kv_heads swa_num_key_value_heads", 2),
@@ -81,13 +84,13 @@ SMALL = _table(
     ("image_size pretrain_image_size", 32),
     ("patch_size", 8),
     ("sliding_window attention_window sliding_window_size global_window_size local_attention", 6),
-    ("attention_chunk_size", 8),
+    ("attention_chunk_size mamba_chunk_size mamba_n_heads", 8),
     ("num_mel_bins hidden_size_per_layer_input v_head_dim rel_extent index_head_dim", 16),
     ("q_lora_rank", 24),
-    ("kv_lora_rank qk_nope_head_dim", 16),
+    ("kv_lora_rank qk_nope_head_dim linear_head_dim mamba_d_state mamba_d_head", 16),
     ("qk_rope_head_dim rotary_dim", 8),
     ("qk_head_dim", 24),
-    ("n_group topk_group n_shared_experts first_k_dense_replace", 1),
+    ("n_group topk_group num_expert_group n_shared_experts first_k_dense_replace", 1),
     ("index_topk index_block_size", 4),
     ("index_n_heads index_topk_blocks", 2),
     ("num_queries num_latents num_query_tokens decoder_num_queries", 7),
@@ -96,7 +99,18 @@ SMALL = _table(
     ("num_conv_pos_embedding_groups", 2),
     ("pad_token_id decoder_start_token_id", 0),
     ("bos_token_id", 1),
-    ("eos_token_id", 2),
+    ("image_token_id image_token_index im_patch_id image_patch_id", 91),
+    ("video_token_id video_token_index", 92),
+    ("audio_token_id audio_token_index", 93),
+    ("vision_start_token_id boi_token_id image_start_token_id", 94),
+    ("vision_end_token_id eoi_token_id image_end_token_id", 95),
+    ("codebook_size num_embeddings num_quantizers num_codebooks n_codebooks", 8),
+    ("base_channels latent_channels reassemble_hidden_size fusion_hidden_size resolution", 32),
+    ("output_channels encoder_hidden_dim d_latents embedding_dim", 64),
+    ("max_2d_position_embeddings", 128),
+    ("window_size", 4),
+    ("upsample_groups", 1),
+    ("eos_token_id", 98),
     (
         "dropout attention_dropout hidden_dropout hidden_dropout_prob resid_pdrop attn_pdrop "
         "attention_probs_dropout_prob embd_pdrop activation_dropout layerdrop encoder_layerdrop "
@@ -105,6 +119,725 @@ SMALL = _table(
     ),
 )
 
-OVERRIDES: dict[str, Override] = {}
 
-NOT_SOFTMAX: dict[str, str] = {}
+def _integers(below: int, *shape: int, least: int = 0) -> Callable:
+    def draw(generator: torch.Generator) -> torch.Tensor:
+        return torch.randint(least, below, shape, generator=generator)
+
+    return draw
+
+
+def _ones(*shape: int) -> Callable:
+    return lambda _: torch.ones(*shape, dtype=torch.long)
+
+
+# Three axes of positions over the 8 frequencies of heads of 16.
+MROPE = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+}
+_IMAGE = {"pixel_values": (2, 3, 32, 32)}
+_IMAGE_64 = {"pixel_values": (2, 3, 64, 64)}
+_FOUR_STAGES = {
+    "hidden_size": 32, "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "out_features": None,
+}  # fmt: skip
+_SERIES = {
+    "prediction_length": 4, "context_length": 12, "lags_sequence": [1, 2],
+    "num_time_features": 2, "input_size": 1,
+}  # fmt: skip
+_SERIES_INPUTS = {
+    "past_values": (2, 14),
+    "past_time_features": (2, 14, 2),
+    "past_observed_mask": _ones(2, 14),
+    "future_values": (2, 4),
+    "future_time_features": (2, 4, 2),
+}
+_QUESTION = {
+    "qformer_input_ids": _integers(90, 2, 5, least=3),
+    "qformer_attention_mask": _ones(2, 5),
+}
+_HGNET = {
+    "stem_channels": [3, 8, 16], "stage_in_channels": [16, 16, 16, 16],
+    "stage_mid_channels": [8, 8, 8, 8], "stage_out_channels": [16, 16, 16, 16],
+    "stage_num_blocks": [1, 1, 1, 1], "stage_numb_of_layers": [1, 1, 1, 1],
+    "out_indices": [2, 3, 4], "out_features": None,
+}  # fmt: skip
+_DETR_FAMILY = {
+    "encoder_in_channels": [16, 16, 16],
+    "decoder_in_channels": [64, 64, 64],
+    "encoder_hidden_dim": 64,
+    "num_denoising": 0,
+}
+_MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16}
+
+OVERRIDES: dict[str, Override] = {
+    "align": Override(
+        config={
+            "vision_config": {
+                "in_channels": [8, 8],
+                "out_channels": [8, 64],
+                "kernel_sizes": [3, 3],
+                "strides": [1, 2],
+                "num_block_repeats": [1, 1],
+                "expand_ratios": [1, 1],
+            }
+        },
+        inputs=_IMAGE,
+    ),
+    "audio_spectrogram_transformer": Override(
+        config={"max_length": 64}, inputs={"input_values": (2, 64, 16)}
+    ),
+    "autoformer": Override(config=_SERIES, inputs=_SERIES_INPUTS),
+    "bamba": Override(config={"attn_layer_indices": [1], **_MAMBA2}),
+    "bark": Override(
+        model="BarkFineModel",
+        config={"n_codes_total": 4, "input_vocab_size": 99, "output_vocab_size": 99},
+        inputs={"codebook_idx": lambda _: 2, "input_ids": _integers(90, 2, 13, 4)},
+    ),
+    "bit": Override(config={"num_groups": 8}, inputs=_IMAGE_64),
+    "blip_2": Override(
+        config={"image_token_index": 91, "qformer_config": {"cross_attention_frequency": 1}},
+        inputs=_IMAGE,
+    ),
+    "blt": Override(
+        config={
+            "encoder_hash_byte_group_vocab": 50,
+            "encoder_hash_byte_group_size": [3],
+            "encoder_config": {"hidden_size_global": 64, "sliding_window": 6},
+            "decoder_config": {"hidden_size_global": 64},
+            "global_config": {"encoder_cross_output_size": None},
+        },
+    ),
+    "bros": Override(inputs={"bbox": (2, 21, 8)}),
+    "chameleon": Override(
+        config={
+            "vq_config": {
+                "channel_multiplier": [1, 2],
+                "attn_resolutions": None,
+                "base_channels": 32,
+            },
+            "vocabulary_map": {"<image>": 91, "IMGIMGA": 3},
+        },
+        inputs=_IMAGE,
+    ),
+    "clap": Override(
+        config={
+            "audio_config": {
+                "spec_size": 32,
+                "patch_embeds_hidden_size": 16,
+                "num_attention_heads": [2, 4],
+                "hidden_size": 32,
+                "patch_stride": [4, 4],
+                "patch_size": 4,
+                "num_mel_bins": 16,
+            }
+        },
+        inputs={"input_features": (2, 1, 32, 16)},
+    ),
+    "chmv2": Override(
+        config={
+            "backbone_config": {
+                "num_hidden_layers": 4,
+                "out_indices": [1, 2, 3, 4],
+                "out_features": None,
+            },
+            "post_process_channels": [16, 16, 16, 16],
+            "fusion_hidden_size": 16,
+            "head_hidden_size": 8,
+            "number_output_channels": 8,
+        },
+        inputs=_IMAGE,
+    ),
+    "clvp": Override(
+        config={"decoder_config": {"feature_size": 16, "max_text_tokens": 99}},
+        inputs={"input_features": (2, 16, 30)},
+    ),
+    "cohere_compass": Override(
+        config={
+            "text_config": {
+                "layer_types": ["sliding_attention", "full_attention"],
+                "rope_parameters": {
+                    "full_attention": MROPE["rope_parameters"],
+                    "sliding_attention": MROPE["rope_parameters"],
+                },
+            },
+            "vision_config": {"deepstack_visual_indexes": [1], "num_position_embeddings": 16},
+        }
+    ),
+    "colqwen2": Override(
+        config={"vlm_config": {"text_config": MROPE, "vision_config": {"hidden_size": 64}}}
+    ),
+    "cosmos3_edge": Override(config={"text_config": MROPE}),
+    "csm": Override(
+        config={
+            "depth_decoder_config": {"backbone_hidden_size": 64},
+            "codec_config": {"upsampling_ratios": [4, 2], "num_filters": 8},
+        },
+        inputs={"input_ids": _integers(90, 2, 21, 8, least=3)},
+    ),
+    "cvt": Override(
+        config={"embed_dim": [16, 16, 16], "num_heads": [1, 2, 4], "depth": [1, 1, 2]},
+        inputs=_IMAGE_64,
+    ),
+    "d_fine": Override(config={**_DETR_FAMILY, "backbone_config": _HGNET}, inputs=_IMAGE_64),
+    "dbrx": Override(config={"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}}),
+    "decision_transformer": Override(
+        inputs={
+            "states": (2, 7, 17),
+            "actions": (2, 7, 4),
+            "rewards": (2, 7, 1),
+            "returns_to_go": (2, 7, 1),
+            "timesteps": _integers(90, 2, 7),
+            "attention_mask": _ones(2, 7),
+        },
+    ),
+    "deepseek_ocr2": Override(
+        config={
+            "vision_config": {
+                "sam_config": {
+                    "global_attn_indexes": [1],
+                    "downsample_channels": [32, 64],
+                    "output_channels": 32,
+                }
+            },
+            "text_config": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]},
+        }
+    ),
+    "deepseek_v2": Override(config={"num_experts_per_tok": 2}),
+    "deepseek_vl_hybrid": Override(
+        config={"high_res_vision_config": {"global_attn_indexes": [1]}},
+        inputs={**_IMAGE, "high_res_pixel_values": (2, 3, 32, 32)},
+    ),
+    "deimv2": Override(config={**_DETR_FAMILY, "backbone_config": _HGNET}, inputs=_IMAGE_64),
+    "depth_anything": Override(
+        config={
+            "backbone_config": _FOUR_STAGES,
+            "reassemble_hidden_size": 32,
+            "neck_hidden_sizes": [8, 8, 8, 8],
+            "fusion_hidden_size": 8,
+        },
+        inputs=_IMAGE,
+    ),
+    "prompt_depth_anything": Override(
+        config={
+            "backbone_config": _FOUR_STAGES,
+            "reassemble_hidden_size": 32,
+            "neck_hidden_sizes": [8, 8, 8, 8],
+            "fusion_hidden_size": 8,
+        },
+        inputs=_IMAGE,
+    ),
+    "dia": Override(
+        config={
+            "decoder_config": {
+                "cross_num_attention_heads": 4,
+                "cross_head_dim": 16,
+                "cross_num_key_value_heads": 2,
+                "cross_hidden_size": 64,
+                "num_channels": 3,
+            },
+            "delay_pattern": [0, 1, 2],
+        },
+        inputs={"decoder_input_ids": _integers(90, 2, 9, 3)},
+    ),
+    "dots1": Override(config={"num_experts_per_tok": 2}),
+    "donut_swin": Override(
+        config={"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "patch_size": 2},
+        inputs=_IMAGE,
+    ),
+    "swin": Override(
+        config={"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "patch_size": 2},
+        inputs=_IMAGE,
+    ),
+    "swinv2": Override(
+        config={"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "patch_size": 2},
+        inputs=_IMAGE,
+    ),
+    "maskformer_swin": Override(
+        config={"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "patch_size": 2},
+        inputs=_IMAGE,
+    ),
+    "swin2sr": Override(
+        config={"embed_dim": 16, "depths": [2], "num_heads": [2], "patch_size": 1, "upscale": 2},
+        inputs=_IMAGE,
+    ),
+    "emu3": Override(
+        config={
+            "vq_config": {"base_channels": 32, "channel_multiplier": [1, 2]},
+            "vocabulary_map": {"<image>": 91},
+        },
+        inputs={"pixel_values": None},
+    ),
+    "esm": Override(
+        config={"vocab_size": 99, "mask_token_id": 97, "position_embedding_type": "rotary"}
+    ),
+    "esmc": Override(config={"num_key_value_heads": 4}),
+    "ernie4_5_vl_moe": Override(config={"text_config": MROPE}),
+    "fun_asr_nano": Override(config={"adaptor_config": {"intermediate_size": 16}}),
+    "gemma4_assistant": Override(config={"text_config": {"hidden_size_per_layer_input": 0}}),
+    "git": Override(inputs={"pixel_values": (2, 3, 32, 32)}),
+    "glm46v": Override(config={"text_config": MROPE}),
+    "glm4v": Override(config={"text_config": MROPE}),
+    "glm4v_moe": Override(config={"text_config": MROPE}),
+    "glm_ocr": Override(config={"text_config": MROPE}),
+    "glm_image": Override(config={"text_config": MROPE}),
+    "gpt_neo": Override(
+        config={"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 5}
+    ),
+    "gradium_phonon_tts": Override(config={"flow_head_config": {"condition_dim": 64}}),
+    "granitemoehybrid": Override(
+        config={
+            "layer_types": ["linear_attention", "full_attention"],
+            **_MAMBA2,
+            "position_embedding_type": "rope",
+        }
+    ),
+    "hiera": Override(
+        config={
+            "embed_dim": 16,
+            "image_size": [32, 32],
+            "patch_size": [7, 7],
+            "patch_stride": [4, 4],
+            "patch_padding": [3, 3],
+            "depths": [1, 1, 1, 1],
+            "num_heads": [1, 2, 4, 8],
+            "num_query_pool": 2,
+            "masked_unit_size": [8, 8],
+            "mlp_ratio": 2.0,
+        },
+        inputs=_IMAGE,
+    ),
+    "hrm_text": Override(config={"prefix_lm": False}),
+    "hunyuan_vl": Override(config={"text_config": MROPE}),
+    "informer": Override(config=_SERIES, inputs=_SERIES_INPUTS),
+    "instructblip": Override(config={"image_token_index": 91}, inputs={**_IMAGE, **_QUESTION}),
+    "instructblipvideo": Override(
+        config={"video_token_index": 92}, inputs={"pixel_values": (2, 4, 3, 32, 32), **_QUESTION}
+    ),
+    "jamba": Override(
+        config={"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}
+    ),
+    "janus": Override(config={"vq_config": {"base_channels": 32, "channel_multiplier": [1, 2]}}),
+    "layoutlmv3": Override(
+        config={
+            "coordinate_size": 12,
+            "shape_size": 8,
+            "hidden_size": 64,
+            "input_size": 32,
+            "rel_pos_bins": 8,
+            "max_rel_pos": 16,
+            "rel_2d_pos_bins": 8,
+            "max_rel_2d_pos": 16,
+        },
+        inputs={"bbox": _integers(30, 2, 21, 4), **_IMAGE},
+    ),
+    "lfm2_moe": Override(config={"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
+    "lilt": Override(
+        config={"hidden_size": 64, "channel_shrink_ratio": 2},
+        inputs={"bbox": _integers(30, 2, 21, 4)},
+    ),
+    "lightglue": Override(
+        config={
+            "descriptor_dim": 64,
+            "keypoint_detector_config": {
+                "encoder_hidden_sizes": [16, 16, 16, 16],
+                "decoder_hidden_size": 16,
+                "descriptor_decoder_dim": 64,
+                "max_keypoints": 20,
+            },
+        },
+        inputs={"pixel_values": (2, 2, 3, 64, 64)},
+    ),
+    "superglue": Override(
+        config={
+            "hidden_size": 64,
+            "keypoint_encoder_sizes": [16, 32],
+            "gnn_layers_types": ["self", "cross"],
+            "keypoint_detector_config": {
+                "encoder_hidden_sizes": [16, 16, 16, 16],
+                "decoder_hidden_size": 16,
+                "descriptor_decoder_dim": 64,
+                "max_keypoints": 20,
+            },
+        },
+        inputs={"pixel_values": (2, 2, 3, 64, 64)},
+    ),
+    "lw_detr": Override(
+        config={
+            "projector_scale_factors": [1.0],
+            "backbone_config": {
+                "num_windows": 4,
+                "window_block_indices": [0],
+                "out_indices": [1, 2],
+                "out_features": None,
+            },
+        }
+    ),
+    "lxmert": Override(
+        config={"visual_feat_dim": 16}, inputs={"visual_feats": (2, 6, 16), "visual_pos": (2, 6, 4)}
+    ),
+    "mamba2": Override(config={"num_heads": 8, "head_dim": 16, "n_groups": 1}),
+    "mask2former": Override(
+        config={
+            "feature_size": 32,
+            "backbone_config": {
+                "embed_dim": 8,
+                "depths": [1, 1, 1, 1],
+                "num_heads": [1, 2, 2, 4],
+                "patch_size": 4,
+                "window_size": 4,
+                "out_indices": [1, 2, 3, 4],
+                "out_features": None,
+            },
+        },
+        inputs=_IMAGE_64,
+    ),
+    "mimi": Override(
+        config={"upsampling_ratios": [4, 2], "num_filters": 8, "frame_rate": None},
+        inputs={"input_values": (2, 1, 400)},
+    ),
+    "mobilevit": Override(
+        config={
+            "hidden_sizes": [16, 24, 32],
+            "neck_hidden_sizes": [8, 8, 16, 24, 32, 32, 64],
+            "image_size": 64,
+            "patch_size": 2,
+        },
+        inputs=_IMAGE_64,
+    ),
+    "mobilevitv2": Override(
+        config={
+            "image_size": 64,
+            "patch_size": 2,
+            "base_attn_unit_dims": [16, 24, 32],
+            "n_attn_blocks": [1, 1, 1],
+        },
+        inputs=_IMAGE_64,
+    ),
+    "molmo2": Override(config={"adapter_config": {"vision_feature_layer": [1, 0]}}),
+    "moonshine_streaming": Override(
+        config={"encoder_config": {"sliding_windows": [[4, 2], [4, 0]], "num_key_value_heads": 4}}
+    ),
+    "musicgen": Override(inputs={"decoder_input_ids": _integers(8, 8, 9)}),
+    "musicgen_melody": Override(
+        inputs={"decoder_input_ids": _integers(8, 8, 9), "input_features": None}
+    ),
+    "nemotron3_diarization": Override(config={"head_config": {"audio_hidden_size": 64}}),
+    "oneformer": Override(
+        config={
+            "text_encoder_width": 64,
+            "text_encoder_num_layers": 1,
+            "text_encoder_vocab_size": 99,
+            "text_encoder_context_length": 9,
+            "text_encoder_n_ctx": 4,
+            "task_seq_len": 9,
+            "backbone_config": {
+                "embed_dim": 8,
+                "depths": [1, 1, 1, 1],
+                "num_heads": [1, 2, 2, 4],
+                "patch_size": 4,
+                "window_size": 4,
+                "out_indices": [1, 2, 3, 4],
+                "out_features": None,
+            },
+        },
+        inputs={**_IMAGE_64, "task_inputs": _integers(90, 2, 9)},
+    ),
+    "patchtsmixer": Override(
+        config={"context_length": 32, "self_attn": True, "num_input_channels": 2},
+        inputs={"past_values": (2, 32, 2)},
+    ),
+    "patchtst": Override(
+        config={"num_input_channels": 2, "patch_length": 4, "patch_stride": 4},
+        inputs={"past_values": (2, 32, 2)},
+    ),
+    "perceiver": Override(
+        config={
+            "num_self_attends_per_block": 2,
+            "num_self_attention_heads": 4,
+            "num_cross_attention_heads": 4,
+            "d_latents": 32,
+            "d_model": 64,
+        }
+    ),
+    "pi0": Override(
+        inputs={
+            "state": (2, 32),
+            "actions": (2, 50, 32),
+            "timestep": (2,),
+            "noise": (2, 50, 32),
+            **_IMAGE,
+        }
+    ),
+    "pix2struct": Override(
+        config={"vision_config": {"patch_embed_hidden_size": 12, "seq_len": 32}},
+        inputs={
+            "flattened_patches": lambda g: torch.cat(
+                [
+                    torch.arange(1, 11).view(1, 10, 1).expand(2, 10, 2).float(),
+                    torch.randn(2, 10, 12, generator=g),
+                ],
+                2,
+            ),
+            "decoder_input_ids": _integers(90, 2, 9, least=3),
+        },
+    ),
+    "pocket_tts": Override(config={"flow_head_config": {"condition_dim": 64}}),
+    "pp_doclayout_v2": Override(
+        config={**_DETR_FAMILY, "backbone_config": _HGNET}, inputs=_IMAGE_64
+    ),
+    "pp_doclayout_v3": Override(
+        config={**_DETR_FAMILY, "backbone_config": _HGNET}, inputs=_IMAGE_64
+    ),
+    "pp_doclayout_v4": Override(
+        config={**_DETR_FAMILY, "backbone_config": _HGNET}, inputs=_IMAGE_64
+    ),
+    "rt_detr": Override(
+        config={
+            **_DETR_FAMILY,
+            "encoder_in_channels": [64, 64, 64],
+            "backbone_config": {"out_indices": [2, 3, 4], "out_features": None},
+        },
+        inputs=_IMAGE_64,
+    ),
+    "rt_detr_v2": Override(
+        config={
+            **_DETR_FAMILY,
+            "encoder_in_channels": [64, 64, 64],
+            "backbone_config": {"out_indices": [2, 3, 4], "out_features": None},
+        },
+        inputs=_IMAGE_64,
+    ),
+    "pvt": Override(
+        config={
+            "hidden_sizes": [8, 16, 16, 16],
+            "num_attention_heads": [1, 2, 2, 4],
+            "patch_sizes": [4, 2, 2, 2],
+            "image_size": 64,
+            "sequence_reduction_ratios": [4, 2, 1, 1],
+            "mlp_ratios": [2, 2, 2, 2],
+        },
+        inputs=_IMAGE_64,
+    ),
+    "pvt_v2": Override(
+        config={
+            "hidden_sizes": [8, 16, 16, 16],
+            "num_attention_heads": [1, 2, 2, 4],
+            "image_size": 64,
+            "sr_ratios": [4, 2, 1, 1],
+            "mlp_ratios": [2, 2, 2, 2],
+        },
+        inputs=_IMAGE_64,
+    ),
+    "glpn": Override(
+        config={
+            "hidden_sizes": [8, 16, 16, 16],
+            "num_attention_heads": [1, 2, 2, 4],
+            "decoder_hidden_size": 16,
+        },
+        inputs=_IMAGE_64,
+    ),
+    "levit": Override(
+        config={
+            "image_size": 64,
+            "hidden_sizes": [16, 24, 32],
+            "num_attention_heads": [2, 3, 4],
+            "depths": [1, 1, 1],
+            "key_dim": [8, 8, 8],
+            "attention_ratio": [2, 2, 2],
+            "down_ops": [["Subsample", 8, 2, 4, 2, 2], ["Subsample", 8, 3, 4, 2, 2]],
+        },
+        inputs=_IMAGE_64,
+    ),
+    "qwen2_5_vl": Override(
+        config={
+            "text_config": MROPE,
+            "vision_config": {"fullatt_block_indexes": [1], "window_size": 32},
+        }
+    ),
+    "qwen2_vl": Override(config={"text_config": MROPE, "vision_config": {"hidden_size": 64}}),
+    "recurrent_gemma": Override(config={"num_hidden_layers": 3, "attention_window_size": 6}),
+    "reformer": Override(
+        config={
+            "is_decoder": False,
+            "axial_pos_shape": [8, 8],
+            "axial_pos_embds_dim": [32, 32],
+            "local_attn_chunk_length": 4,
+            "lsh_attn_chunk_length": 4,
+            "num_buckets": 4,
+            "feed_forward_size": 32,
+            "max_position_embeddings": 64,
+        },
+        inputs={"input_ids": _integers(90, 2, 32, least=3)},
+    ),
+    "sam": Override(
+        config={
+            "vision_config": {"global_attn_indexes": [1], "num_pos_feats": 32},
+            "mask_decoder_config": {"iou_head_hidden_dim": 32},
+        },
+        inputs={**_IMAGE, "input_points": (2, 1, 2, 2)},
+    ),
+    "sam_hq": Override(
+        config={
+            "vision_config": {"global_attn_indexes": [1], "num_pos_feats": 32},
+            "mask_decoder_config": {"iou_head_hidden_dim": 32, "vit_dim": 64},
+        },
+        inputs={**_IMAGE, "input_points": (2, 1, 2, 2)},
+    ),
+    "seamless_m4t": Override(model="SeamlessM4TForTextToText"),
+    "seamless_m4t_v2": Override(model="SeamlessM4Tv2ForTextToText"),
+    "seggpt": Override(
+        config={
+            "image_size": [32, 16],
+            "merge_index": 1,
+            "intermediate_hidden_state_indices": [1],
+            "pretrain_image_size": 16,
+            "num_hidden_layers": 3,
+        },
+        inputs={
+            "pixel_values": (1, 3, 16, 16),
+            "prompt_pixel_values": (1, 3, 16, 16),
+            "prompt_masks": (1, 3, 16, 16),
+        },
+    ),
+    "siglip2": Override(
+        inputs={
+            "pixel_values": (2, 16, 192),
+            "pixel_attention_mask": _ones(2, 16),
+            "spatial_shapes": [[4, 4], [4, 4]],
+        }
+    ),
+    "slanext": Override(),
+    "speecht5": Override(
+        model="SpeechT5ForSpeechToText",
+        config={
+            "conv_dim": [16, 16],
+            "conv_stride": [5, 4],
+            "conv_kernel": [5, 4],
+            "num_conv_pos_embeddings": 4,
+            "encoder_max_relative_position": 8,
+            "mask_time_prob": 0.0,
+            "speech_decoder_prenet_units": 16,
+        },
+        inputs={"input_values": (2, 400), "decoder_input_ids": _integers(90, 2, 7, least=3)},
+    ),
+    "time_series_transformer": Override(config=_SERIES, inputs=_SERIES_INPUTS),
+    "timesfm": Override(
+        config={"patch_length": 8, "horizon_length": 8},
+        inputs={
+            "past_values": (2, 32),
+            "past_values_padding": lambda _: torch.zeros(2, 32),
+            "freq": [[0], [1]],
+        },
+    ),
+    "timesfm2_5": Override(
+        config={"patch_length": 8, "horizon_length": 8, "output_quantile_len": 8},
+        inputs={"past_values": (2, 32)},
+    ),
+    "tipsv2_dpt": Override(
+        config={
+            "backbone_config": _FOUR_STAGES,
+            "neck_hidden_sizes": [8, 8, 8, 8],
+            "fusion_hidden_size": 8,
+            "num_depth_bins": 8,
+        },
+        inputs=_IMAGE,
+    ),
+    "tvp": Override(
+        config={
+            "max_img_size": 64,
+            "visual_prompt_size": 8,
+            "num_frames": 2,
+            "max_grid_col_position_embeddings": 8,
+            "max_grid_row_position_embeddings": 8,
+        },
+        inputs={"pixel_values": (2, 2, 3, 64, 64)},
+    ),
+    "udop": Override(inputs={"bbox": (2, 21, 4), **_IMAGE}),
+    "univnet": Override(config={"model_hidden_channels": 8}),
+    "vitdet": Override(
+        config={
+            "window_block_indices": [0],
+            "window_size": 3,
+            "use_relative_position_embeddings": True,
+            "pretrain_image_size": 32,
+        },
+        inputs=_IMAGE,
+    ),
+    "vitmatte": Override(
+        config={
+            "backbone_config": {"hidden_size": 32},
+            "hidden_size": 32,
+            "convstream_hidden_sizes": [8, 8, 8],
+            "fusion_hidden_sizes": [8, 8, 8, 8],
+        },
+        inputs={"pixel_values": (2, 4, 32, 32)},
+    ),
+    "vits": Override(
+        config={
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "flow_size": 16,
+            "spectrogram_bins": 9,
+            "upsample_initial_channel": 16,
+            "upsample_rates": [2],
+            "upsample_kernel_sizes": [4],
+            "resblock_kernel_sizes": [3],
+            "resblock_dilation_sizes": [[1]],
+            "duration_predictor_filter_channels": 16,
+        }
+    ),
+    "vjepa2": Override(
+        config={
+            "crop_size": 32,
+            "frames_per_clip": 4,
+            "pred_hidden_size": 32,
+            "pred_num_attention_heads": 4,
+            "pred_num_hidden_layers": 2,
+            "num_pooler_layers": 1,
+        },
+        inputs={"pixel_values_videos": (2, 4, 3, 32, 32)},
+    ),
+    "wav2vec2_bert": Override(
+        config={"feature_projection_input_dim": 16}, inputs={"input_features": (2, 40, 16)}
+    ),
+    "x_clip": Override(
+        config={
+            "prompt_num_attention_heads": 4,
+            "vision_config": {
+                "mit_hidden_size": 64,
+                "mit_intermediate_size": 64,
+                "mit_num_attention_heads": 4,
+                "num_frames": 2,
+            },
+        },
+        inputs={"pixel_values": (2, 2, 3, 32, 32)},
+    ),
+    "xmod": Override(config={"languages": ["en_XX"], "default_language": "en_XX"}),
+    "xlstm": Override(config={"head_dim": None}),
+    "zamba": Override(
+        config={
+            "attention_head_dim": 32,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+            "layers_block_type": ["linear_attention", "hybrid"],
+        }
+    ),
+    "zamba2": Override(config={"layers_block_type": ["linear_attention", "hybrid"]}),
+    "zaya": Override(config={"num_experts_per_tok": 1}),
+    "zoedepth": Override(
+        config={
+            "backbone_config": {
+                "num_hidden_layers": 4,
+                "out_indices": [1, 2, 3, 4],
+                "out_features": None,
+                "reshape_hidden_states": False,
+            },
+            "neck_hidden_sizes": [8, 8, 8, 8],
+            "fusion_hidden_size": 8,
+            "bottleneck_features": 8,
+            "bin_embedding_dim": 8,
+            "num_attractors": [2, 2, 2, 2],
+        },
+        inputs=_IMAGE,
+    ),
+}
