@@ -287,6 +287,11 @@ def _is_part_of_another(model: PreTrainedModel) -> bool:
     return False
 
 
+def remaps_positions() -> bool:
+    """Whether masks of packed documents come with their positions, as in newer versions."""
+    return hasattr(masking_utils, "remap_positions_for_packed_sequence")
+
+
 def describe_mask_functions() -> None:
     """Let mask functions say what they are: while torch.compile traces, closures cannot be read."""
     for name in _BUILDERS:

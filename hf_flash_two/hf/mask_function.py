@@ -245,6 +245,8 @@ def _convert(
 def _combine(builder: str, functions, place: _Place, position) -> AttentionMask | None:
     parts = [compat.describe(function) or ("", ()) for function in functions]
     masks = []
+    remapped = any(name == "remap_positions_for_packed_sequence" for name, _ in parts)
+    assumed = torch.compiler.is_compiling() and not compat.remaps_positions()
     for function, (name, arguments) in zip(functions, parts, strict=True):
         if builder == "and_masks" and name == "remap_positions_for_packed_sequence":
             # Within a document positions go up by one: all that is relative stays as it is.
@@ -253,9 +255,12 @@ def _combine(builder: str, functions, place: _Place, position) -> AttentionMask 
         elif (
             name == "packed_sequence_mask_function"
             and builder == "and_masks"
-            and any(other == "remap_positions_for_packed_sequence" for other, _ in parts)
+            and (remapped or assumed)
         ):
             # The library numbers documents in order, so no number comes back.
+            if not remapped:  # a user's own numbers look the same
+                in_order = (arguments[0][:, 1:] >= arguments[0][:, :-1]).all()
+                torch._assert_async(in_order, "flash_two: document ids that fall need eager mode")
             runs = AttentionMask.from_documents(segment_ids=arguments[0])
             masks.append(replace(runs, query_offset=None))
         else:

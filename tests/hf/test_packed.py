@@ -8,6 +8,8 @@ from checks import assert_close, assert_same_gradients, backward, error
 from models import DECODERS, MULTIMODAL, Family, named, tokens
 from transformers import masking_utils
 
+from hf_flash_two import op
+from hf_flash_two.hf import compat
 from hf_flash_two.hf.packing import document_ids
 
 LENGTHS = (7, 1, 11, 8)
@@ -153,3 +155,59 @@ def test_packed_multimodal_positions() -> None:
 )
 def test_where_documents_start(position_ids: list[int], expected: list[int]) -> None:
     assert document_ids(torch.tensor([position_ids])).tolist() == [expected]
+
+
+@pytest.mark.parametrize("batch", ["plain", "packed"])
+def test_compiled_training_makes_no_dense_mask(batch: str, monkeypatch) -> None:
+    """While the compiler traces, documents are looked for in every batch."""
+    made = []
+    select = op.select
+
+    def noting(name, query):
+        kernel = select(name, query)
+
+        def forward(*args):
+            made.append(args[-1])
+            return kernel.forward(*args)
+
+        return kernel._replace(forward=forward)
+
+    monkeypatch.setattr(op, "select", noting)
+    torch._dynamo.reset()
+    flash, eager = DECODERS[0].pair("flash_two")
+    ids = tokens(2, LENGTH)
+    given = {"position_ids": positions(*LENGTHS)} if batch == "packed" else {}
+    compiled = torch.compile(flash, fullgraph=True, backend="eager")
+    logits = compiled(ids, **given).logits
+    torch._dynamo.reset()
+    assert_close(logits, alone(eager, ids) if batch == "packed" else eager(ids).logits)
+    assert len(made) == 2
+    assert all(problem.dense is None for problem in made)
+
+
+def test_a_user_s_numbers_that_come_back_while_compiling() -> None:
+    """Exact where they can be told from the library's own, refused where they cannot."""
+    flash, eager = DECODERS[0].pair("flash_two")
+    ids = tokens(2, LENGTH)
+    numbers = (torch.arange(LENGTH) // 3 % 2).expand(2, -1)
+
+    def run(model):
+        embeds = model.get_input_embeddings()(ids)
+        mask = masking_utils.create_causal_mask(
+            config=model.config,
+            inputs_embeds=embeds,
+            attention_mask=None,
+            past_key_values=None,
+            and_mask_function=masking_utils.packed_sequence_mask_function(numbers),
+        )
+        return model(inputs_embeds=embeds, attention_mask=mask).logits
+
+    assert_close(run(flash), run(eager))
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    if compat.remaps_positions():
+        assert_close(compiled(flash), run(eager))
+    else:
+        with pytest.raises(RuntimeError, match="document ids that fall"):
+            compiled(flash)
+    torch._dynamo.reset()
