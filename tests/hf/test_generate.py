@@ -121,8 +121,8 @@ def refused(family: Family, decoding: str, cache: str | None) -> str | None:
         return "no cache or a static one"
     if family in SEQUENCE_MODELS and decoding == "guidance":
         return "guidance needs a prompt of the decoder"
-    if family.name == "whisper" and decoding == "prefill in chunks":
-        return "Whisper takes no such option"
+    if family in SEQUENCE_MODELS and decoding == "prefill in chunks":
+        return "the encoder's mask would be cut to the decoder's chunk; eager lets padding in"
     return None
 
 
