@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
-KERNELS = ["blockwise"]
+# A process either interprets Triton's kernels or compiles them: `make test` runs one of each.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+KERNELS = (
+    ["triton"] if INTERPRETED
+    else ["blockwise", "triton"] if torch.cuda.is_available()
+    else ["blockwise"]
+)  # fmt: skip
 
 torch.set_num_threads(1)
 
@@ -19,21 +27,32 @@ def pytest_configure(config: pytest.Config) -> None:
     ):
         config.addinivalue_line("filterwarnings", f"ignore:{message}:DeprecationWarning")
     # NumPy, which interprets Triton's kernels, warns of infinities that a GPU computes silently.
-    config.addinivalue_line("filterwarnings", "ignore:.* encountered in :RuntimeWarning")
+    config.addinivalue_line("filterwarnings", "ignore:.* encountered:RuntimeWarning")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """An interpreting process tests kernels only."""
+    if INTERPRETED:
+        kept = [x for x in items if "kernel" in x.fixturenames or x.path.name == "test_triton.py"]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
 
 
 @pytest.fixture
 def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 
 @pytest.fixture(params=KERNELS)
 def kernel(request: pytest.FixtureRequest, device: str) -> str:
     """Every kernel by name; one written for GPUs runs interpreted where there is none."""
     if request.param == "triton":
-        if request.node.callspec.params.get("dtype") == torch.float64:
+        dtypes = [x for x in request.node.callspec.params.values() if isinstance(x, torch.dtype)]
+        if torch.float64 in dtypes:
             pytest.skip("Triton has no float64 matrix product")
-        if device == "cpu" and request.node.get_closest_marker("long"):
+        if INTERPRETED and torch.bfloat16 in dtypes:
+            pytest.skip("Triton's interpreter multiplies bfloat16 as integers; runs on a GPU")
+        if INTERPRETED and request.node.get_closest_marker("long"):
             pytest.skip("too long for an interpreted kernel; runs on a GPU")
     return request.param
 

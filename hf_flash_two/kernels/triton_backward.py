@@ -34,6 +34,7 @@ from hf_flash_two.kernels.triton_tile import (
     nth_tile,
     probabilities,
     query_tiles,
+    stages_of,
     visible,
 )
 from hf_flash_two.masks import KEY_GRANULE
@@ -135,7 +136,7 @@ def _plan(
     def launch(kernel, grid: tuple[int, ...], block: Tiles, *own_scalars: int) -> Launch:
         blocks = {
             "BLOCK_Q": block.block_q, "BLOCK_K": block.block_k,
-            "BLOCK_D": block.block_d, "BLOCK_V": block.block_v,
+            "BLOCK_D": block.block_d, "BLOCK_V": block.block_v, "STAGES": block.stages,
         }  # fmt: skip
         constants = flags | {"D": head_dim, "DV": value_dim} | blocks
         return Launch(kernel, grid, (*scalars, *own_scalars), constants, block)
@@ -238,6 +239,7 @@ def _keys_kernel(
     BIAS: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     PLAIN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys, summed over the query heads of the group."""
     WIDE: tl.constexpr = (D > BLOCK_D) or (DV > BLOCK_V)
@@ -289,7 +291,7 @@ def _keys_kernel(
                 from_tile, to_tile = 0, whole
             else:
                 from_tile, to_tile = whole, last - first
-            for n in range(from_tile, to_tile):
+            for n in tl.range(from_tile, to_tile, num_stages=stages_of(phase, STAGES)):
                 if phase == 0:
                     query_tile = full + n
                 else:
@@ -381,6 +383,7 @@ def _queries_kernel(
     BIAS: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     PLAIN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries."""
     WIDE: tl.constexpr = (D > BLOCK_D) or (DV > BLOCK_V)
@@ -430,7 +433,7 @@ def _queries_kernel(
             from_tile, to_tile = 0, whole
         else:
             from_tile, to_tile = whole, last - first
-        for n in range(from_tile, to_tile):
+        for n in tl.range(from_tile, to_tile, num_stages=stages_of(phase, STAGES)):
             if phase == 0:
                 key_tile = full + n
             else:
@@ -506,6 +509,7 @@ def _bias_kernel(
     BIAS: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     PLAIN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one tile of the bias, summed over every axis where the bias has size 1."""
     at_batch = tl.program_id(2) // bias_heads

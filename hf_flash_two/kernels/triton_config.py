@@ -54,7 +54,7 @@ _TABLE = {
     200: {
         "half": {
             64: ((64, 128, 4, 3), (128, 64, 4, 2), (128, 64, 4, 2)),
-            128: ((64, 64, 4, 3), (32, 64, 4, 3), (128, 64, 8, 3)),
+            128: ((64, 64, 4, 3), (32, 64, 4, 3), (64, 64, 4, 2)),
             256: ((64, 64, 4, 3), (32, 64, 8, 3), (128, 32, 8, 3)),
         },
         "wide": {
@@ -151,7 +151,7 @@ def forward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -
         programs = batch * key_heads * triton.cdiv(value_dim, block_v)
         splits = max(1, min(blocks, 2 * device.processors // programs))
         return Tiles(
-            block_q, block_k, block_d, block_v, 4, 3 if widest <= 128 else 2, group, splits
+            block_q, block_k, block_d, block_v, 4, 2, group, splits
         )
     block_q, block_k, warps, stages = _table_row(max(block_d, block_v), wide, device, problem)[0]
     return Tiles(

@@ -32,10 +32,12 @@ from hf_flash_two.kernels.triton_tile import (
     key_tiles,
     modify,
     nth_tile,
+    stages_of,
     visible,
 )
 
 _LOG2E = tl.constexpr(LOG2E)
+_MERGED = tl.constexpr(16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ def _plan(problem: Problem, query: Tensor, key: Tensor, value: Tensor, out: Tens
         flags | {
             "D": head_dim, "DV": value_dim, "PACK": tiles.pack, "SPLIT": split,
             "BLOCK_Q": tiles.block_q, "BLOCK_K": tiles.block_k,
-            "BLOCK_D": tiles.block_d, "BLOCK_V": tiles.block_v,
+            "BLOCK_D": tiles.block_d, "BLOCK_V": tiles.block_v, "STAGES": tiles.stages,
         },
         tiles,
     )  # fmt: skip
@@ -148,6 +150,7 @@ def _forward_kernel(
     scale, softcap, threshold, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
     MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, DENSE: tl.constexpr,
     BIAS: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
@@ -218,7 +221,7 @@ def _forward_kernel(
             from_tile, to_tile = tl.minimum(begin, whole), tl.minimum(end, whole)
         else:
             from_tile, to_tile = tl.maximum(begin, whole), tl.maximum(end, whole)
-        for n in range(from_tile, to_tile):
+        for n in tl.range(from_tile, to_tile, num_stages=stages_of(phase, STAGES)):
             if phase == 0:
                 key_tile = full + n
             else:
@@ -345,15 +348,18 @@ def _merge_kernel(
         peak = tl.load(sinks_ptr + batch * sinks_sb + head) * _LOG2E
         total = tl.where(peak == float("-inf"), 0.0, 1.0)
     # All splits together are a few tiles per processor: 32 bits reach them.
-    for split in range(splits):
-        lse = tl.load(part_lse_ptr + split * l_ss + program) * _LOG2E
-        new_peak = tl.maximum(peak, lse)
+    for some in range(0, splits, _MERGED):
+        split = some + tl.arange(0, _MERGED)
+        inside = split < splits
+        lse = tl.load(part_lse_ptr + split * l_ss + program, inside, float("-inf")) * _LOG2E
+        new_peak = tl.maximum(peak, tl.max(lse, 0))
         origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         shrink = tl.exp2(peak - origin)
         share = tl.exp2(lse - origin)
-        partial = tl.load(part + split * p_ss, dv < DV, 0.0)
-        acc = acc * shrink + partial * share
-        total = total * shrink + share
+        at = part[None, :] + (split * p_ss)[:, None]
+        partial = tl.load(at, inside[:, None] & (dv < DV)[None, :], 0.0)
+        acc = acc * shrink + tl.sum(partial * share[:, None], 0)
+        total = total * shrink + tl.sum(share, 0)
         peak = new_peak
     acc = acc / tl.where(total == 0, 1.0, total)
     lse = tl.where(total == 0, float("-inf"), (peak + tl.log2(total)) / _LOG2E)

@@ -90,6 +90,12 @@ def query_tiles(
     return first, last, full, full_end
 
 
+@triton.constexpr_function
+def stages_of(phase, stages):
+    """Tiles in flight: fewer of those that are masked, whose mask takes shared memory as well."""
+    return stages if phase == 0 else min(stages, 2)
+
+
 @triton.jit
 def bulk_load(tiles, batch, head, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """One tile by the copy engine, zero outside of the tensor; see `triton_config.bulk_tiles`."""
@@ -140,8 +146,13 @@ def modify(
     s = s * scale
     slack = s
     if SOFTCAP:
-        # tanh(x) = 1 - 2 / (exp(2x) + 1), saturating correctly at both ends.
-        capped = 1 - 2 / (tl.exp2(s * (2 * _LOG2E / softcap)) + 1)
+        # tanh(x) = 1 - 2 / (exp(2x) + 1) saturates correctly at both ends; its series has more
+        # correct digits around 0.
+        x = s / softcap
+        square = x * x
+        series = 1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * 62 / 2835)))
+        capped = 1 - 2 / (tl.exp2(x * (2 * _LOG2E)) + 1)
+        capped = tl.where(square < 0.0625, x * series, capped)
         s = capped * softcap
         slack = 1 - capped * capped
     if BIAS:
