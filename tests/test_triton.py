@@ -1,0 +1,255 @@
+"""The Triton kernels as launched: copies, key ranges, remembered launches, far offsets, graphs."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import INTERPRETED
+from oracle import dense_attention
+from test_attention import BATCH, check, inputs
+from torch import Tensor
+
+from hf_flash_two import AttentionMask, flash_attention
+from hf_flash_two.masks import KEY_GRANULE
+
+if not (INTERPRETED or torch.cuda.is_available()):
+    pytest.skip(
+        "Triton's kernels need a GPU or its interpreter: TRITON_INTERPRET=1 makes a process use it",
+        allow_module_level=True,
+    )
+
+from hf_flash_two.kernels import (  # noqa: E402
+    triton_backward,
+    triton_config,
+    triton_forward,
+    triton_launch,
+    triton_ranges,
+)
+
+needs_gpu = pytest.mark.skipif(INTERPRETED, reason="the interpreter has neither streams nor code")
+
+
+@pytest.fixture(autouse=True)
+def forget_launches():
+    triton_launch.plans.clear()
+    yield
+    triton_launch.plans.clear()
+
+
+def attend(*tensors: Tensor, **arguments) -> Tensor:
+    return flash_attention(*tensors, kernel="triton", **arguments)
+
+
+def results(tensors: list[Tensor], upstream: Tensor, **arguments) -> list[Tensor]:
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    out, lse = attend(*leaves, return_lse=True, **arguments)
+    return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+
+def masks(length: int, device: str) -> dict[str, AttentionMask]:
+    keep = torch.ones(BATCH, length, device=device)
+    keep[0, : length // 3] = 0
+    ids = torch.arange(length, device=device) // 40
+    return {
+        "full": AttentionMask.full(),
+        "window": AttentionMask.causal(window=50),
+        "padded": AttentionMask.causal() & AttentionMask.from_padding(keep),
+        "packed": AttentionMask.from_documents(segment_ids=ids, causal=True),
+    }
+
+
+@pytest.mark.parametrize("name", ["full", "window", "padded", "packed"])
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (40, 16)], ids=str)
+def test_the_copy_engine_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, device: str, name: str, head_dim: int, value_dim: int
+) -> None:
+    """Bit for bit; a tensor whose rows do not start on 16 bytes is left to pointers."""
+    if not INTERPRETED and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("the copy engine came with Hopper")
+    if INTERPRETED:
+        hopper = triton_config.Device(8, 2**20, bulk_copy=True)
+        monkeypatch.setattr(triton_config, "device_of", lambda index: hopper)
+        monkeypatch.setattr(triton_launch, "device_of", lambda index: hopper)
+    copied = []
+    for module in (triton_forward, triton_backward):
+        monkeypatch.setattr(module, "bulk_tiles", lambda *a: copied.append(make(*a)) or copied[-1])
+    make = triton_config.bulk_tiles
+    tensors = inputs(
+        130, 130, head_dim=head_dim, value_dim=value_dim, dtype=torch.float16, device=device
+    )
+    upstream = torch.randn(BATCH, 6, 130, value_dim, dtype=torch.float16, device=device)
+    mask = masks(130, device)[name]
+    found = []
+    for least in (64, 1000):
+        monkeypatch.setattr(triton_config, "_BULK_LENGTH", least)
+        triton_launch.plans.clear()
+        copied.clear()
+        found.append(results(tensors, upstream, mask=mask))
+        assert all((tiles is not None) == (least == 64) for tiles in copied)
+    for by_engine, by_pointer in zip(*found, strict=True):
+        assert torch.equal(by_engine, by_pointer)
+
+
+@pytest.mark.parametrize(("block_q", "block_k"), [(16, 16), (32, 128), (64, 64)], ids=str)
+@pytest.mark.parametrize(("query_length", "key_length"), [(300, 300), (70, 413), (1, 200)], ids=str)
+def test_key_ranges(
+    device: str, query_length: int, key_length: int, block_q: int, block_k: int
+) -> None:
+    """Every visible key is visited, what counts as whole is, and not much else is looked at."""
+    keep = torch.rand(BATCH, key_length, device=device) > 0.02
+    keep[0, : key_length // 3] = False
+    keep[1] = False
+    starts = torch.tensor([0, key_length // 2, key_length // 2 + 1, key_length], device=device)
+    for mask in (
+        AttentionMask.causal() & AttentionMask.from_padding(keep),
+        AttentionMask.from_documents(
+            starts, query_cu_seqlens=starts.clamp(max=query_length), causal=True
+        ),
+        AttentionMask.from_prefix(torch.tensor([7, key_length // 2], device=device), key_length),
+    ):
+        problem = SimpleNamespace(
+            key_bounds=mask.key_bounds(), query_offset=mask.resolve_offset(query_length, key_length)
+        )
+        tiles = triton_config.Tiles(block_q, block_k, 16, 16, 4, 1)
+        ranges = triton_ranges.key_ranges(problem, tiles, query_length, key_length)
+        visible = mask.to_dense(query_length, key_length, device)[:, 0]
+        for batch, tile in itertools.product(*map(range, ranges.shape[:2])):
+            first, last, full, full_end = ranges[batch, tile].tolist()
+            seen = visible[batch, tile * block_q : (tile + 1) * block_q]
+            assert not seen[:, : first * block_k].any()
+            assert not seen[:, max(first, last) * block_k :].any()
+            assert seen[:, full * block_k : full_end * block_k].all()
+            keys = seen.any(0).nonzero()
+            slack = block_k + KEY_GRANULE
+            if len(keys):
+                assert keys[0] - slack < first * block_k and last * block_k < keys[-1] + slack
+            else:
+                assert (last - first) * block_k < slack
+
+
+def test_a_causal_tile_masks_only_its_diagonal(device: str) -> None:
+    mask = AttentionMask.causal() & AttentionMask.from_padding(torch.ones(1, 512, device=device))
+    problem = SimpleNamespace(key_bounds=mask.key_bounds(), query_offset=0)
+    tiles = triton_config.Tiles(64, 64, 16, 16, 4, 1)
+    first, last, full, full_end = triton_ranges.key_ranges(problem, tiles, 512, 512)[0].T.tolist()
+    assert first == [0] * 8 and last == list(range(1, 9))
+    assert full[1:] == [0] * 7 and full_end[1:] == list(range(1, 8))
+
+
+def test_remembered_launches_take_new_values(device: str) -> None:
+    """Same layout, other tensors, other mask: the second call is computed from its own."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        tensors = inputs(33, 70, device=device)
+        keep = torch.rand(BATCH, 70, device=device) > 0.3
+        mask = AttentionMask.causal() & AttentionMask.from_padding(keep)
+        causal = torch.arange(70)[None] <= torch.arange(33)[:, None] + 37
+        visible = keep.cpu()[:, None, None] & causal
+        check("triton", *tensors, mask=mask, visible=visible, softcap=float(seed + 1))
+    assert triton_launch.plans
+
+
+def test_few_launches_are_remembered(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setattr(triton_launch, "_MOST_PLANS", 3)
+    for length in range(20, 28):
+        query, key, value = inputs(9, length, device=device)
+        expected = dense_attention(query, key, value)[0]
+        torch.testing.assert_close(attend(query, key, value), expected, rtol=1e-4, atol=1e-5)
+        assert 0 < len(triton_launch.plans) <= 3
+
+
+def far_apart(length: int, heads: int, dtype: torch.dtype, device: str) -> Tensor:
+    """[2, heads, length, 16] whose second row starts past 2^31 elements, most of them untouched."""
+    far = 2**31 + 64
+    memory = torch.empty(far + heads * length * 16, dtype=dtype, device=device)
+    view = memory.as_strided((2, heads, length, 16), (far, length * 16, 16, 1))
+    return view.copy_(torch.randn(view.shape, device=device))
+
+
+@pytest.mark.parametrize("query_length", [1, 40])
+def test_offsets_past_32_bits(device: str, query_length: int) -> None:
+    if not INTERPRETED and torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of GPU memory")
+    shapes = ((query_length, 4), (70, 2), (70, 2))
+    tensors = [far_apart(length, heads, torch.float16, device) for length, heads in shapes]
+    mask = AttentionMask.causal()
+    near = results([tensor.contiguous() for tensor in tensors], upstream := torch.randn(
+        2, 4, query_length, 16, dtype=torch.float16, device=device
+    ), mask=mask)  # fmt: skip
+    for got, want in zip(results(tensors, upstream, mask=mask), near, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
+
+
+def test_one_row_past_32_bits(device: str) -> None:
+    """Steps between tokens so large that the last lie past 2^31 elements."""
+    if not INTERPRETED and torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of GPU memory")
+    step = 2**31 // 64
+    memory = torch.empty(70 * step, dtype=torch.float16, device=device)
+    far = memory.as_strided((1, 2, 70, 16), (0, 16, step, 1))
+    far.copy_(torch.randn(1, 2, 70, 16, device=device))
+    near, query = far.contiguous(), torch.randn(1, 2, 33, 16, dtype=torch.float16, device=device)
+    for got, want in zip(
+        results([query, far, far], torch.ones_like(query)),
+        results([query, near, near], torch.ones_like(query)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize("query_length", [1, 64])
+def test_cuda_graph(device: str, query_length: int) -> None:
+    """Nothing in a call waits for the GPU, so a graph takes it and replays it on other values."""
+    heads, length = 8, 1000
+    query, key, value = inputs(
+        query_length, length, heads=(heads, 2), head_dim=64, dtype=torch.bfloat16, device=device
+    )
+    keep = torch.rand(BATCH, length, device=device) > 0.1
+    mask = AttentionMask.causal() & AttentionMask.from_padding(keep)
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+    upstream = torch.randn(BATCH, heads, query_length, 64, dtype=torch.bfloat16, device=device)
+
+    def step() -> list[Tensor]:
+        out = attend(*leaves, mask=mask)
+        return [out, *torch.autograd.grad(out, leaves, upstream)]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    with torch.no_grad():
+        for leaf in leaves:
+            leaf.normal_()
+    graph.replay()
+    for got, want in zip(replayed, step(), strict=True):
+        assert torch.equal(got, want)
+
+
+@needs_gpu
+def test_nothing_is_compiled_as_the_cache_grows(device: str) -> None:
+    import triton
+
+    query, key, value = inputs(1, 700, head_dim=64, dtype=torch.bfloat16, device=device)
+    compiled = []
+
+    def decode(lengths: range) -> None:
+        for length in lengths:
+            attend(query, key[:, :, :length], value[:, :, :length])
+
+    decode(range(250, 300))
+    before = triton.knobs.runtime.jit_post_compile_hook
+    triton.knobs.runtime.jit_post_compile_hook = lambda **given: compiled.append(given)
+    try:
+        decode(range(300, 700))
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = before
+    # From one split of the keys to several is one kernel more, and the one that merges them.
+    assert len(compiled) <= 2
