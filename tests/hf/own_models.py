@@ -100,6 +100,7 @@ class OwnFamily:
     Attributes:
         reference: the implementation to compare with.
         asleep: parts of names of layers that this model does not call.
+        since: the Transformers from which its other layers use the interface.
     """
 
     name: str
@@ -108,6 +109,7 @@ class OwnFamily:
     inputs: Callable[[], dict[str, Tensor]] = text
     reference: str = "eager"
     asleep: tuple[str, ...] = ()
+    since: str = "5.4"
 
     def build(self, implementation: str | None = None, **changes) -> PreTrainedModel:
         """In eval mode, with weights that make attention prefer some keys."""
@@ -245,7 +247,7 @@ SEQ2SEQ = [
     OwnFamily("bigbird_pegasus_full", "BigBirdPegasusForConditionalGeneration",
               {"attention_type": "original_full"}, two_texts),
     OwnFamily("fsmt", "FSMTForConditionalGeneration", {"langs": ["a", "b"]}, two_texts),
-    OwnFamily("longt5_local", "LongT5ForConditionalGeneration", inputs=two_texts),
+    OwnFamily("longt5_local", "LongT5ForConditionalGeneration", inputs=two_texts, since="5.14"),
     OwnFamily("mvp", "MvpForConditionalGeneration", inputs=two_texts),
     OwnFamily("mvp_prompt", "MvpForConditionalGeneration",
               {"use_prompt": True, "prompt_length": 5, "prompt_mid_dim": 16}, two_texts),

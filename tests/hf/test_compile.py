@@ -16,7 +16,7 @@ from models import (
     tokens,
 )
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers import Cache, CompileConfig, DynamicCache, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
 FAMILIES = {f.name: f for f in DECODERS + ENCODERS + SEQUENCE_MODELS}
@@ -213,7 +213,11 @@ def check_generate(name: str, implementation: str = "flash_two") -> None:
     else:
         inputs = {"input_ids": tokens(2, 11), "attention_mask": left_padded(2, 11, 4)}
     count, made = graphs_of_generate(flash, inputs, 14)
-    assert count == (2 if getattr(flash.config, "sliding_window", None) else 1)
+    if getattr(flash.config, "sliding_window", None):
+        # Where a static cache tells its place as a number, the last one looks like a growing cache.
+        assert count == (2 if hasattr(Cache, "get_query_offset") else 3)
+    else:
+        assert count == 1
     expected = eager.generate(**inputs, max_new_tokens=14, do_sample=False)
     assert made == expected.tolist()
 
