@@ -78,6 +78,8 @@ WANTS_FLOAT_TENSOR = frozenset({"deepseek_v4", "gemma4_audio", "informer"})
 NOT_CAUSAL_WITHOUT_MASK = frozenset({"bridgetower", "bridgetower_text_model"})
 # Families whose causal layers say is_causal=False where a mask came, which holds causality.
 CAUSALITY_IN_MASK = frozenset({"moonshine", "moonshine_streaming"})
+# Families whose bidirectional layers name a window that only their cache keeps.
+NO_WINDOW_WITHOUT_MASK = frozenset({"diffusion_gemma_text"})
 
 
 def is_ours(implementation: str | None) -> bool:
@@ -344,6 +346,11 @@ def is_causal_without_mask(module: torch.nn.Module) -> bool:
 def leaves_causality_to_mask(module: torch.nn.Module) -> bool:
     """Whether ``is_causal=False`` says nothing once there is a mask."""
     return _family(module) in CAUSALITY_IN_MASK
+
+
+def has_window_without_mask(module: torch.nn.Module) -> bool:
+    """Whether a bidirectional layer that names a window hides keys where no mask came."""
+    return _family(module) not in NO_WINDOW_WITHOUT_MASK
 
 
 def _family(module: torch.nn.Module) -> str | None:

@@ -203,7 +203,8 @@ def _without_mask(
 ) -> AttentionMask:
     """Towers and cross attention come without a mask; nothing that had to have one may."""
     if not causal:
-        if sliding_window is not None and keys > sliding_window:
+        windowed = sliding_window is not None and compat.has_window_without_mask(module)
+        if windowed and keys > sliding_window:
             raise ValueError(
                 f"attention_mask: a bidirectional layer with sliding_window={sliding_window} got "
                 f"no mask for its {keys} keys"

@@ -101,6 +101,12 @@ def test_bidirectional_window_without_a_mask_is_refused() -> None:
     check(out, expected(*states))
 
 
+def test_a_window_that_only_the_cache_keeps() -> None:
+    layer, states = Layer(is_causal=False), qkv(13)
+    layer.config.model_type = "diffusion_gemma_text"
+    check(attention_forward(layer, *states, None, sliding_window=4), expected(*states))
+
+
 def test_causal_queries_of_unknown_place_are_refused() -> None:
     with pytest.raises(ValueError, match="causal attention of 3 queries to 9 keys needs a mask"):
         attention_forward(Layer(), *qkv(3, 9), None)
