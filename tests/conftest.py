@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-# A process either interprets Triton's kernels or compiles them: `make test` runs one of each.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-KERNELS = (
-    ["triton"] if INTERPRETED
-    else ["blockwise", "triton"] if torch.cuda.is_available()
-    else ["blockwise"]
-)  # fmt: skip
+from machine import GPU, INTERPRETED, KERNELS
 
 torch.set_num_threads(1)
 
@@ -40,7 +31,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def device() -> str:
-    return "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+    return "cuda" if GPU else "cpu"
 
 
 @pytest.fixture(params=KERNELS)

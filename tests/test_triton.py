@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import INTERPRETED
+from machine import GPU, INTERPRETED
 from oracle import dense_attention
 from test_attention import BATCH, check, inputs
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_flash_two import AttentionMask, flash_attention
 from hf_flash_two.masks import KEY_GRANULE
 
-if not (INTERPRETED or torch.cuda.is_available()):
+if not (INTERPRETED or GPU):
     pytest.skip(
         "Triton's kernels need a GPU or its interpreter: TRITON_INTERPRET=1 makes a process use it",
         allow_module_level=True,

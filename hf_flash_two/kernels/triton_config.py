@@ -150,9 +150,7 @@ def forward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -
         blocks = triton.cdiv(key_length, max(block_k, _SPLIT_KEYS))
         programs = batch * key_heads * triton.cdiv(value_dim, block_v)
         splits = max(1, min(blocks, 2 * device.processors // programs))
-        return Tiles(
-            block_q, block_k, block_d, block_v, 4, 2, group, splits
-        )
+        return Tiles(block_q, block_k, block_d, block_v, 4, 2, group, splits)
     block_q, block_k, warps, stages = _table_row(max(block_d, block_v), wide, device, problem)[0]
     return Tiles(
         min(_cap(block_q, problem.block_q, 16), max(16, _padded(query_length))),

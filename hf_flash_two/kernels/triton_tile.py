@@ -150,7 +150,9 @@ def modify(
         # correct digits around 0.
         x = s / softcap
         square = x * x
-        series = 1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * 62 / 2835)))
+        series = 1 + square * (
+            -1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * 62 / 2835))
+        )
         capped = 1 - 2 / (tl.exp2(x * (2 * _LOG2E)) + 1)
         capped = tl.where(square < 0.0625, x * series, capped)
         s = capped * softcap

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from machine import GPU
 from models import DECODERS, Family, left_padded, named, tokens
 
 from hf_flash_two import op
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
 STEPS = 5
 CHOSEN = [f for f in DECODERS if f.name in ("llama", "gemma2", "gemma3", "gpt-oss", "deepseek-v3")]
