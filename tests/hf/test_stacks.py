@@ -5,9 +5,7 @@ Packed runs are held against each document alone under eager, trained by a plain
 
 from __future__ import annotations
 
-import re
 from functools import partial
-from pathlib import Path
 
 import datasets
 import peft
@@ -15,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import trl
+from documentation import ROOT, run, snippets
 from models import DECODERS, Family, named, tokens
 from torch import nn
 from torch._dynamo.utils import counters
@@ -35,7 +34,6 @@ pytestmark = [
     for kind in ("FutureWarning", "DeprecationWarning", "UserWarning")
 ]
 
-TRAINING = Path(__file__).parents[2] / "docs" / "training.md"
 TOKENIZER = ByT5Tokenizer()
 LENGTHS = (7, 19, 2, 30, 11, 23, 5)
 DOCUMENTS = [tokens(1, length, seed=length)[0].tolist() for length in LENGTHS]
@@ -354,22 +352,7 @@ def test_upcast_norms_over_a_bfloat16_base(monkeypatch, tmp_path) -> None:
     assert 0 < off[0] <= 2 * off[1]
 
 
-def snippets() -> list:
-    """The first code block of docs/training.md with each of the others, by their headings."""
-    found, heading = [], ""
-    for title, code in re.findall(
-        r"^## ([^\n]*)$|^```python\n(.*?)^```$", TRAINING.read_text(), re.M | re.S
-    ):
-        heading = title or heading
-        if code:
-            found.append((heading, code))
-    return [
-        pytest.param(found[0][1] + code, id=f"{number} {heading}")
-        for number, (heading, code) in enumerate(found[1:], 1)
-    ]
-
-
-@pytest.mark.parametrize("code", snippets())
+@pytest.mark.parametrize("code", snippets(ROOT / "docs" / "training.md"))
 def test_documentation(code: str, kernel_calls, monkeypatch, tmp_path) -> None:
     model = FAMILIES["qwen3"].build("eager", vocab_size=len(TOKENIZER))
     model.save_pretrained(tmp_path / "tiny")
@@ -378,9 +361,6 @@ def test_documentation(code: str, kernel_calls, monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(trl, "SFTConfig", partial(trl.SFTConfig, use_cpu=True))
-    assert code.count("Qwen/Qwen3-0.6B") == 1
-    code = code.replace("Qwen/Qwen3-0.6B", "tiny")
     # Inductor would compile C++ for a minute.
-    code = code.replace("torch_compile=True", "torch_compile=True, torch_compile_backend='eager'")
-    exec(compile(code, str(TRAINING), "exec"), {})
+    run(code.replace("torch_compile=True", "torch_compile=True, torch_compile_backend='eager'"))
     assert kernel_calls

@@ -1,0 +1,32 @@
+"""The Python snippets of a document, to be run as they stand with a tiny model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODEL = "Qwen/Qwen3-0.6B"
+
+
+def snippets(path: Path) -> list:
+    """The first code block of a document with each of the others, named by their headings."""
+    found, heading = [], ""
+    for title, code in re.findall(
+        r"^##+ ([^\n]*)$|^```python\n(.*?)^```$", path.read_text(), re.M | re.S
+    ):
+        heading = title or heading
+        if code:
+            found.append((heading, code))
+    first, *others = found
+    runs = [(heading, first[1] + code) for heading, code in others] or [first]
+    return [
+        pytest.param(code, id=f"{path.stem} {number} {heading}".rstrip())
+        for number, (heading, code) in enumerate(runs, 1)
+    ]
+
+
+def run(code: str) -> None:
+    exec(compile(code.replace(MODEL, "tiny"), "a snippet", "exec"), {})
