@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY ?= passive
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-sweep test-gpu test-lowest quality style bench clean
+.PHONY: demo test test-sweep test-gpu test-lowest quality style bench coverage clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -47,6 +47,11 @@ style: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python scripts/benchmark.py
+
+# docs/coverage.md: every family of Transformers against eager; goes on where it was interrupted.
+coverage: $(INSTALLED)
+	$(BIN)/pip install -q -c $(CONSTRAINTS) scipy
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/coverage.py --jobs $(JOBS)
 
 clean:
 	rm -rf .venv .venv-lowest runs build dist

@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""Compares flash_two with eager on a tiny model of every family in Transformers."""
+"""Compares flash_two with eager on a tiny model of every family in Transformers.
+
+Writes docs/coverage.md and docs/coverage.json; a run that was interrupted goes on where it was.
+"""
 
 from __future__ import annotations
 
@@ -9,44 +12,62 @@ import multiprocessing
 import os
 import sys
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import transformers
 from tqdm import tqdm
+from zoo import table
 from zoo.build import Family, families
 from zoo.compare import Row, check
-
-import hf_flash_two  # noqa: F401
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", metavar="NAME")
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--timeout", type=int, default=120, help="seconds for one family")
-    parser.add_argument("--results", type=Path, default=Path("runs/coverage.jsonl"))
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="FAMILY",
+        help="print what is found about these, write no table",
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default: 2)")
+    parser.add_argument(
+        "--timeout", type=int, default=240, help="seconds for one family (default: 240)"
+    )
+    parser.add_argument(
+        "--progress", type=Path, default=Path("runs/coverage.jsonl"), help="what is done so far"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
+    everything = families()
+    unknown = set(args.only or ()) - {family.name for family in everything}
+    if unknown:
+        parser.error(f"--only: no such family in transformers: {', '.join(sorted(unknown))}")
+    if args.only:
+        todo = [family for family in everything if family.name in args.only]
+        for row in in_workers(todo, args.jobs, args.timeout):
+            print(json.dumps(row.as_dict(), indent=1))
+        return 0
     done = {}
-    if args.results.exists():
-        for line in args.results.read_text().splitlines():
-            row = json.loads(line)
-            done[row["family"]] = row
-    todo = [f for f in families() if (f.name in args.only if args.only else f.name not in done)]
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    with args.results.open("a") as file:
+    if args.progress.exists():
+        lines = args.progress.read_text().splitlines()
+        done = {row.family: row for row in (Row(**json.loads(line)) for line in lines)}
+    todo = [family for family in everything if family.name not in done]
+    args.progress.parent.mkdir(parents=True, exist_ok=True)
+    with args.progress.open("a") as file:
         for row in tqdm(in_workers(todo, args.jobs, args.timeout), total=len(todo), unit="family"):
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row.as_dict()) + "\n")
             file.flush()
-            done[row["family"]] = row
-            if args.only:
-                print(json.dumps(row, indent=1))
+            done[row.family] = row
+    table.write(done.values(), Path(__file__).parent.parent / "docs")
+    args.progress.unlink()
     return 0
 
 
-def in_workers(todo: list[Family], jobs: int, timeout: int):
+def in_workers(todo: list[Family], jobs: int, timeout: int) -> Iterator[Row]:
     """The row of each family from a process of its own; one that hangs or dies gives a row too."""
     context = multiprocessing.get_context("fork")
     waiting, running = list(reversed(todo)), {}
@@ -68,13 +89,10 @@ def in_workers(todo: list[Family], jobs: int, timeout: int):
                     row = receiver.recv()
                 except EOFError:
                     process.join()
-                    row = Row(family.name, status="error")
-                    row.notes.append(f"the process ended with {process.exitcode}")
-                    row = row.as_dict()
+                    row = _failed(family, f"the process ended with {process.exitcode}")
             elif time.monotonic() > limit:
                 process.kill()
-                row = Row(family.name, status="error", notes=[f"not done after {timeout} s"])
-                row = row.as_dict()
+                row = _failed(family, f"not done after {timeout} s")
             if row is not None:
                 process.join()
                 receiver.close()
@@ -83,12 +101,13 @@ def in_workers(todo: list[Family], jobs: int, timeout: int):
 
 
 def work(family: Family, sender) -> None:
-    import warnings
-
     warnings.simplefilter("ignore")
-    if "COVERAGE_DEBUG" not in os.environ:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-    sender.send(check(family).as_dict())
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    sender.send(check(family))
+
+
+def _failed(family: Family, reason: str) -> Row:
+    return Row(family.name, kind=family.kind, status="error", notes=[reason])
 
 
 if __name__ == "__main__":

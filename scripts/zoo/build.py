@@ -6,6 +6,7 @@ small ones, and `overrides` holds what the rule cannot know.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_flash_two.hf.families import NOT_POSSIBLE, attention_kind, key
 from zoo.overrides import OVERRIDES, SMALL, Override
 
 LARGEST = 30_000_000
@@ -44,6 +46,20 @@ class Family:
     @property
     def module(self) -> ModuleType:
         return importlib.import_module(f"transformers.models.{self.folder}.modeling_{self.name}")
+
+    @property
+    def kind(self) -> str:
+        """ "interface", or its attention classes are its "own" or "not softmax", or "none"."""
+        if hasattr(self.module, "ALL_ATTENTION_FUNCTIONS"):
+            return "interface"
+        names = {
+            key(value)
+            for value in vars(self.module).values()
+            if inspect.isclass(value)
+            and value.__module__ == self.module.__name__
+            and attention_kind(value) == "own"
+        }
+        return "none" if not names else "not softmax" if names <= NOT_POSSIBLE.keys() else "own"
 
     @property
     def override(self) -> Override:
@@ -74,7 +90,7 @@ class Family:
     def config(self, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
         return shrunk(model_class.config_class, self.override.config)
 
-    def build(self, implementation: str) -> PreTrainedModel:
+    def build(self, implementation: str | dict[str, str]) -> PreTrainedModel:
         """The same weights for every implementation; float32, not training."""
         cls = self.model_class
         with torch.device("meta"):
@@ -103,15 +119,24 @@ def families() -> list[Family]:
 
 def shrunk(config_class: type[PreTrainedConfig], changes: dict) -> PreTrainedConfig:
     """The default configuration with small numbers; ``changes`` win, and go into sub-configs."""
-    default = config_class()
-    values = dict(_small_values(default))
-    for name in config_class.sub_configs:
-        part = getattr(default, name, None)
+    return _shrunk(config_class(), copy.deepcopy(changes))
+
+
+def _shrunk(config: PreTrainedConfig, changes: dict) -> PreTrainedConfig:
+    usual = type(config)().to_dict()
+    values = {
+        name: value
+        for name, value in config.to_dict().items()
+        if isinstance(value, (bool, str)) and name in usual and usual[name] != value
+    }
+    values |= _small_values(config)
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
         wanted = changes.get(name, {})
         if isinstance(part, PreTrainedConfig) and isinstance(wanted, dict):
-            values[name] = shrunk(type(part), wanted)
+            values[name] = _shrunk(part, wanted)
     parts = {k: v for k, v in changes.items() if not (isinstance(v, dict) and k in values)}
-    return config_class(**{**values, **parts})
+    return type(config)(**{**values, **parts})
 
 
 def _small_values(config: PreTrainedConfig) -> Iterator[tuple[str, object]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from transformers import ResNetConfig
 
 
 @dataclass(frozen=True)
@@ -17,11 +18,17 @@ class Override:
         config: values of the configuration; a dict goes into the sub-config of that name.
         inputs: per argument a shape (normal numbers), a list (exact integers) or a function that
             gets a `torch.Generator`; None takes the argument out.
+        reference: the implementation to compare with, where eager itself is wrong.
+        sides: of padding that the family can take.
+        remark: why reference or sides are not the usual ones.
     """
 
     model: str = ""
     config: dict = field(default_factory=dict)
     inputs: dict[str, tuple | list | Callable | None] = field(default_factory=dict)
+    reference: str | dict[str, str] = "eager"
+    sides: tuple[str, ...] = ("left", "right")
+    remark: str = ""
 
 
 def _table(*groups: tuple[str, object]) -> dict[str, object]:
@@ -156,6 +163,7 @@ _QUESTION = {
     "qformer_attention_mask": _ones(2, 5),
 }
 _HGNET = {
+    "hidden_sizes": [16, 16, 16, 16],
     "stem_channels": [3, 8, 16], "stage_in_channels": [16, 16, 16, 16],
     "stage_mid_channels": [8, 8, 8, 8], "stage_out_channels": [16, 16, 16, 16],
     "stage_num_blocks": [1, 1, 1, 1], "stage_numb_of_layers": [1, 1, 1, 1],
@@ -167,13 +175,147 @@ _DETR_FAMILY = {
     "encoder_hidden_dim": 64,
     "num_denoising": 0,
 }
+_ADDS_BOOL = {
+    "reference": {"": "eager", "text_config": "sdpa"},
+    "remark": "compared with sdpa in the text part, since eager adds its bool mask as 0 and 1",
+}
+_INVERTED = {
+    "reference": "sdpa",
+    "remark": "compared with sdpa, since eager takes the encoder's float mask for a bool one",
+}
 _MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16}
 
+
+def _boxes(generator: torch.Generator) -> torch.Tensor:
+    """Left, top, right, bottom of 21 words in two rows."""
+    corner = torch.randint(0, 30, (2, 21, 2), generator=generator)
+    return torch.cat([corner, corner + 7], dim=2)
+
+
+_SWIN = {
+    "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "patch_size": 4,
+    "window_size": 4, "out_indices": [1, 2, 3, 4], "out_features": None,
+}  # fmt: skip
+# In place of one from the timm package.
+_RESNET = {
+    "use_timm_backbone": False,
+    "use_pretrained_backbone": False,
+    "backbone": None,
+    "backbone_config": ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16, 16, 16], depths=[1] * 4, out_indices=[1, 2, 3, 4]
+    ),
+}
+
 OVERRIDES: dict[str, Override] = {
+    "qwen2_5_omni": Override(
+        model="Qwen2_5OmniThinkerForConditionalGeneration", config={"text_config": MROPE}
+    ),
+    "qwen3_omni_moe": Override(model="Qwen3OmniMoeThinkerForConditionalGeneration"),
+    "paddleocr_vl": Override(
+        config={"text_config": MROPE},
+        inputs={"pixel_values": (20, 3, 8, 8), "image_grid_thw": [[1, 4, 2], [1, 4, 3]]},
+    ),
+    "muse_glimmer_assistant": Override(
+        config={"block_size": 4, "target_layer_ids": [1]},
+        inputs={"noise_embeds": (2, 4, 64), "context_hidden_states": (2, 21, 64)},
+    ),
+    "moshi": Override(
+        inputs={
+            "user_audio_codes": _integers(8, 2, 8, 21),
+            "moshi_audio_codes": _integers(8, 2, 8, 21),
+        },
+        config={"audio_encoder_config": {"upsampling_ratios": [4, 2], "num_filters": 8}},
+    ),
+    "glm5_next": Override(
+        config={
+            "text_config": {"index_topk": 4, "index_kpool": 2, "qk_rope_head_dim": 0, "head_dim": 0}
+        }
+    ),
+    "vitpose": Override(
+        config={"backbone_config": {"image_size": (32, 24), "patch_size": (8, 8)}},
+        inputs={"pixel_values": (2, 3, 32, 24)},
+    ),
+    "vitpose_backbone": Override(
+        model="VitPoseBackbone",
+        config={"image_size": (32, 24), "patch_size": (8, 8)},
+        inputs={"pixel_values": (2, 3, 32, 24)},
+    ),
+    "upernet": Override(config={"auxiliary_in_channels": 8, "hidden_size": 16}, inputs=_IMAGE_64),
+    "videomt": Override(inputs={"pixel_values_videos": (2, 2, 3, 32, 32)}),
+    "kyutai_speech_to_text": Override(
+        config={
+            "codebook_vocab_size": 17,
+            "audio_bos_token_id": 16,
+            "audio_pad_token_id": 99,
+            "codec_config": {"upsampling_ratios": [4, 2], "num_filters": 8},
+        },
+        inputs={"input_ids": _integers(16, 2, 21, 9, least=3)},
+    ),
+    "kosmos2": Override(
+        config={"latent_query_num": 4, "text_config": {"layers": 2, "attention_heads": 4}},
+        inputs={
+            **_IMAGE,
+            "image_embeds_position_mask": lambda _: (
+                (torch.arange(21) // 4 == 2).long().expand(2, 21)
+            ),
+        },
+    ),
+    "idefics": Override(
+        inputs={"pixel_values": (2, 1, 3, 32, 32), "image_attention_mask": _ones(2, 21, 1)}
+    ),
+    "gemma4_unified_assistant": Override(
+        config={
+            "text_config": {
+                "num_hidden_layers": 4,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "num_kv_shared_layers": 2,
+            }
+        }
+    ),
+    "falcon_h1": Override(config={"mamba_d_ssm": 128}),
+    "dots3_note": Override(
+        config={
+            "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+            "audio_config": {
+                "adapter_input_size": 64,
+                "adapter_out_dim": 64,
+                "downsample_hidden_size": 16,
+            },
+        }
+    ),
+    "diffusion_gemma": Override(
+        config={"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64}}
+    ),
+    "depth_pro": Override(
+        config={
+            "patch_size": 32,
+            "intermediate_hook_ids": [1, 0],
+            "intermediate_feature_dims": [16, 16],
+            "scaled_images_feature_dims": [16, 16, 16],
+            "fusion_hidden_size": 16,
+        },
+        inputs={"pixel_values": (1, 3, 128, 128)},
+    ),
+    "efficientnet": Override(
+        config={
+            "width_coefficient": 1.0,
+            "depth_coefficient": 1.0,
+            "in_channels": [32, 8],
+            "out_channels": [8, 64],
+            "kernel_sizes": [3, 3],
+            "strides": [1, 2],
+            "num_block_repeats": [1, 1],
+            "expand_ratios": [1, 1],
+            "hidden_dim": 1280,
+        },
+        inputs=_IMAGE,
+    ),
     "align": Override(
         config={
             "vision_config": {
-                "in_channels": [8, 8],
+                "width_coefficient": 1.0,
+                "depth_coefficient": 1.0,
+                "in_channels": [32, 8],
                 "out_channels": [8, 64],
                 "kernel_sizes": [3, 3],
                 "strides": [1, 2],
@@ -215,7 +357,10 @@ OVERRIDES: dict[str, Override] = {
                 "attn_resolutions": None,
                 "base_channels": 32,
             },
-            "vocabulary_map": {"<image>": 91, "IMGIMGA": 3},
+            "vocabulary_map": {
+                "<image>": 91,
+                **{f"IMGIMG{x}Z": 10 + i for i, x in enumerate("ABCDEFGH")},
+            },
         },
         inputs=_IMAGE,
     ),
@@ -248,7 +393,11 @@ OVERRIDES: dict[str, Override] = {
         inputs=_IMAGE,
     ),
     "clvp": Override(
-        config={"decoder_config": {"feature_size": 16, "max_text_tokens": 99}},
+        config={
+            "text_config": {"num_attention_heads": 2},
+            "speech_config": {"num_attention_heads": 2},
+            "decoder_config": {"feature_size": 16, "max_text_tokens": 99},
+        },
         inputs={"input_features": (2, 16, 30)},
     ),
     "cohere_compass": Override(
@@ -275,11 +424,13 @@ OVERRIDES: dict[str, Override] = {
         inputs={"input_ids": _integers(90, 2, 21, 8, least=3)},
     ),
     "cvt": Override(
-        config={"embed_dim": [16, 16, 16], "num_heads": [1, 2, 4], "depth": [1, 1, 2]},
+        config={"embed_dim": [16, 16, 16], "num_heads": [1, 2, 4], "depth": [1, 2, 3]},
         inputs=_IMAGE_64,
     ),
     "d_fine": Override(config={**_DETR_FAMILY, "backbone_config": _HGNET}, inputs=_IMAGE_64),
-    "dbrx": Override(config={"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}}),
+    "dbrx": Override(
+        config={"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}}
+    ),
     "decision_transformer": Override(
         inputs={
             "states": (2, 7, 17),
@@ -368,18 +519,65 @@ OVERRIDES: dict[str, Override] = {
         inputs={"pixel_values": None},
     ),
     "esm": Override(
-        config={"vocab_size": 99, "mask_token_id": 97, "position_embedding_type": "rotary"}
+        config={
+            "vocab_size": 99,
+            "mask_token_id": 97,
+            "pad_token_id": 0,
+            "position_embedding_type": "rotary",
+        }
     ),
     "esmc": Override(config={"num_key_value_heads": 4}),
-    "ernie4_5_vl_moe": Override(config={"text_config": MROPE}),
+    "ernie4_5_vl_moe": Override(
+        config={
+            "text_config": {"moe_intermediate_size": [32, 16], "moe_num_experts": 4, "moe_k": 2}
+        }
+    ),
     "fun_asr_nano": Override(config={"adaptor_config": {"intermediate_size": 16}}),
     "gemma4_assistant": Override(config={"text_config": {"hidden_size_per_layer_input": 0}}),
     "git": Override(inputs={"pixel_values": (2, 3, 32, 32)}),
     "glm46v": Override(config={"text_config": MROPE}),
     "glm4v": Override(config={"text_config": MROPE}),
-    "glm4v_moe": Override(config={"text_config": MROPE}),
+    "glm4v_moe": Override(
+        config={
+            "text_config": {
+                "rope_parameters": {
+                    **MROPE["rope_parameters"],
+                    "mrope_section": [1, 1, 2],
+                    "partial_rotary_factor": 0.5,
+                }
+            }
+        }
+    ),
     "glm_ocr": Override(config={"text_config": MROPE}),
     "glm_image": Override(config={"text_config": MROPE}),
+    "conditional_detr": Override(config=_RESNET, inputs=_IMAGE_64),
+    "dab_detr": Override(config=_RESNET, inputs=_IMAGE_64),
+    "deformable_detr": Override(config=_RESNET, inputs=_IMAGE_64),
+    "detr": Override(config=_RESNET, inputs=_IMAGE_64),
+    "table_transformer": Override(config=_RESNET, inputs=_IMAGE_64),
+    "gemma3n": Override(
+        model="Gemma3nForCausalLM",
+        config={
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "intermediate_size": 64,
+            "activation_sparsity_pattern": 0.0,
+        },
+    ),
+    "grounding_dino": Override(**_ADDS_BOOL),
+    "mm_grounding_dino": Override(**_ADDS_BOOL),
+    "nemotron3_5_asr": Override(**_INVERTED),
+    "nemotron_asr_streaming": Override(**_INVERTED),
+    "pe_audio": Override(
+        sides=("right",), remark="no left padding: the text is read off its first token"
+    ),
+    "videoprism": Override(
+        sides=("right",), remark="no left padding: the result holds what padding makes of itself"
+    ),
+    "fastspeech2_conformer": Override(
+        config={"encoder_linear_units": 64, "decoder_linear_units": 64}
+    ),
     "gpt_neo": Override(
         config={"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 5}
     ),
@@ -432,8 +630,7 @@ OVERRIDES: dict[str, Override] = {
     ),
     "lfm2_moe": Override(config={"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
     "lilt": Override(
-        config={"hidden_size": 64, "channel_shrink_ratio": 2},
-        inputs={"bbox": _integers(30, 2, 21, 4)},
+        config={"hidden_size": 96, "channel_shrink_ratio": 2}, inputs={"bbox": _boxes}
     ),
     "lightglue": Override(
         config={
@@ -517,28 +714,27 @@ OVERRIDES: dict[str, Override] = {
     "moonshine_streaming": Override(
         config={"encoder_config": {"sliding_windows": [[4, 2], [4, 0]], "num_key_value_heads": 4}}
     ),
-    "musicgen": Override(inputs={"decoder_input_ids": _integers(8, 8, 9)}),
+    "musicgen": Override(
+        inputs={"decoder_input_ids": _integers(8, 16, 9), "input_values": None},
+        config={"audio_encoder": {"hidden_size": 64}},
+    ),
     "musicgen_melody": Override(
-        inputs={"decoder_input_ids": _integers(8, 8, 9), "input_features": None}
+        inputs={"decoder_input_ids": _integers(8, 16, 9), "input_features": (2, 5, 12)},
+        config={"audio_encoder": {"hidden_size": 64}},
     ),
     "nemotron3_diarization": Override(config={"head_config": {"audio_hidden_size": 64}}),
     "oneformer": Override(
         config={
-            "text_encoder_width": 64,
+            "hidden_dim": 32,
+            "mask_dim": 32,
+            "conv_dim": 32,
+            "text_encoder_width": 32,
             "text_encoder_num_layers": 1,
             "text_encoder_vocab_size": 99,
             "text_encoder_context_length": 9,
             "text_encoder_n_ctx": 4,
             "task_seq_len": 9,
-            "backbone_config": {
-                "embed_dim": 8,
-                "depths": [1, 1, 1, 1],
-                "num_heads": [1, 2, 2, 4],
-                "patch_size": 4,
-                "window_size": 4,
-                "out_indices": [1, 2, 3, 4],
-                "out_features": None,
-            },
+            "backbone_config": _SWIN,
         },
         inputs={**_IMAGE_64, "task_inputs": _integers(90, 2, 9)},
     ),
@@ -639,6 +835,7 @@ OVERRIDES: dict[str, Override] = {
     "levit": Override(
         config={
             "image_size": 64,
+            "patch_size": 16,
             "hidden_sizes": [16, 24, 32],
             "num_attention_heads": [2, 3, 4],
             "depths": [1, 1, 1],
@@ -765,7 +962,14 @@ OVERRIDES: dict[str, Override] = {
     ),
     "vitmatte": Override(
         config={
-            "backbone_config": {"hidden_size": 32},
+            "backbone_config": {
+                "hidden_size": 32,
+                "num_channels": 4,
+                "residual_block_indices": [],
+                "window_block_indices": [],
+                "out_indices": [2],
+                "out_features": None,
+            },
             "hidden_size": 32,
             "convstream_hidden_sizes": [8, 8, 8],
             "fusion_hidden_sizes": [8, 8, 8, 8],
