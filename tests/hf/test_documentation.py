@@ -30,7 +30,9 @@ NAMED = [pytest.param(path, id=path.name) for path in DOCUMENTS]
 def test_snippet(code: str, kernel_calls, monkeypatch, tmp_path) -> None:
     tokenizer = ByT5Tokenizer()
     family = next(family for family in DECODERS if family.name == "qwen3")
-    family.build("eager", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "tiny")
+    end = tokenizer.eos_token_id
+    model = family.build("eager", vocab_size=len(tokenizer), eos_token_id=end)
+    model.save_pretrained(tmp_path / "tiny")
     tokenizer.save_pretrained(tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)
     torch._dynamo.reset()
