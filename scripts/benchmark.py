@@ -7,7 +7,7 @@
 
 Every peer runs in turn within a row, so a ratio holds when the machine's speed drifts; times are
 medians. A row is timed only if all peers agree on its result. FLOP/s count 4 * B * H * D per
-visible pair in the forward pass and 3.5 times that for forward and backward. Running out of memory
+visible pair in the forward pass, 2.5 times that in the backward pass. Running out of memory
 is a row, not a gap. The last line of the output is the table as JSON.
 """
 
@@ -22,9 +22,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
+from importlib.util import find_spec
 
 import benchmark_model
 import torch
@@ -37,7 +38,10 @@ from tqdm import tqdm
 from hf_flash_two import AttentionMask, flash_attention
 
 WORKLOADS = ("full", "causal", "padded", "window", "packed", "decode")
-WINDOW = DOCUMENT = 512
+DOCUMENT = 512
+_IN_A_ROW = 5
+# Multiples of the products of the forward: the gradients take two and a half times as many.
+PRODUCTS = {"forward": 1, "backward": 2.5, "both": 3.5}
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Case:
             (self.batch, self.key_heads, self.length, self.head_dim),
         ]
         kind = {"dtype": DTYPES[self.dtype], "device": self.device}
-        return [torch.randn(s, **kind, requires_grad=self.mode == "both") for s in shapes]
+        return [torch.randn(s, **kind, requires_grad=self.mode != "forward") for s in shapes]
 
     def mask(self) -> AttentionMask:
         if self.workload == "padded":
@@ -76,7 +80,7 @@ class Case:
             documents = torch.arange(self.length, device=self.device) // DOCUMENT
             return AttentionMask.from_documents(segment_ids=documents, causal=True)
         if self.workload == "window":
-            return AttentionMask.causal(WINDOW)
+            return AttentionMask.causal(1024 if self.device == "cuda" else 512)
         return AttentionMask.causal() if self.workload == "causal" else AttentionMask.full()
 
     def flops(self) -> float:
@@ -87,11 +91,13 @@ class Case:
         else:
             dense = self.mask().to_dense(self.length, self.length, self.device)
             pairs = dense.sum().item() * self.batch / dense.shape[0]
-        return pairs * 4 * self.heads * self.head_dim * (3.5 if self.mode == "both" else 1)
+        return pairs * 4 * self.heads * self.head_dim * PRODUCTS[self.mode]
 
 
-def peers(case: Case) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """Name -> attention; ours first, then everything this machine offers for the case."""
+def peers(
+    case: Case, wanted: list[str] | None
+) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Name -> attention; ours first, then those ``wanted`` of all this machine has for the case."""
     mask, length = case.mask(), case.length
     found = {"flash_two": lambda q, k, v: flash_attention(q, k, v, mask=mask)}
     gqa = case.heads != case.key_heads
@@ -106,14 +112,27 @@ def peers(case: Case) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     if case.device == "cuda":
         for backend in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"):
             found[f"sdpa-{backend.split('_')[0].lower()}"] = _forced(backend, settings)
-        found["flex"] = _flex(case, mask)
-    return found
+        if find_spec("flash_attn") and case.workload in ("full", "causal", "decode"):
+            found["flash-attn"] = _flash_attn(case.workload == "causal")
+        if wanted is None or "flex" in wanted:
+            found["flex"] = _flex(case, mask)
+    return {n: f for n, f in found.items() if wanted is None or n in ("flash_two", *wanted)}
 
 
 def _forced(backend: str, settings: dict):
     def attend(q, k, v):
         with sdpa_kernel(getattr(SDPBackend, backend)):
             return F.scaled_dot_product_attention(q, k, v, **settings)
+
+    return attend
+
+
+def _flash_attn(causal: bool):
+    from flash_attn import flash_attn_func
+
+    def attend(*tensors):
+        out = flash_attn_func(*(x.transpose(1, 2) for x in tensors), causal=causal)
+        return out.transpose(1, 2)
 
     return attend
 
@@ -137,10 +156,10 @@ def _flex(case: Case, mask: AttentionMask):
     return lambda q, k, v: compiled(q, k, v, block_mask=block_mask, enable_gqa=gqa)
 
 
-def measure(case: Case, repeats: int) -> list[dict]:
+def measure(case: Case, repeats: int, wanted: list[str] | None = None) -> list[dict]:
     """One result per peer: milliseconds, FLOP/s, peak memory on a GPU, or why there is no time."""
     tensors, results, runs, reference = case.tensors(), [], {}, None
-    for name, attend in peers(case).items():
+    for name, attend in peers(case, wanted).items():
         row = vars(case) | {"peer": name}
         results.append(row)
         try:
@@ -178,12 +197,20 @@ def _runner(case: Case, attend, tensors: list[Tensor]):
         dtype=DTYPES[case.dtype], device=case.device,
     )  # fmt: skip
 
-    def run():
+    def both():
         out = attend(*tensors)
         torch.autograd.grad(out, tensors, d_out)
         return out
 
-    return run
+    if case.mode == "both":
+        return both
+    made = attend(*tensors)
+
+    def backward():
+        torch.autograd.grad(made, tensors, d_out, retain_graph=True)
+        return made
+
+    return backward
 
 
 def _comparable(case: Case, out: Tensor) -> Tensor:
@@ -197,11 +224,13 @@ def _comparable(case: Case, out: Tensor) -> Tensor:
 def _seconds(run, device: str) -> float:
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # A few runs in a row: the GPU need not wait for the host.
         start.record()
-        run()
+        for _ in range(_IN_A_ROW):
+            run()
         end.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return start.elapsed_time(end) / 1e3 / _IN_A_ROW
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -286,25 +315,43 @@ def plot(results: list[dict], path: str) -> None:
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
+    gpu = args.device == "cuda"
     found = []
-    lengths, modes = args.lengths or [1024, 4096, 8192], args.modes or ["forward", "both"]
     for workload in args.workloads:
-        for dtype in args.dtypes or ["fp32", "bf16"]:
-            for head_dim in args.head_dims:
-                for length in [max(lengths)] if workload == "decode" else lengths:
-                    for mode in ["forward"] if workload == "decode" else modes:
-                        heads, key_heads = (32, 8) if workload == "decode" else (8, 8)
-                        batch = 2 if workload == "padded" else 1
-                        if args.device == "cuda":
-                            batch = max(batch, 16384 // length)
-                            heads, key_heads = 2048 // head_dim, 2048 // head_dim
-                        found.append(
-                            Case(
-                                workload, dtype, length, head_dim, mode, args.device,
-                                batch, heads, key_heads,
-                            )
-                        )  # fmt: skip
+        shapes = list(gpu_shapes(args, workload) if gpu else cpu_shapes(args, workload))
+        modes = args.modes or ["forward", "backward" if gpu else "both"]
+        found += [
+            Case(workload, dtype, length, head_dim, mode, args.device, batch, heads, key_heads)
+            for dtype in args.dtypes or (["bf16"] if gpu else ["fp32", "bf16"])
+            for length, head_dim, batch, heads, key_heads in shapes
+            for mode in (["forward"] if workload == "decode" else modes)
+        ]
     return found
+
+
+def cpu_shapes(args: argparse.Namespace, workload: str) -> Iterator[tuple[int, ...]]:
+    """(length, head_dim, batch, heads, key_heads)."""
+    lengths = args.lengths or [1024, 4096, 8192]
+    for head_dim in args.head_dims or [64, 128]:
+        if workload == "decode":
+            yield max(lengths), head_dim, 1, 32, 8
+        else:
+            for length in lengths:
+                yield length, head_dim, 2 if workload == "padded" else 1, 8, 8
+
+
+def gpu_shapes(args: argparse.Namespace, workload: str) -> Iterator[tuple[int, ...]]:
+    """Sequences of 16384 tokens in all; what is masked and what decodes as models of 8B do it."""
+    if workload == "decode":
+        for batch, length in ((1, 32768), (16, 8192), (64, 4096)):
+            yield length, 128, batch, 32, 8
+    elif workload in ("full", "causal"):
+        for head_dim in args.head_dims or [64, 128, 256]:
+            for length in args.lengths or [2048, 16384]:
+                yield length, head_dim, max(1, 16384 // length), 2048 // head_dim, 2048 // head_dim
+    else:
+        for length in args.lengths or [4096]:
+            yield length, 128, 4, 32, 8
 
 
 def main() -> None:
@@ -320,10 +367,11 @@ def main() -> None:
     )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
     parser.add_argument("--lengths", nargs="+", type=int)
-    parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128])
+    parser.add_argument("--head-dims", nargs="+", type=int)
     parser.add_argument(
-        "--modes", nargs="+", help="of forward both, or with --model train generate"
+        "--modes", nargs="+", help=f"of {tuple(PRODUCTS)}, or with --model train generate"
     )
+    parser.add_argument("--peers", nargs="+", help="all that there are if left out")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--plot", help="write a bar chart to this file (needs matplotlib)")
@@ -355,7 +403,7 @@ def main() -> None:
     timing = benchmark_model if args.model else sys.modules[__name__]
     results = []
     for case in tqdm(timing.cases(args), unit="case", file=sys.stderr):
-        results += timing.measure(case, args.repeats)
+        results += timing.measure(case, args.repeats, args.peers)
     timing.show(results)
     if args.plot:
         plot(results, args.plot)

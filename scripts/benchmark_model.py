@@ -111,7 +111,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
     ]  # fmt: skip
 
 
-def measure(case: Case, repeats: int) -> list[dict]:
+def measure(case: Case, repeats: int, wanted: list[str] | None = None) -> list[dict]:
     """One result per implementation: ms, tokens per second, peak memory on a GPU, or why not."""
     model, inputs = case.model(), case.inputs()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0) if case.mode == "train" else None
@@ -121,6 +121,8 @@ def measure(case: Case, repeats: int) -> list[dict]:
     }  # fmt: skip
     results, runs, expected = [], {}, None
     for name in PEERS:
+        if wanted is not None and name not in (PEERS[0], *wanted):
+            continue
         results.append(row | {"peer": name})
         run = _runner(case, model, inputs, optimizer, name)
         try:

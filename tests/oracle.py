@@ -93,7 +93,8 @@ def rms(x: Tensor) -> float:
 def assert_within_budget(
     name: str, actual: Tensor, exact: Tensor, same_dtype: Tensor, inherited: float = 0.0
 ) -> None:
-    """The RMS error is at most twice (float32: three times) that of the dense formula.
+    """The RMS error is at most twice that of the dense formula; in float32 three times, on a GPU,
+    whose library splits long sums, four times.
 
     The largest error would not do: a low-precision accumulator triples the RMS over long rows and
     leaves the maximum where it was.
@@ -106,7 +107,7 @@ def assert_within_budget(
     assert actual.shape == exact.shape, f"{name}: shape {actual.shape}, expected {exact.shape}"
     assert actual.isfinite().all(), f"{name}: {(~actual.isfinite()).sum()} values not finite"
     dtype = actual.dtype
-    factor = {torch.float64: 200.0, torch.float32: 3.0}.get(dtype, 2.0)
+    factor = {torch.float64: 200.0, torch.float32: 4.0 if actual.is_cuda else 3.0}.get(dtype, 2.0)
     floor = torch.finfo(dtype).eps * rms(exact) / 4
     error, allowed = rms(actual.double() - exact), max(rms(same_dtype.double() - exact), floor)
     limit = factor * allowed + inherited * rms(exact)

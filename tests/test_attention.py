@@ -46,7 +46,8 @@ def inputs(
         (batch, heads[1], key_length, head_dim),
         (batch, heads[1], key_length, value_dim),
     )
-    return [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]
+    # Drawn on the CPU: the same on every device.
+    return [torch.randn(shape, dtype=dtype).to(device) for shape in shapes]
 
 
 def attend(kernel: str, query: Tensor, key: Tensor, value: Tensor, **arguments):
@@ -107,8 +108,8 @@ def check(
         **arguments,
     )
     dense_arguments = {name: arg for name, arg in arguments.items() if name != "dropout_seed"}
-    d_out = torch.randn_like(out) if d_out is None else d_out
-    d_lse = torch.randn_like(lse)
+    d_out = torch.randn(out.shape, dtype=out.dtype).to(out.device) if d_out is None else d_out
+    d_lse = torch.randn(lse.shape, dtype=lse.dtype).to(lse.device)
     grads = torch.autograd.grad((out, lse), list(leaves.values()), (d_out, d_lse))
     actual = [out.detach(), lse.detach(), *grads]
 
@@ -414,7 +415,7 @@ def test_softcap(kernel: str, device: str, softcap: float, make: Callable, dtype
 @pytest.mark.parametrize("make", [causal, holed], ids=lambda make: make.__name__)
 def test_sinks(kernel: str, device: str, make: Callable, shape: tuple, dtype) -> None:
     """Row 1 of the holed mask sees nothing but the sink: out 0, lse the sink."""
-    sinks = 2 * torch.randn(shape, device=device)
+    sinks = 2 * torch.randn(shape).to(device)
     mask, visible = make(33, 70)
     tensors = inputs(33, 70, dtype=dtype, device=device)
     check(kernel, *tensors, mask=mask, visible=visible, sinks=sinks)

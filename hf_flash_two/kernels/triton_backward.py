@@ -291,7 +291,7 @@ def _keys_kernel(
                 from_tile, to_tile = 0, whole
             else:
                 from_tile, to_tile = whole, last - first
-            for n in tl.range(from_tile, to_tile, num_stages=stages_of(phase, STAGES)):
+            for n in tl.range(from_tile, to_tile, num_stages=stages_of(STAGES, phase, MASK)):
                 if phase == 0:
                     query_tile = full + n
                 else:
@@ -433,7 +433,7 @@ def _queries_kernel(
             from_tile, to_tile = 0, whole
         else:
             from_tile, to_tile = whole, last - first
-        for n in tl.range(from_tile, to_tile, num_stages=stages_of(phase, STAGES)):
+        for n in tl.range(from_tile, to_tile, num_stages=stages_of(STAGES, phase, MASK)):
             if phase == 0:
                 key_tile = full + n
             else:

@@ -221,7 +221,7 @@ def _forward_kernel(
             from_tile, to_tile = tl.minimum(begin, whole), tl.minimum(end, whole)
         else:
             from_tile, to_tile = tl.maximum(begin, whole), tl.maximum(end, whole)
-        for n in tl.range(from_tile, to_tile, num_stages=stages_of(phase, STAGES)):
+        for n in tl.range(from_tile, to_tile, num_stages=stages_of(STAGES, phase, MASK)):
             if phase == 0:
                 key_tile = full + n
             else:

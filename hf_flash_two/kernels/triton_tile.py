@@ -91,9 +91,9 @@ def query_tiles(
 
 
 @triton.constexpr_function
-def stages_of(phase, stages):
-    """Tiles in flight: fewer of those that are masked, whose mask takes shared memory as well."""
-    return stages if phase == 0 else min(stages, 2)
+def stages_of(stages, phase, mask):
+    """Tiles in flight: fewer of those whose intervals take shared memory as well."""
+    return min(stages, 2) if phase == 1 and mask == INTERVALS else stages
 
 
 @triton.jit

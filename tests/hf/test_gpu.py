@@ -12,7 +12,8 @@ from hf_flash_two import op
 pytestmark = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
 STEPS = 5
-CHOSEN = [f for f in DECODERS if f.name in ("llama", "gemma2", "gemma3", "gpt-oss", "deepseek-v3")]
+DENSE = ("llama", "gemma2", "gemma3")
+CHOSEN = [f for f in DECODERS if f.name in (*DENSE, "gpt-oss", "deepseek-v3")]
 
 
 def losses(family: Family, device: str, packed: bool) -> torch.Tensor:
@@ -44,7 +45,8 @@ def test_trains_as_on_the_cpu(family: Family, packed: bool) -> None:
     torch.testing.assert_close(losses(family, "cuda", packed), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", named(CHOSEN))
+# The experts of the others are not compiled in one graph by PyTorch 2.11, whatever the attention.
+@pytest.mark.parametrize("family", named([f for f in CHOSEN if f.name in DENSE]))
 def test_compiled_in_one_graph(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor's code around our kernels: the losses and gradients of the model as it was."""
     torch._dynamo.reset()
