@@ -2,11 +2,13 @@
 
     python scripts/parity.py MODEL --dtype bfloat16
     python scripts/parity.py MODEL --text notes.txt --max-length 1024 --pack
+    python scripts/parity.py MODEL --batch batch.pt
 
 MODEL is a hub id or a local folder. Its attention layers run under flash_two and under eager on the
 same batch, and both are compared with eager in higher precision. The exit code is 0 if all is well,
-1 if a check failed and 2 if the check could not be made. `hf_flash_two.check_parity` does the same
-with a model and a batch at hand, such as one from your own collator.
+1 if a check failed and 2 if the check could not be made. A batch of your own, such as one from your
+collator, is saved by `torch.save(dict(batch), "batch.pt")`; `hf_flash_two.check_parity` takes it as
+it is, and a model.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ import argparse
 import inspect
 import pydoc_data.topics
 import sys
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from hf_flash_two import check_parity
 
@@ -37,6 +40,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("model", metavar="MODEL", help="hub id or local folder")
     add("--text", type=Path, help="text file; Python's own documentation if not given")
+    add("--batch", type=Path, help="the arguments of the model's forward, instead of a text")
     add("--dtype", choices=DTYPES, default="auto", help="of the weights (auto: as they were saved)")
     add("--device", help="such as cpu or cuda:1; the GPU if there is one")
     add("--max-length", type=int, default=256, help="tokens in the longest row (256)")
@@ -47,8 +51,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         refuse("--max-length", f"expected at least 16, got {args.max_length}")
     if args.pack and args.padding_side:
         refuse("--padding-side", "packed documents have no padding; drop it or --pack")
-    if args.text is not None and not args.text.is_file():
-        refuse("--text", f"there is no file {args.text}")
+    for name in ("text", "batch"):
+        path = getattr(args, name)
+        if path is not None and not path.is_file():
+            refuse(f"--{name}", f"there is no file {path}")
+    if args.batch and (args.text or args.pack or args.padding_side):
+        refuse("--batch", "it stands instead of --text, --pack and --padding-side")
     return args
 
 
@@ -57,31 +65,44 @@ def refuse(argument: str, reason: object) -> NoReturn:
     sys.exit(2)
 
 
-def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in the class that it was saved from, and its tokenizer."""
+def load(args: argparse.Namespace) -> PreTrainedModel:
+    """The model in the class that it was saved from."""
     try:
         config = AutoConfig.from_pretrained(args.model)
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
         architecture = (config.architectures or ["AutoModelForCausalLM"])[0]
         cls = getattr(transformers, architecture, transformers.AutoModelForCausalLM)
         model = cls.from_pretrained(args.model, dtype=args.dtype, attn_implementation="eager")
     except (OSError, ValueError, ImportError) as reason:
         refuse("MODEL", f"cannot load {args.model!r}: {reason}")
-    limit = getattr(config.get_text_config(), "max_position_embeddings", args.max_length)
-    if args.max_length > limit:
-        refuse("--max-length", f"{args.model} takes at most {limit}, got {args.max_length}")
-    if args.pack and "position_ids" not in inspect.signature(model.forward).parameters:
-        refuse("--pack", f"{type(model).__name__} takes no position_ids, so nothing is packed")
+    device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        return model.to(args.device or torch.accelerator.current_accelerator() or "cpu"), tokenizer
+        return model.to(device)
     except (RuntimeError, AssertionError) as reason:
         refuse("--device", reason)
 
 
-def make_batch(
-    args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, torch.Tensor]:
+def load_batch(path: Path) -> dict:
+    expected = f"expected a dict in {path}, as torch.save(dict(batch), {path.name!r}) writes it"
+    try:
+        batch = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as reason:  # whatever the bytes of another file happen to mean
+        refuse("--batch", f"{expected} ({type(reason).__name__})")
+    if not isinstance(batch, dict):
+        refuse("--batch", f"{expected}, got {type(batch).__name__}")
+    return batch
+
+
+def make_batch(args: argparse.Namespace, model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Pieces of the text, padded to the longest, or end to end with positions that restart."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+    except (OSError, ValueError, ImportError) as reason:
+        refuse("MODEL", f"no tokenizer in {args.model!r}; give --batch instead: {reason}")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", args.max_length)
+    if args.max_length > limit:
+        refuse("--max-length", f"{args.model} takes at most {limit}, got {args.max_length}")
+    if args.pack and "position_ids" not in inspect.signature(model.forward).parameters:
+        refuse("--pack", f"{type(model).__name__} takes no position_ids, so nothing is packed")
     topics = pydoc_data.topics.topics
     text = args.text.read_text(encoding="utf-8") if args.text else "\n".join(topics.values())
     lengths = [int(share * args.max_length) for share in (PACKED if args.pack else PADDED)]
@@ -105,14 +126,20 @@ def make_batch(
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    model, tokenizer = load(args)
+    model = load(args)
+    batch = load_batch(args.batch) if args.batch else make_batch(args, model)
     try:
-        report = check_parity(model, make_batch(args, model, tokenizer))
+        report = check_parity(model, batch)
     except ValueError as reason:
-        refuse("MODEL", reason)
+        print(f"error: {reason}", file=sys.stderr)
+        return 2
     print(report)
     return 0 if report.ok else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except Exception:
+        traceback.print_exc()
+        sys.exit(2)  # 1 says that a check failed

@@ -253,7 +253,8 @@ def _check_layers(rows: list[Parity]) -> Check:
     detail = f"{len(compared)} of {len(rows)}, each by itself"
     if wrong:
         _, layer, of = max(wrong)
-        detail = f"{len({name for _, name, _ in wrong})} of {detail}; worst is {layer}, {of}"
+        count = len({name for _, name, _ in wrong})
+        detail = f"{count} wrong of {len(compared)} compared; worst is {layer}, {of}"
     return Check("attention layers", bool(compared) and not wrong, detail)
 
 

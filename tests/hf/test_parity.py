@@ -386,6 +386,27 @@ def test_script_on_a_text_of_one_s_own(checkpoint, parity, tmp_path, capsys) -> 
     assert "--text: 579 tokens are needed and it has 361" in capsys.readouterr().err
 
 
+def test_script_on_a_batch_of_one_s_own(checkpoint, parity, tmp_path, capsys) -> None:
+    """From a collator, with its documents, and for a model that has no tokenizer."""
+    torch.save(packed(), tmp_path / "batch.pt")
+    batch = ["--batch", str(tmp_path / "batch.pt")]
+    assert parity.main([checkpoint("llama"), *batch]) == 0
+    assert "8 documents" in capsys.readouterr().out
+    torch.save(FAMILIES["vit"].inputs(), tmp_path / "batch.pt")
+    FAMILIES["vit"].build("eager").save_pretrained(tmp_path / "vit")
+    assert parity.main([str(tmp_path / "vit"), *batch]) == 0
+
+
+@pytest.mark.parametrize("content", [b"hello", b"", [1, 2]], ids=str)
+def test_script_refuses_other_files(content, checkpoint, parity, tmp_path, capsys) -> None:
+    path = tmp_path / "batch.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(SystemExit) as stopped:
+        parity.main([checkpoint("llama"), "--batch", str(path)])
+    assert stopped.value.code == 2
+    assert "--batch: expected a dict" in capsys.readouterr().err
+
+
 def test_script_on_broken_attention(checkpoint, parity, monkeypatch, capsys) -> None:
     attend = interface.flash_attention
     monkeypatch.setattr(interface, "flash_attention", lambda *a, **k: wrong_scale(attend, *a, **k))
@@ -402,6 +423,8 @@ def test_script_on_broken_attention(checkpoint, parity, monkeypatch, capsys) -> 
         ("--max-length x", "--max-length: invalid int"),
         ("--text nowhere.txt", "--text: there is no file nowhere.txt"),
         ("--pack --padding-side left", "--padding-side: packed documents have no padding"),
+        ("--batch nowhere.pt", "--batch: there is no file nowhere.pt"),
+        (f"--batch {__file__} --pack", "--batch: it stands instead of"),
         ("--device nowhere", "--device: "),
     ],
 )
@@ -420,9 +443,22 @@ def test_script_refuses_to_pack_what_takes_no_positions(checkpoint, parity, caps
     assert "--pack: T5ForConditionalGeneration takes no position_ids" in capsys.readouterr().err
 
 
-def test_script_as_a_command(tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("batch", "code", "shown"),
+    [
+        ({"input_ids": tokens(2, 9)}, 0, "flash_two, blockwise"),
+        ({"input_ids": tokens(2, 9), "nonsense": 1}, 2, "TypeError: nonsense"),
+        (None, 2, "error: argument MODEL: cannot load"),
+    ],
+    ids=["sound", "not for this model", "no model"],
+)
+def test_script_as_a_command(batch, code, shown, checkpoint, tmp_path) -> None:
+    """What goes wrong unforeseen is no failed check."""
+    model = tmp_path / "nothing" if batch is None else checkpoint("llama")
+    torch.save(batch, tmp_path / "batch.pt")
     finished = subprocess.run(
-        [sys.executable, PARITY, tmp_path / "nothing"], capture_output=True, text=True, timeout=200
-    )
-    assert finished.returncode == 2
-    assert finished.stderr.startswith("error: argument MODEL: cannot load")
+        [sys.executable, PARITY, model, "--batch", tmp_path / "batch.pt"],
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert finished.returncode == code
+    assert shown in finished.stdout + finished.stderr
