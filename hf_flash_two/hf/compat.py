@@ -22,6 +22,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -78,6 +79,11 @@ WANTS_FLOAT_TENSOR = frozenset({"deepseek_v4", "gemma4_audio", "informer"})
 NOT_CAUSAL_WITHOUT_MASK = frozenset({"bridgetower", "bridgetower_text_model"})
 # Families whose causal layers say is_causal=False where a mask came, which holds causality.
 CAUSALITY_IN_MASK = frozenset({"moonshine", "moonshine_streaming"})
+# Families that turn to sdpa under a name with "flash" where a float mask comes, which is a bias.
+_TURN_TO_SDPA = frozenset(
+    "edgetam edgetam_video sam2 sam2_video sam3 sam3_lite_text sam3_tracker "
+    "sam3_tracker_video".split()
+)
 # Families whose bidirectional layers name a window that only their cache keeps.
 NO_WINDOW_WITHOUT_MASK = frozenset({"diffusion_gemma_text"})
 
@@ -134,7 +140,7 @@ def update_paged_cache(
 
 def allow_flash_two() -> str | None:
     """Let ``flash_two`` load and behave as any registered name; the reason if impossible."""
-    found = {}
+    found = []
     for name in _FLASH_TEST_MODULES:
         module = importlib.import_module(name)
         test = getattr(module, _FLASH_TEST, None)
@@ -142,11 +148,16 @@ def allow_flash_two() -> str | None:
             return f"{name}.{_FLASH_TEST} is missing"
         if list(inspect.signature(test).parameters)[:2] != _FLASH_TEST_ARGUMENTS:
             return f"{name}.{_FLASH_TEST} takes other arguments: {inspect.signature(test)}"
-        found[module] = test
-    for module, test in found.items():
-        if not hasattr(test, FLASH_TWO):
-            setattr(module, _FLASH_TEST, _false_for_flash_two(test))
+        found.append(module)
+    for module in found:
+        _hide_flash_in_name(module)
     return None
+
+
+def _hide_flash_in_name(module: ModuleType) -> None:
+    test = getattr(module, _FLASH_TEST)
+    if not hasattr(test, FLASH_TWO):
+        setattr(module, _FLASH_TEST, _false_for_flash_two(test))
 
 
 def _false_for_flash_two(test: Callable) -> Callable:
@@ -233,6 +244,9 @@ def patch_at_load(
     @functools.wraps(end)
     def post_init(self, *args, **kwargs):
         end(self, *args, **kwargs)
+        module = sys.modules[type(self).__module__]
+        if module.__name__.rpartition("modeling_")[2] in _TURN_TO_SDPA:
+            _hide_flash_in_name(module)
         if not _is_part_of_another(self):
             built(self)
 
@@ -260,10 +274,8 @@ def _enter_in_tables(model: type[PreTrainedModel]) -> None:
     for table in tables:
         for name in (FLASH_TWO, FA_TWO):
             table.setdefault(name, table["eager"])
-    test = getattr(module, _FLASH_TEST, None)
-    if tables and test is not None and not model._can_set_attn_implementation():
-        if not hasattr(test, FLASH_TWO):
-            setattr(module, _FLASH_TEST, _false_for_flash_two(test))
+    if tables and hasattr(module, _FLASH_TEST) and not model._can_set_attn_implementation():
+        _hide_flash_in_name(module)
 
 
 def _asked_for(config: PreTrainedConfig, name: str | dict | None) -> Iterator[tuple[int, str]]:
