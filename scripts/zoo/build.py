@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_flash_two.hf.families import NOT_POSSIBLE, attention_kind, key
 from zoo.overrides import OVERRIDES, SMALL, Override
 
-LARGEST = 30_000_000
+LARGEST = 40_000_000
 # Endings of class names, the most telling model first.
 _PREFERRED = (
     "ForConditionalGeneration", "ForCausalLM", "ForMaskedLM", "LMHeadModel", "Model",

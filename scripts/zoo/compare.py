@@ -113,7 +113,7 @@ def _check(family: Family, row: Row) -> None:
                 good &= _compare(row, name, eager, ours, inputs)
     row.layers, row.ours, row.calls = counter.ran, counter.served, counter.calls
     good &= _packed(row, eager, ours, plain)
-    good &= _generate(row, eager, ours, cases.get("left") or plain)
+    good &= _generate(row, eager, ours, cases.get("left") or plain, family.override.caches)
     row.notes += sorted({f"{type(x).__name__}: {why_not(x)}" for x in counter.unserved})
     if not good:
         row.status = "differs"
@@ -228,7 +228,7 @@ def _backward(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[dict, dict]:
     """(outputs, gradients of their sum with fixed random weights)"""
     model.zero_grad()
     torch.manual_seed(1)
-    result = outputs(model(**_fresh(inputs)), inputs.get("attention_mask"))
+    result = outputs(model(**copy.deepcopy(inputs)), inputs.get("attention_mask"))
     loss = 0.0
     for i, value in enumerate(result.values()):
         if value.requires_grad:
@@ -243,10 +243,6 @@ def _backward(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[dict, dict]:
         if parameter.grad is not None
     }
     return {name: value.detach() for name, value in result.items()}, gradients
-
-
-def _fresh(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
 def gradient_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
@@ -359,12 +355,12 @@ def _logits(result) -> Tensor:
     return result["logits"] if "logits" in result else result["last_hidden_state"]
 
 
-def _generate(row: Row, eager, ours, inputs: dict[str, Tensor]) -> bool:
+def _generate(row: Row, eager, ours, inputs: dict[str, Tensor], caches: tuple[str, ...]) -> bool:
     if not eager.can_generate():
         return True
     inputs = {k: v for k, v in inputs.items() if not k.startswith("decoder_")}
     good = True
-    for cache in ("dynamic", "static"):
+    for cache in caches:
         options = {"cache_implementation": "static", "disable_compile": True}
         options = options if cache == "static" else {}
         try:
@@ -387,5 +383,7 @@ def _generate(row: Row, eager, ours, inputs: dict[str, Tensor]) -> bool:
 def _greedy(model, inputs: dict[str, Tensor], **options) -> Tensor:
     model.generation_config.eos_token_id = None
     torch.manual_seed(1)
-    result = model.generate(**_fresh(inputs), max_new_tokens=NEW_TOKENS, do_sample=False, **options)
+    result = model.generate(
+        **copy.deepcopy(inputs), max_new_tokens=NEW_TOKENS, do_sample=False, **options
+    )
     return result if isinstance(result, Tensor) else result["sequences"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ def run(model: PreTrainedModel, inputs: dict[str, Tensor], seed: int = 1):
     """A forward without gradients; models that draw random numbers draw the same each time."""
     torch.manual_seed(seed)
     with torch.no_grad():
-        return model(**inputs)
+        return model(**copy.deepcopy(inputs))
 
 
 def find(config: PreTrainedConfig, *names: str):
@@ -202,7 +203,8 @@ def _features(model, kind: str, inputs: dict[str, Tensor]) -> int:
         return 0
     with torch.no_grad():
         found = function(**values)
-    found = getattr(found, "pooler_output", found)
+    pooled = getattr(found, "pooler_output", found)
+    found = found.deepstack_features[0][1] if pooled is None else pooled
     if isinstance(found, (list, tuple)):
         return sum(x.numel() // x.shape[-1] for x in found)
     return found.numel() // found.shape[-1]

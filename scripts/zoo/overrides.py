@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from transformers import ResNetConfig
+from transformers import ResNetConfig, Sam2VisionConfig, SwinConfig
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Override:
             gets a `torch.Generator`; None takes the argument out.
         reference: the implementation to compare with, where eager itself is wrong.
         sides: of padding that the family can take.
-        remark: why reference or sides are not the usual ones.
+        caches: with which the family generates.
+        remark: why reference, sides or caches are not the usual ones.
     """
 
     model: str = ""
@@ -28,6 +30,7 @@ class Override:
     inputs: dict[str, tuple | list | Callable | None] = field(default_factory=dict)
     reference: str | dict[str, str] = "eager"
     sides: tuple[str, ...] = ("left", "right")
+    caches: tuple[str, ...] = ("dynamic", "static")
     remark: str = ""
 
 
@@ -40,7 +43,10 @@ SMALL = _table(
         "hidden_size d_model n_embd dim embed_dim decoder_embed_dim model_dim emb_dim "
         "embedding_size word_embed_proj_dim hidden_dim output_size out_hidden_size "
         "encoder_hidden_size decoder_hidden_size lru_width attention_hidden_size "
-        "cross_attention_hidden_size mask_feature_size fpn_feature_size text_hidden_size "
+        "cross_attention_hidden_size audio_hidden_size fpn_hidden_size "
+        "memory_attention_hidden_size memory_encoder_hidden_size mask_downsampler_embed_dim "
+        "memory_attention_mlp_hidden_size memory_fuser_embed_dim memory_fuser_intermediate_dim "
+        "mask_feature_size fpn_feature_size text_hidden_size "
         "vision_hidden_size projection_dim hidden_sizes input_embedding_size "
         "output_embedding_size entity_emb_size visual_embedding_dim proj_dim embed_dims "
         "decoder_dim text_dim codebook_dim",
@@ -196,6 +202,42 @@ _SWIN = {
     "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "patch_size": 4,
     "window_size": 4, "out_indices": [1, 2, 3, 4], "out_features": None,
 }  # fmt: skip
+_SAM2 = {
+    "vision_config": {
+        "backbone_config": {
+            "hidden_size": 8, "image_size": [64, 64], "blocks_per_stage": [1, 1, 2, 1],
+            "embed_dim_per_stage": [8, 16, 32, 64], "num_attention_heads_per_stage": [1, 2, 2, 4],
+            "window_size_per_stage": [4, 4, 4, 4], "global_attention_blocks": [3],
+        },
+        "backbone_channel_list": [64, 32, 16, 8],
+        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+    },
+    "prompt_encoder_config": {"image_size": 64, "patch_size": 16},
+}  # fmt: skip
+
+
+def _session(family: str, name: str, size: int) -> Callable:
+    """A video of three frames with a point in the first."""
+
+    def make(generator: torch.Generator):
+        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        session = getattr(module, f"{name}InferenceSession")(
+            video=torch.randn(3, 3, size, size, generator=generator),
+            video_height=size,
+            video_width=size,
+            dtype=torch.float32,
+        )
+        points = {
+            "point_coords": torch.tensor([[[[20.0, 13.0]]]]),
+            "point_labels": torch.ones(1, 1, 1, dtype=torch.int32),
+        }
+        session.add_point_inputs(session.obj_id_to_idx(1), 0, points)
+        session.obj_with_new_inputs = [1]
+        return session
+
+    return make
+
+
 # In place of one from the timm package.
 _RESNET = {
     "use_timm_backbone": False,
@@ -207,17 +249,183 @@ _RESNET = {
 }
 
 OVERRIDES: dict[str, Override] = {
-    "qwen2_5_omni": Override(
-        model="Qwen2_5OmniThinkerForConditionalGeneration", config={"text_config": MROPE}
+    "edgetam": Override(
+        config={
+            "vision_config": Sam2VisionConfig(
+                fpn_hidden_size=64,
+                **{
+                    **_SAM2["vision_config"],
+                    "backbone_config": {
+                        "model_type": "sam2_hiera_det_model",
+                        **_SAM2["vision_config"]["backbone_config"],
+                    },
+                },
+            )
+        },
+        inputs={**_IMAGE_64, "input_points": (2, 1, 2, 2)},
     ),
-    "qwen3_omni_moe": Override(model="Qwen3OmniMoeThinkerForConditionalGeneration"),
+    "sam3_tracker_video": Override(
+        config={"vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}},
+        inputs={
+            "inference_session": _session("sam3_tracker_video", "Sam3TrackerVideo", 32),
+            "frame_idx": lambda _: 0,
+        },
+    ),
+    "edgetam_video": Override(
+        config=_SAM2,
+        inputs={
+            "inference_session": _session("edgetam_video", "EdgeTamVideo", 64),
+            "frame_idx": lambda _: 0,
+        },
+    ),
+    "sam2_video": Override(
+        config=_SAM2,
+        inputs={
+            "inference_session": _session("sam2_video", "Sam2Video", 64),
+            "frame_idx": lambda _: 0,
+        },
+    ),
+    "granite_speech5": Override(
+        config={"num_key_value_heads": 4}, inputs={"input_features": (2, 64, 64)}
+    ),
+    "muse_spark": Override(
+        config={"out_hidden_size": 256},
+        inputs={
+            "pixel_values": (20, 384),
+            "image_grid_thw": [[1, 4, 4], [1, 2, 2]],
+            "input_values": None,
+        },
+    ),
+    "sam3_tracker": Override(
+        config={"vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}},
+        inputs={**_IMAGE, "input_points": (2, 1, 2, 2)},
+    ),
+    "qwen4_exp": Override(
+        config={
+            "text_config": {
+                "indexer_n_heads": 2,
+                "indexer_kv_heads": 1,
+                "indexer_head_dim": 16,
+                "indexer_budget": 8,
+                "indexer_compress_ratio": 4,
+                "hc_lowrank": 8,
+                "ple_embed_dim": 16,
+                "rope_parameters": MROPE["rope_parameters"],
+            }
+        }
+    ),
+    "nemotron3_5_transcribe": Override(
+        config={
+            "word_timestamp_config": {"blank_token_id": 98},
+            "audio_config": {
+                "asr_config": {"num_key_value_heads": 4},
+                "diarization_config": {"audio_config": {"num_key_value_heads": 4}},
+            },
+        },
+        inputs={"input_features": (2, 128, 16), "input_features_mask": _ones(2, 128)},
+    ),
+    "sapiens2": Override(config={"num_key_value_heads_per_layer": [4, 2]}),
+    "pp_ocrv6_small_rec": Override(
+        model="PPOCRV6SmallRecForTextRecognition", inputs={"pixel_values": (2, 3, 96, 96)}
+    ),
+    "granite4_vision": Override(
+        config={
+            "deepstack_layer_map": [[1, 0]],
+            "downsample_rate": "1/2",
+            "use_spatial_sampling": False,
+            "qformer_config": {"cross_attention_frequency": 1},
+            "image_grid_pinpoints": [[32, 32]],
+        },
+        inputs={"pixel_values": (2, 2, 3, 32, 32), "image_sizes": [[32, 32], [32, 32]]},
+    ),
+    "rag": Override(config={"question_encoder": {"model_type": "dpr"}}),
+    "efficientloftr": Override(
+        config={
+            "out_features": [16, 16, 32, 64],
+            "stage_num_blocks": [1, 1, 1, 1],
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+        },
+        inputs={"pixel_values": (2, 2, 3, 64, 64)},
+    ),
+    "xcodec2": Override(
+        config={
+            "encoder_hidden_size": 4,
+            "semantic_model_config": {"feature_projection_input_dim": 16},
+        },
+        inputs={"input_values": (2, 1, 3200), "input_features": (2, 10, 16)},
+    ),
+    "neucodec": Override(
+        config={
+            "encoder_hidden_size": 4,
+            "semantic_model_config": {"feature_projection_input_dim": 16},
+        },
+        inputs={"input_values": (2, 1, 3200), "input_features": (2, 10, 16)},
+    ),
+    "pp_formulanet": Override(
+        config={
+            "vision_config": {
+                "global_attn_indexes": [1],
+                "post_conv_in_channels": 64,
+                "post_conv_mid_channels": 64,
+                "post_conv_out_channels": 64,
+                "decoder_hidden_size": 64,
+            }
+        },
+        inputs={**_IMAGE, "decoder_input_ids": _integers(90, 2, 9, least=3)},
+        caches=("dynamic",),
+        remark="no static cache: it is longer than the picture, and eager attends to what it does not fill",
+    ),
+    "slanet": Override(model="SLANetForTableRecognition", inputs=_IMAGE_64),
+    "pp_ocrv5_mobile_rec": Override(
+        model="PPOCRV5MobileRecForTextRecognition", inputs={"pixel_values": (2, 3, 96, 96)}
+    ),
+    "pp_ocrv5_server_rec": Override(
+        model="PPOCRV5ServerRecForTextRecognition", inputs={"pixel_values": (2, 3, 96, 96)}
+    ),
+    "unlimited_ocr": Override(
+        config={
+            "vision_config": {
+                "sam_config": {
+                    "global_attn_indexes": [1],
+                    "downsample_channels": [32, 64],
+                    "output_channels": 32,
+                }
+            },
+            "text_config": {"num_key_value_heads": 4},
+        }
+    ),
+    "step3p7": Override(
+        config={"text_config": {"sliding_window": 6, "num_sliding_attention_heads": 4}}
+    ),
+    "sam2": Override(config=_SAM2, inputs={**_IMAGE_64, "input_points": (2, 1, 2, 2)}),
+    "bigbird_pegasus": Override(config={"attention_type": "original_full"}),
+    "big_bird": Override(config={"attention_type": "original_full"}),
+    "maskformer": Override(config={"backbone_config": SwinConfig(**_SWIN)}, inputs=_IMAGE_64),
+    "qwen2_5_omni": Override(
+        model="Qwen2_5OmniThinkerForConditionalGeneration",
+        config={
+            "vision_start_token_id": 94,
+            "vision_end_token_id": 95,
+            "audio_start_token_id": 96,
+            "text_config": MROPE,
+        },
+    ),
+    "qwen3_omni_moe": Override(
+        model="Qwen3OmniMoeThinkerForConditionalGeneration",
+        config={"vision_start_token_id": 94, "vision_end_token_id": 95, "audio_start_token_id": 96},
+    ),
     "paddleocr_vl": Override(
         config={"text_config": MROPE},
-        inputs={"pixel_values": (20, 3, 8, 8), "image_grid_thw": [[1, 4, 2], [1, 4, 3]]},
+        inputs={"pixel_values": (32, 3, 8, 8), "image_grid_thw": [[1, 4, 4], [1, 4, 4]]},
     ),
     "muse_glimmer_assistant": Override(
         config={"block_size": 4, "target_layer_ids": [1]},
-        inputs={"noise_embeds": (2, 4, 64), "context_hidden_states": (2, 21, 64)},
+        inputs={
+            "noise_embeds": (2, 4, 64),
+            "context_hidden_states": (2, 21, 64),
+            "attention_mask": _ones(2, 25),
+        },
     ),
     "moshi": Override(
         inputs={
@@ -232,12 +440,14 @@ OVERRIDES: dict[str, Override] = {
         }
     ),
     "vitpose": Override(
-        config={"backbone_config": {"image_size": (32, 24), "patch_size": (8, 8)}},
+        config={
+            "backbone_config": {"image_size": [32, 24], "patch_size": [8, 8], "num_experts": 1}
+        },
         inputs={"pixel_values": (2, 3, 32, 24)},
     ),
     "vitpose_backbone": Override(
         model="VitPoseBackbone",
-        config={"image_size": (32, 24), "patch_size": (8, 8)},
+        config={"image_size": [32, 24], "patch_size": [8, 8], "num_experts": 1},
         inputs={"pixel_values": (2, 3, 32, 24)},
     ),
     "upernet": Override(config={"auxiliary_in_channels": 8, "hidden_size": 16}, inputs=_IMAGE_64),
@@ -284,7 +494,12 @@ OVERRIDES: dict[str, Override] = {
         }
     ),
     "diffusion_gemma": Override(
-        config={"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64}}
+        config={
+            "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64},
+            "canvas_length": 7,
+        },
+        sides=("right",),
+        remark="no left padding: the decoder sees what padding makes of itself",
     ),
     "depth_pro": Override(
         config={
@@ -348,6 +563,9 @@ OVERRIDES: dict[str, Override] = {
             "decoder_config": {"hidden_size_global": 64},
             "global_config": {"encoder_cross_output_size": None},
         },
+        inputs={"use_cache": lambda _: False},
+        sides=("right",),
+        remark="no left padding: patches hold what padding makes of itself",
     ),
     "bros": Override(inputs={"bbox": (2, 21, 8)}),
     "chameleon": Override(
@@ -529,7 +747,13 @@ OVERRIDES: dict[str, Override] = {
     "esmc": Override(config={"num_key_value_heads": 4}),
     "ernie4_5_vl_moe": Override(
         config={
-            "text_config": {"moe_intermediate_size": [32, 16], "moe_num_experts": 4, "moe_k": 2}
+            "text_config": {
+                "moe_intermediate_size": [32, 16],
+                "moe_num_experts": 4,
+                "moe_k": 2,
+                "head_dim": 16,
+                "rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [2, 2, 4]},
+            }
         }
     ),
     "fun_asr_nano": Override(config={"adaptor_config": {"intermediate_size": 16}}),
@@ -561,8 +785,8 @@ OVERRIDES: dict[str, Override] = {
             "num_hidden_layers": 4,
             "layer_types": ["sliding_attention", "full_attention"] * 2,
             "num_kv_shared_layers": 2,
-            "intermediate_size": 64,
-            "activation_sparsity_pattern": 0.0,
+            "intermediate_size": [64] * 4,
+            "activation_sparsity_pattern": [0.0] * 4,
         },
     ),
     "grounding_dino": Override(**_ADDS_BOOL),
@@ -689,7 +913,12 @@ OVERRIDES: dict[str, Override] = {
         inputs=_IMAGE_64,
     ),
     "mimi": Override(
-        config={"upsampling_ratios": [4, 2], "num_filters": 8, "frame_rate": None},
+        config={
+            "upsampling_ratios": [4, 2],
+            "num_filters": 8,
+            "frame_rate": None,
+            "vector_quantization_hidden_dimension": 64,
+        },
         inputs={"input_values": (2, 1, 400)},
     ),
     "mobilevit": Override(
@@ -712,7 +941,10 @@ OVERRIDES: dict[str, Override] = {
     ),
     "molmo2": Override(config={"adapter_config": {"vision_feature_layer": [1, 0]}}),
     "moonshine_streaming": Override(
-        config={"encoder_config": {"sliding_windows": [[4, 2], [4, 0]], "num_key_value_heads": 4}}
+        config={
+            "num_key_value_heads": 4,
+            "encoder_config": {"sliding_windows": [[4, 2], [4, 0]], "num_key_value_heads": 4},
+        }
     ),
     "musicgen": Override(
         inputs={"decoder_input_ids": _integers(8, 16, 9), "input_values": None},
@@ -722,7 +954,9 @@ OVERRIDES: dict[str, Override] = {
         inputs={"decoder_input_ids": _integers(8, 16, 9), "input_features": (2, 5, 12)},
         config={"audio_encoder": {"hidden_size": 64}},
     ),
-    "nemotron3_diarization": Override(config={"head_config": {"audio_hidden_size": 64}}),
+    "nemotron3_diarization": Override(
+        config={"audio_config": {"num_key_value_heads": 4}}, inputs={"input_features": (2, 128, 16)}
+    ),
     "oneformer": Override(
         config={
             "hidden_dim": 32,
@@ -1026,7 +1260,15 @@ OVERRIDES: dict[str, Override] = {
             "layers_block_type": ["linear_attention", "hybrid"],
         }
     ),
-    "zamba2": Override(config={"layers_block_type": ["linear_attention", "hybrid"]}),
+    "zamba2": Override(
+        config={
+            "layers_block_type": ["linear_attention", "hybrid"],
+            "attention_hidden_size": 128,
+            "mamba_headdim": 16,
+            "num_query_groups": 4,
+            "attention_head_dim": 32,
+        }
+    ),
     "zaya": Override(config={"num_experts_per_tok": 1}),
     "zoedepth": Override(
         config={
