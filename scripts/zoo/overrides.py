@@ -238,6 +238,25 @@ def _session(family: str, name: str, size: int) -> Callable:
     return make
 
 
+_PROTEIN = (
+    "token_index", "residue_index", "asym_id", "sym_id", "entity_id", "mol_type", "res_type",
+    "token_bonds", "attention_mask", "atom_inputs", "input_ids",
+)  # fmt: skip
+
+
+def _protein(name: str) -> Callable:
+    def feature(_: torch.Generator):
+        from transformers.models.esmfold2 import modeling_esmfold2, protein_utils
+
+        features = protein_utils.prepare_protein_features("MKTAYIAKQRQISFVK")
+        if name != "atom_inputs":
+            return features[name]
+        atoms = modeling_esmfold2.EsmFold2AtomInputs
+        return atoms(**{x: features[x] for x in atoms.__dataclass_fields__})
+
+    return feature
+
+
 # In place of one from the timm package.
 _RESNET = {
     "use_timm_backbone": False,
@@ -249,6 +268,27 @@ _RESNET = {
 }
 
 OVERRIDES: dict[str, Override] = {
+    "esmfold2": Override(
+        config={
+            "esmc_config": {"num_key_value_heads": 4},
+            "num_loops": 1,
+            "folding_trunk_num_hidden_layers": 1,
+            "parcae_num_coda_layers": 1,
+            "lm_encoder": {"num_hidden_layers": 1},
+            "pairwise_hidden_size": 64,
+            "pair_transition_intermediate_size": 64,
+            "atom_encoder": {"head_dim": 32, "num_attention_heads": 2, "output_dim": 64},
+            "single_inputs_size": 131,
+            "structure_head": {
+                "diffusion_module": {
+                    "atom_encoder": {"head_dim": 32, "num_attention_heads": 2, "output_dim": 64}
+                }
+            },
+        },
+        inputs={name: _protein(name) for name in _PROTEIN},
+        sides=(),
+        remark="one protein, not padded",
+    ),
     "edgetam": Override(
         config={
             "vision_config": Sam2VisionConfig(
@@ -272,7 +312,7 @@ OVERRIDES: dict[str, Override] = {
         },
     ),
     "edgetam_video": Override(
-        config=_SAM2,
+        config={**_SAM2, "image_size": 64, "perceiver_resampler_num_latents_2d": 4},
         inputs={
             "inference_session": _session("edgetam_video", "EdgeTamVideo", 64),
             "frame_idx": lambda _: 0,
@@ -374,7 +414,7 @@ OVERRIDES: dict[str, Override] = {
         },
         inputs={**_IMAGE, "decoder_input_ids": _integers(90, 2, 9, least=3)},
         caches=("dynamic",),
-        remark="no static cache: it is longer than the picture, and eager attends to what it does not fill",
+        remark="no static cache: eager attends to its slots beyond the picture",
     ),
     "slanet": Override(model="SLANetForTableRecognition", inputs=_IMAGE_64),
     "pp_ocrv5_mobile_rec": Override(

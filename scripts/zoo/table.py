@@ -26,9 +26,9 @@ eager, in float32 on the CPU. Families that use the interface are built with
 counts those that called our kernel, of the attention layers that ran.
 
 - **equal**: every attention layer that ran called our kernel, and all of this holds:
-  - *forward*: all outputs of real tokens differ by at most {FORWARD:.0e} of the largest entry, plain,
-    with left and with right padding. Packed documents, each against itself alone, where the
-    model takes `position_ids` and keeps documents apart under eager;
+  - *forward*: all outputs of real tokens differ by at most {FORWARD:.0e} of the largest entry,
+    plain, with left and with right padding. Packed documents, each against itself alone, where
+    the model takes `position_ids` and keeps documents apart under eager;
   - *gradient*: all parameters' differ by at most {GRADIENT:.0e} of the largest entry among the
     gradients of the same module (weight and bias), or by 4 units in the last place of the
     model's largest gradient, which is as well as float32 tells. The bias of a key projection, for

@@ -1,0 +1,125 @@
+"""scripts/coverage.py on one family of each kind; that it notices what is wrong; its table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import transformers
+
+from hf_flash_two.hf import interface
+from hf_flash_two.masks import AttentionMask
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from zoo import table  # noqa: E402
+from zoo.build import families  # noqa: E402
+from zoo.compare import Row, check  # noqa: E402
+
+FAMILIES = {family.name: family for family in families()}
+# Windows, chunks, sinks, caps, biases, indices, documents laid end to end, masks as tensors.
+INTERFACE = (
+    "bart bert deepseek_v3 doge efficientloftr gemma2 gemma3 glm_moe_dsa gpt_oss llama llama4 "
+    "modernbert moonshine muse_glimmer_assistant parakeet phi3 qwen2_5_vl sam3 siglip t5 whisper"
+).split()
+OWN = (
+    "bloom cvt deberta_v2 falcon fsmt gptj layoutlmv3 luke mpt prophetnet speecht5 swinv2 tapas "
+    "wavlm xlnet"
+).split()
+
+
+def row_of(name: str) -> Row:
+    if name not in FAMILIES:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    return check(FAMILIES[name])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", INTERFACE + OWN)
+def test_a_family_is_equal(name: str) -> None:
+    row = row_of(name)
+    assert row.status == "equal", row
+    assert row.kind == ("interface" if name in INTERFACE else "own")
+    assert row.layers == row.ours > 0
+    assert row.calls >= row.layers
+
+
+def with_fault(monkeypatch: pytest.MonkeyPatch, fault: Callable[[dict], dict]) -> Row:
+    attention = interface.flash_attention
+
+    def faulty(*args, **kwargs):
+        return attention(*args, **{**kwargs, **fault(kwargs)})
+
+    monkeypatch.setattr(interface, "flash_attention", faulty)
+    return row_of("llama")
+
+
+def test_a_wrong_scale_differs_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = with_fault(monkeypatch, lambda given: {"scale": given["scale"] * 1.001})
+    assert row.status == "differs"
+    assert min(row.forward.values()) > 2e-5
+    assert min(row.gradient.values()) > 1e-4
+
+
+def test_lost_padding_differs_where_there_is_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = with_fault(monkeypatch, lambda _: {"mask": AttentionMask.causal()})
+    assert row.status == "differs"
+    assert row.forward["plain"] < 2e-5 < row.forward["left"]
+    assert row.forward["packed"] > 2e-5
+
+
+def test_a_gradient_that_stops_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = interface.flash_attention
+    monkeypatch.setattr(
+        interface,
+        "flash_attention",
+        lambda query, *args, **kwargs: attention(query.detach(), *args, **kwargs),
+    )
+    row = row_of("llama")
+    assert row.status == "differs"
+    assert max(row.forward.values()) < 2e-5 and min(row.gradient.values()) == float("inf")
+
+
+def test_layers_that_run_their_own_code_are_counted() -> None:
+    row = row_of("nystromformer")
+    assert (row.kind, row.status, row.ours) == ("not softmax", "partly", 0)
+    assert row.layers == 2
+    assert "low-rank" in " ".join(row.notes)
+
+
+def test_what_goes_wrong_is_an_error_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_, **__):
+        raise ValueError("broken by hand")
+
+    monkeypatch.setattr(interface, "flash_attention", broken)
+    row = row_of("llama")
+    assert row.status == "error"
+    assert "broken by hand" in row.notes[0]
+
+
+def test_the_table_names_every_exception(tmp_path: Path) -> None:
+    rows = [
+        Row("right", kind="interface", status="equal", layers=2, ours=2, forward={"plain": 3e-7}),
+        Row("wrong", kind="interface", status="differs", notes=["cause | one"]),
+        Row("half", kind="own", status="partly", layers=2, ours=1, notes=["cause two"]),
+        Row("other", kind="not softmax", status="partly", layers=1, notes=["cause three"]),
+    ]
+    table.write(rows, tmp_path)
+    page = (tmp_path / "coverage.md").read_text()
+    assert "interface | 2 | 1 | 1 |" in page
+    assert "- `wrong`: differs. cause \\| one" in page
+    assert "- `half`: equal in part. cause two" in page
+    assert "| right |  | 2/2 | equal | 3e-07 |" in page
+    record = json.loads((tmp_path / "coverage.json").read_text())
+    assert [row["family"] for row in record["families"]] == ["half", "other", "right", "wrong"]
+
+
+def test_the_table_in_the_documentation_is_whole() -> None:
+    record = json.loads((ROOT / "docs" / "coverage.json").read_text())
+    if record["versions"]["transformers"] != transformers.__version__:
+        pytest.skip(f"written with transformers {record['versions']['transformers']}")
+    assert {row["family"] for row in record["families"]} == set(FAMILIES)
