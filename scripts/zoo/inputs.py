@@ -76,7 +76,7 @@ def text(batch: int, length: int) -> Tensor:
 
 
 def normal(*shape: int, seed: int = 3) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _given(override: Override) -> dict[str, Tensor | None]:

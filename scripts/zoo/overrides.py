@@ -268,6 +268,68 @@ _RESNET = {
 }
 
 OVERRIDES: dict[str, Override] = {
+    "omdet_turbo": Override(
+        model="OmDetTurboForObjectDetection",
+        config={
+            **_RESNET,
+            "backbone_config": ResNetConfig(
+                embedding_size=8,
+                hidden_sizes=[8, 16, 16, 16],
+                depths=[1] * 4,
+                out_indices=[2, 3, 4],
+            ),
+            "encoder_in_channels": [16, 16, 16],
+            "vision_features_channels": [64, 64, 64],
+            "text_projection_in_dim": 64,
+            "text_projection_out_dim": 64,
+            "class_embed_dim": 64,
+            "task_encoder_hidden_dim": 64,
+            "encoder_dim_feedforward": 64,
+            "decoder_dim_feedforward": 64,
+        },
+        inputs={
+            **_IMAGE_64,
+            "classes_input_ids": _integers(90, 4, 5, least=3),
+            "classes_attention_mask": _ones(4, 5),
+            "tasks_input_ids": _integers(90, 2, 7, least=3),
+            "tasks_attention_mask": _ones(2, 7),
+            "classes_structure": [2, 2],
+        },
+    ),
+    "esmfold": Override(
+        config={
+            "vocab_size": 33,
+            "pad_token_id": 1,
+            "mask_token_id": 32,
+            "is_folding_model": True,
+            "position_embedding_type": "rotary",
+            "token_dropout": True,
+            "esmfold_config": {
+                "fp16_esm": False,
+                "lddt_head_hid_dim": 16,
+                "trunk": {
+                    "num_blocks": 1,
+                    "sequence_state_dim": 32,
+                    "pairwise_state_dim": 16,
+                    "sequence_head_width": 8,
+                    "pairwise_head_width": 8,
+                    "max_recycles": 1,
+                    "structure_module": {
+                        "sequence_dim": 32,
+                        "pairwise_dim": 16,
+                        "ipa_dim": 8,
+                        "resnet_dim": 16,
+                        "num_blocks": 1,
+                        "num_heads_ipa": 2,
+                    },
+                },
+            },
+        },
+        inputs={"input_ids": _integers(20, 1, 9, least=4)},
+        sides=(),
+        remark="one protein, not padded",
+    ),
+    "voxtral_realtime": Override(inputs={"input_features": (2, 16, 168)}),
     "esmfold2": Override(
         config={
             "esmc_config": {"num_key_value_heads": 4},
@@ -366,7 +428,7 @@ OVERRIDES: dict[str, Override] = {
     ),
     "sapiens2": Override(config={"num_key_value_heads_per_layer": [4, 2]}),
     "pp_ocrv6_small_rec": Override(
-        model="PPOCRV6SmallRecForTextRecognition", inputs={"pixel_values": (2, 3, 96, 96)}
+        model="PPOCRV6SmallRecForTextRecognition", inputs={"pixel_values": (2, 3, 48, 96)}
     ),
     "granite4_vision": Override(
         config={
@@ -391,6 +453,8 @@ OVERRIDES: dict[str, Override] = {
     "xcodec2": Override(
         config={
             "encoder_hidden_size": 4,
+            "quantization_dim": 128,
+            "num_key_value_heads": 4,
             "semantic_model_config": {"feature_projection_input_dim": 16},
         },
         inputs={"input_values": (2, 1, 3200), "input_features": (2, 10, 16)},
@@ -398,6 +462,8 @@ OVERRIDES: dict[str, Override] = {
     "neucodec": Override(
         config={
             "encoder_hidden_size": 4,
+            "quantization_dim": 128,
+            "num_key_value_heads": 4,
             "semantic_model_config": {"feature_projection_input_dim": 16},
         },
         inputs={"input_values": (2, 1, 3200), "input_features": (2, 10, 16)},
@@ -416,7 +482,17 @@ OVERRIDES: dict[str, Override] = {
         caches=("dynamic",),
         remark="no static cache: eager attends to its slots beyond the picture",
     ),
-    "slanet": Override(model="SLANetForTableRecognition", inputs=_IMAGE_64),
+    "slanet": Override(
+        model="SLANetForTableRecognition",
+        config={
+            "backbone_config": {
+                "out_features": ["stage2", "stage3", "stage4", "stage5"],
+                "out_indices": None,
+            },
+            "max_text_length": 4,
+        },
+        inputs=_IMAGE_64,
+    ),
     "pp_ocrv5_mobile_rec": Override(
         model="PPOCRV5MobileRecForTextRecognition", inputs={"pixel_values": (2, 3, 96, 96)}
     ),
@@ -1056,7 +1132,12 @@ OVERRIDES: dict[str, Override] = {
         config={**_DETR_FAMILY, "backbone_config": _HGNET}, inputs=_IMAGE_64
     ),
     "pp_doclayout_v3": Override(
-        config={**_DETR_FAMILY, "backbone_config": _HGNET}, inputs=_IMAGE_64
+        config={
+            **_DETR_FAMILY,
+            "x4_feat_dim": 16,
+            "backbone_config": {**_HGNET, "out_indices": [1, 2, 3, 4]},
+        },
+        inputs=_IMAGE_64,
     ),
     "pp_doclayout_v4": Override(
         config={**_DETR_FAMILY, "backbone_config": _HGNET}, inputs=_IMAGE_64
@@ -1221,7 +1302,7 @@ OVERRIDES: dict[str, Override] = {
             "max_grid_col_position_embeddings": 8,
             "max_grid_row_position_embeddings": 8,
         },
-        inputs={"pixel_values": (2, 2, 3, 64, 64)},
+        inputs={"pixel_values": (1, 2, 3, 64, 64), "input_ids": _integers(90, 1, 21, least=3)},
     ),
     "udop": Override(inputs={"bbox": (2, 21, 4), **_IMAGE}),
     "univnet": Override(config={"model_hidden_channels": 8}),
@@ -1295,9 +1376,11 @@ OVERRIDES: dict[str, Override] = {
     "zamba": Override(
         config={
             "attention_head_dim": 32,
+            "attention_hidden_size": 128,
             "mamba_dt_rank": 4,
             "use_mamba_kernels": False,
-            "layers_block_type": ["linear_attention", "hybrid"],
+            "num_hidden_layers": 4,
+            "layers_block_type": ["linear_attention", "hybrid"] * 2,
         }
     ),
     "zamba2": Override(
