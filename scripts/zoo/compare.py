@@ -92,7 +92,7 @@ def _check(family: Family, row: Row) -> None:
     eager = family.build(family.override.reference)
     plain = given.example(eager, family.override)
     layers = attention_layers(eager)
-    row.patched = "own" in layers.values()
+    row.patched = "own" in layers.values() or family.override.patched
     if row.patched:
         ours = family.build("eager")
         with suppress(ValueError):  # of no layer that can be; the remarks will say why
@@ -113,11 +113,17 @@ def _check(family: Family, row: Row) -> None:
     row.layers, row.ours, row.calls = counter.ran, counter.served, counter.calls
     good &= _packed(row, eager, ours, plain)
     good &= _generate(row, eager, ours, cases.get("left") or plain, family.override.caches)
-    row.notes += sorted({f"{type(x).__name__}: {why_not(x)}" for x in counter.unserved})
+    row.notes += sorted({f"{type(x).__name__}: {_reason(x)}" for x in counter.unserved})
     if not good:
         row.status = "differs"
     elif row.layers:
         row.status = "equal" if row.ours == row.layers else "partly"
+
+
+def _reason(layer: nn.Module) -> str | None:
+    if attention_kind(type(layer)) == "interface":
+        return f"set to {layer.config._attn_implementation}"
+    return why_not(layer)
 
 
 def attention_layers(model: nn.Module) -> dict[nn.Module, str]:

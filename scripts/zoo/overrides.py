@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from transformers import ResNetConfig, Sam2VisionConfig, SwinConfig
+from transformers import ResNetConfig, Sam2VisionConfig, SwinConfig, ViTConfig
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Override:
         reference: the implementation to compare with, where eager itself is wrong.
         sides: of padding that the family can take.
         caches: with which the family generates.
-        remark: why reference, sides or caches are not the usual ones.
+        patched: whether it is patched although it uses the interface.
+        remark: why any of these four are not the usual ones.
     """
 
     model: str = ""
@@ -31,6 +32,7 @@ class Override:
     reference: str | dict[str, str] = "eager"
     sides: tuple[str, ...] = ("left", "right")
     caches: tuple[str, ...] = ("dynamic", "static")
+    patched: bool = False
     remark: str = ""
 
 
@@ -257,6 +259,15 @@ def _protein(name: str) -> Callable:
     return feature
 
 
+_VIT = ViTConfig(
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=64,
+    image_size=32,
+    patch_size=8,
+    num_labels=64,
+)
 # In place of one from the timm package.
 _RESNET = {
     "use_timm_backbone": False,
@@ -268,6 +279,19 @@ _RESNET = {
 }
 
 OVERRIDES: dict[str, Override] = {
+    "pe_audio_video": Override(
+        config={"audio_video_config": {"video_config": {"vision_config": _VIT}}},
+        inputs={"pixel_values_videos": (2, 4, 3, 32, 32), "input_values": (2, 1, 4000)},
+        patched=True,
+        sides=("right",),
+        remark="patched: its parts make their own configurations, out of reach of the name; no left padding: the text is read off its first token",
+    ),
+    "pe_video": Override(
+        config={"video_config": {"vision_config": _VIT}},
+        inputs={"pixel_values_videos": (2, 4, 3, 32, 32)},
+        sides=("right",),
+        remark="no left padding: the text is read off its first token",
+    ),
     "omdet_turbo": Override(
         model="OmDetTurboForObjectDetection",
         config={
@@ -280,10 +304,14 @@ OVERRIDES: dict[str, Override] = {
             ),
             "encoder_in_channels": [16, 16, 16],
             "vision_features_channels": [64, 64, 64],
-            "text_projection_in_dim": 64,
-            "text_projection_out_dim": 64,
-            "class_embed_dim": 64,
+            "text_config": {"hidden_size": 32},
+            "text_projection_in_dim": 32,
+            "text_projection_out_dim": 32,
+            "class_embed_dim": 32,
             "task_encoder_hidden_dim": 64,
+            "apply_layernorm_after_vision_backbone": False,
+            "decoder_hidden_dim": 64,
+            "encoder_hidden_dim": 64,
             "encoder_dim_feedforward": 64,
             "decoder_dim_feedforward": 64,
         },
