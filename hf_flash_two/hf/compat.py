@@ -74,9 +74,16 @@ _PREPARE_ARGUMENTS = [
 
 # Families that ask whether the mask is a tensor, by model_type: bool where they know it.
 WANTS_BOOL_TENSOR = frozenset({"doge"})
-WANTS_FLOAT_TENSOR = frozenset({"deepseek_v4", "gemma4_audio", "informer"})
-# Families with bidirectional layers that say is_causal, which no mask bears out.
-NOT_CAUSAL_WITHOUT_MASK = frozenset({"bridgetower", "bridgetower_text_model"})
+WANTS_FLOAT_TENSOR = frozenset({"deepseek_v4", "gemma4_audio", "glm_moe_dsa", "informer"})
+# Families with bidirectional layers that say is_causal, or nothing, which no mask bears out.
+NOT_CAUSAL_WITHOUT_MASK = frozenset(
+    {
+        "bridgetower",
+        "bridgetower_text_model",
+        "chinese_clip_vision_model",
+        "kosmos_2_text_model",
+    }
+)
 # Families whose causal layers say is_causal=False where a mask came, which holds causality.
 CAUSALITY_IN_MASK = frozenset({"moonshine", "moonshine_streaming"})
 # Families that turn to sdpa under a name with "flash" where a float mask comes, which is a bias.

@@ -22,6 +22,7 @@ _INFORMATIONAL = frozenset(
         # asked of the model, answered elsewhere
         "use_cache", "past_key_values", "cache_position", "output_hidden_states",
         "output_router_logits", "return_dict", "logits_to_keep", "logits_indices",
+        "user_cache",  # what Nemotron-H of transformers 5.4 calls it
         # of the loss
         "num_items_in_batch", "labels", "shift_labels", "loss_kwargs",
         # every kernel here is deterministic
