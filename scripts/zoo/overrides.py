@@ -204,6 +204,7 @@ _SWIN = {
     "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "patch_size": 4,
     "window_size": 4, "out_indices": [1, 2, 3, 4], "out_features": None,
 }  # fmt: skip
+_SWIN_OF_TWO = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "patch_size": 2}
 _SAM2 = {
     "vision_config": {
         "backbone_config": {
@@ -279,51 +280,288 @@ _RESNET = {
 }
 
 OVERRIDES: dict[str, Override] = {
-    "pe_audio_video": Override(
-        config={"audio_video_config": {"video_config": {"vision_config": _VIT}}},
-        inputs={"pixel_values_videos": (2, 4, 3, 32, 32), "input_values": (2, 1, 4000)},
-        patched=True,
-        sides=("right",),
-        remark="patched: its parts make their own configurations, out of reach of the name; no left padding: the text is read off its first token",
-    ),
-    "pe_video": Override(
-        config={"video_config": {"vision_config": _VIT}},
-        inputs={"pixel_values_videos": (2, 4, 3, 32, 32)},
-        sides=("right",),
-        remark="no left padding: the text is read off its first token",
-    ),
-    "omdet_turbo": Override(
-        model="OmDetTurboForObjectDetection",
+    "align": Override(
         config={
-            **_RESNET,
-            "backbone_config": ResNetConfig(
-                embedding_size=8,
-                hidden_sizes=[8, 16, 16, 16],
-                depths=[1] * 4,
-                out_indices=[2, 3, 4],
-            ),
-            "encoder_in_channels": [16, 16, 16],
-            "vision_features_channels": [64, 64, 64],
-            "text_config": {"hidden_size": 32},
-            "text_projection_in_dim": 32,
-            "text_projection_out_dim": 32,
-            "class_embed_dim": 32,
-            "task_encoder_hidden_dim": 64,
-            "apply_layernorm_after_vision_backbone": False,
-            "decoder_hidden_dim": 64,
-            "encoder_hidden_dim": 64,
-            "encoder_dim_feedforward": 64,
-            "decoder_dim_feedforward": 64,
+            "vision_config": {
+                "width_coefficient": 1.0,
+                "depth_coefficient": 1.0,
+                "in_channels": [32, 8],
+                "out_channels": [8, 64],
+                "kernel_sizes": [3, 3],
+                "strides": [1, 2],
+                "num_block_repeats": [1, 1],
+                "expand_ratios": [1, 1],
+            }
         },
+        inputs=_IMAGE,
+    ),
+    "audio_spectrogram_transformer": Override(
+        config={"max_length": 64}, inputs={"input_values": (2, 64, 16)}
+    ),
+    "autoformer": Override(config=_SERIES, inputs=_SERIES_INPUTS),
+    "bamba": Override(config={"attn_layer_indices": [1], **_MAMBA2}),
+    "bark": Override(
+        model="BarkFineModel",
+        config={"n_codes_total": 4, "input_vocab_size": 99, "output_vocab_size": 99},
+        inputs={"codebook_idx": lambda _: 2, "input_ids": _integers(90, 2, 13, 4)},
+    ),
+    "big_bird": Override(config={"attention_type": "original_full"}),
+    "bigbird_pegasus": Override(config={"attention_type": "original_full"}),
+    "bit": Override(config={"num_groups": 8}, inputs=_IMAGE_64),
+    "blip_2": Override(
+        config={"image_token_index": 91, "qformer_config": {"cross_attention_frequency": 1}},
+        inputs=_IMAGE,
+    ),
+    "blt": Override(
+        config={
+            "encoder_hash_byte_group_vocab": 50,
+            "encoder_hash_byte_group_size": [3],
+            "encoder_config": {"hidden_size_global": 64, "sliding_window": 6},
+            "decoder_config": {"hidden_size_global": 64},
+            "global_config": {"encoder_cross_output_size": None},
+        },
+        inputs={"use_cache": lambda _: False},
+        sides=("right",),
+        remark="no left padding: patches hold what padding makes of itself",
+    ),
+    "bros": Override(inputs={"bbox": (2, 21, 8)}),
+    "chameleon": Override(
+        config={
+            "vq_config": {
+                "channel_multiplier": [1, 2],
+                "attn_resolutions": None,
+                "base_channels": 32,
+            },
+            "vocabulary_map": {
+                "<image>": 91,
+                **{f"IMGIMG{x}Z": 10 + i for i, x in enumerate("ABCDEFGH")},
+            },
+        },
+        inputs=_IMAGE,
+    ),
+    "chmv2": Override(
+        config={
+            "backbone_config": {
+                "num_hidden_layers": 4,
+                "out_indices": [1, 2, 3, 4],
+                "out_features": None,
+            },
+            "post_process_channels": [16, 16, 16, 16],
+            "fusion_hidden_size": 16,
+            "head_hidden_size": 8,
+            "number_output_channels": 8,
+        },
+        inputs=_IMAGE,
+    ),
+    "clap": Override(
+        config={
+            "audio_config": {
+                "spec_size": 32,
+                "patch_embeds_hidden_size": 16,
+                "num_attention_heads": [2, 4],
+                "hidden_size": 32,
+                "patch_stride": [4, 4],
+                "patch_size": 4,
+                "num_mel_bins": 16,
+            }
+        },
+        inputs={"input_features": (2, 1, 32, 16)},
+    ),
+    "clvp": Override(
+        config={
+            "text_config": {"num_attention_heads": 2},
+            "speech_config": {"num_attention_heads": 2},
+            "decoder_config": {"feature_size": 16, "max_text_tokens": 99},
+        },
+        inputs={"input_features": (2, 16, 30)},
+    ),
+    "cohere_compass": Override(
+        config={
+            "text_config": {
+                "layer_types": ["sliding_attention", "full_attention"],
+                "rope_parameters": {
+                    "full_attention": MROPE["rope_parameters"],
+                    "sliding_attention": MROPE["rope_parameters"],
+                },
+            },
+            "vision_config": {"deepstack_visual_indexes": [1], "num_position_embeddings": 16},
+        }
+    ),
+    "colqwen2": Override(
+        config={"vlm_config": {"text_config": MROPE, "vision_config": {"hidden_size": 64}}}
+    ),
+    "conditional_detr": Override(config=_RESNET, inputs=_IMAGE_64),
+    "cosmos3_edge": Override(config={"text_config": MROPE}),
+    "csm": Override(
+        config={
+            "depth_decoder_config": {"backbone_hidden_size": 64},
+            "codec_config": {"upsampling_ratios": [4, 2], "num_filters": 8},
+        },
+        inputs={"input_ids": _integers(90, 2, 21, 8, least=3)},
+    ),
+    "cvt": Override(
+        config={"embed_dim": [16, 16, 16], "num_heads": [1, 2, 4], "depth": [1, 2, 3]},
+        inputs=_IMAGE_64,
+    ),
+    "d_fine": Override(config={**_DETR_FAMILY, "backbone_config": _HGNET}, inputs=_IMAGE_64),
+    "dab_detr": Override(config=_RESNET, inputs=_IMAGE_64),
+    "dbrx": Override(
+        config={"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}}
+    ),
+    "decision_transformer": Override(
         inputs={
-            **_IMAGE_64,
-            "classes_input_ids": _integers(90, 4, 5, least=3),
-            "classes_attention_mask": _ones(4, 5),
-            "tasks_input_ids": _integers(90, 2, 7, least=3),
-            "tasks_attention_mask": _ones(2, 7),
-            "classes_structure": [2, 2],
+            "states": (2, 7, 17),
+            "actions": (2, 7, 4),
+            "rewards": (2, 7, 1),
+            "returns_to_go": (2, 7, 1),
+            "timesteps": _integers(90, 2, 7),
+            "attention_mask": _ones(2, 7),
         },
     ),
+    "deepseek_ocr2": Override(
+        config={
+            "vision_config": {
+                "sam_config": {
+                    "global_attn_indexes": [1],
+                    "downsample_channels": [32, 64],
+                    "output_channels": 32,
+                }
+            },
+            "text_config": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]},
+        }
+    ),
+    "deepseek_v2": Override(config={"num_experts_per_tok": 2}),
+    "deepseek_vl_hybrid": Override(
+        config={"high_res_vision_config": {"global_attn_indexes": [1]}},
+        inputs={**_IMAGE, "high_res_pixel_values": (2, 3, 32, 32)},
+    ),
+    "deformable_detr": Override(config=_RESNET, inputs=_IMAGE_64),
+    "deimv2": Override(config={**_DETR_FAMILY, "backbone_config": _HGNET}, inputs=_IMAGE_64),
+    "depth_anything": Override(
+        config={
+            "backbone_config": _FOUR_STAGES,
+            "reassemble_hidden_size": 32,
+            "neck_hidden_sizes": [8, 8, 8, 8],
+            "fusion_hidden_size": 8,
+        },
+        inputs=_IMAGE,
+    ),
+    "depth_pro": Override(
+        config={
+            "patch_size": 32,
+            "intermediate_hook_ids": [1, 0],
+            "intermediate_feature_dims": [16, 16],
+            "scaled_images_feature_dims": [16, 16, 16],
+            "fusion_hidden_size": 16,
+        },
+        inputs={"pixel_values": (1, 3, 128, 128)},
+    ),
+    "detr": Override(config=_RESNET, inputs=_IMAGE_64),
+    "dia": Override(
+        config={
+            "decoder_config": {
+                "cross_num_attention_heads": 4,
+                "cross_head_dim": 16,
+                "cross_num_key_value_heads": 2,
+                "cross_hidden_size": 64,
+                "num_channels": 3,
+            },
+            "delay_pattern": [0, 1, 2],
+        },
+        inputs={"decoder_input_ids": _integers(90, 2, 9, 3)},
+    ),
+    "diffusion_gemma": Override(
+        config={
+            "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64},
+            "canvas_length": 7,
+        },
+        sides=("right",),
+        remark="no left padding: the decoder sees what padding makes of itself",
+    ),
+    "donut_swin": Override(config=_SWIN_OF_TWO, inputs=_IMAGE),
+    "dots1": Override(config={"num_experts_per_tok": 2}),
+    "dots3_note": Override(
+        config={
+            "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+            "audio_config": {
+                "adapter_input_size": 64,
+                "adapter_out_dim": 64,
+                "downsample_hidden_size": 16,
+            },
+        }
+    ),
+    "edgetam": Override(
+        config={
+            "vision_config": Sam2VisionConfig(
+                fpn_hidden_size=64,
+                **{
+                    **_SAM2["vision_config"],
+                    "backbone_config": {
+                        "model_type": "sam2_hiera_det_model",
+                        **_SAM2["vision_config"]["backbone_config"],
+                    },
+                },
+            )
+        },
+        inputs={**_IMAGE_64, "input_points": (2, 1, 2, 2)},
+    ),
+    "edgetam_video": Override(
+        config={**_SAM2, "image_size": 64, "perceiver_resampler_num_latents_2d": 4},
+        inputs={
+            "inference_session": _session("edgetam_video", "EdgeTamVideo", 64),
+            "frame_idx": lambda _: 0,
+        },
+    ),
+    "efficientloftr": Override(
+        config={
+            "out_features": [16, 16, 32, 64],
+            "stage_num_blocks": [1, 1, 1, 1],
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+        },
+        inputs={"pixel_values": (2, 2, 3, 64, 64)},
+    ),
+    "efficientnet": Override(
+        config={
+            "width_coefficient": 1.0,
+            "depth_coefficient": 1.0,
+            "in_channels": [32, 8],
+            "out_channels": [8, 64],
+            "kernel_sizes": [3, 3],
+            "strides": [1, 2],
+            "num_block_repeats": [1, 1],
+            "expand_ratios": [1, 1],
+            "hidden_dim": 1280,
+        },
+        inputs=_IMAGE,
+    ),
+    "emu3": Override(
+        config={
+            "vq_config": {"base_channels": 32, "channel_multiplier": [1, 2]},
+            "vocabulary_map": {"<image>": 91},
+        },
+        inputs={"pixel_values": None},
+    ),
+    "ernie4_5_vl_moe": Override(
+        config={
+            "text_config": {
+                "moe_intermediate_size": [32, 16],
+                "moe_num_experts": 4,
+                "moe_k": 2,
+                "head_dim": 16,
+                "rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [2, 2, 4]},
+            }
+        }
+    ),
+    "esm": Override(
+        config={
+            "vocab_size": 99,
+            "mask_token_id": 97,
+            "pad_token_id": 0,
+            "position_embedding_type": "rotary",
+        }
+    ),
+    "esmc": Override(config={"num_key_value_heads": 4}),
     "esmfold": Override(
         config={
             "vocab_size": 33,
@@ -357,7 +595,6 @@ OVERRIDES: dict[str, Override] = {
         sides=(),
         remark="one protein, not padded",
     ),
-    "voxtral_realtime": Override(inputs={"input_features": (2, 16, 168)}),
     "esmfold2": Override(
         config={
             "esmc_config": {"num_key_value_heads": 4},
@@ -379,244 +616,22 @@ OVERRIDES: dict[str, Override] = {
         sides=(),
         remark="one protein, not padded",
     ),
-    "edgetam": Override(
+    "falcon_h1": Override(config={"mamba_d_ssm": 128}),
+    "fastspeech2_conformer": Override(
+        config={"encoder_linear_units": 64, "decoder_linear_units": 64}
+    ),
+    "fun_asr_nano": Override(config={"adaptor_config": {"intermediate_size": 16}}),
+    "gemma3n": Override(
+        model="Gemma3nForCausalLM",
         config={
-            "vision_config": Sam2VisionConfig(
-                fpn_hidden_size=64,
-                **{
-                    **_SAM2["vision_config"],
-                    "backbone_config": {
-                        "model_type": "sam2_hiera_det_model",
-                        **_SAM2["vision_config"]["backbone_config"],
-                    },
-                },
-            )
-        },
-        inputs={**_IMAGE_64, "input_points": (2, 1, 2, 2)},
-    ),
-    "sam3_tracker_video": Override(
-        config={"vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}},
-        inputs={
-            "inference_session": _session("sam3_tracker_video", "Sam3TrackerVideo", 32),
-            "frame_idx": lambda _: 0,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "intermediate_size": [64] * 4,
+            "activation_sparsity_pattern": [0.0] * 4,
         },
     ),
-    "edgetam_video": Override(
-        config={**_SAM2, "image_size": 64, "perceiver_resampler_num_latents_2d": 4},
-        inputs={
-            "inference_session": _session("edgetam_video", "EdgeTamVideo", 64),
-            "frame_idx": lambda _: 0,
-        },
-    ),
-    "sam2_video": Override(
-        config=_SAM2,
-        inputs={
-            "inference_session": _session("sam2_video", "Sam2Video", 64),
-            "frame_idx": lambda _: 0,
-        },
-    ),
-    "granite_speech5": Override(
-        config={"num_key_value_heads": 4}, inputs={"input_features": (2, 64, 64)}
-    ),
-    "muse_spark": Override(
-        config={"out_hidden_size": 256},
-        inputs={
-            "pixel_values": (20, 384),
-            "image_grid_thw": [[1, 4, 4], [1, 2, 2]],
-            "input_values": None,
-        },
-    ),
-    "sam3_tracker": Override(
-        config={"vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}},
-        inputs={**_IMAGE, "input_points": (2, 1, 2, 2)},
-    ),
-    "qwen4_exp": Override(
-        config={
-            "text_config": {
-                "indexer_n_heads": 2,
-                "indexer_kv_heads": 1,
-                "indexer_head_dim": 16,
-                "indexer_budget": 8,
-                "indexer_compress_ratio": 4,
-                "hc_lowrank": 8,
-                "ple_embed_dim": 16,
-                "rope_parameters": MROPE["rope_parameters"],
-            }
-        }
-    ),
-    "nemotron3_5_transcribe": Override(
-        config={
-            "word_timestamp_config": {"blank_token_id": 98},
-            "audio_config": {
-                "asr_config": {"num_key_value_heads": 4},
-                "diarization_config": {"audio_config": {"num_key_value_heads": 4}},
-            },
-        },
-        inputs={"input_features": (2, 128, 16), "input_features_mask": _ones(2, 128)},
-    ),
-    "sapiens2": Override(config={"num_key_value_heads_per_layer": [4, 2]}),
-    "pp_ocrv6_small_rec": Override(
-        model="PPOCRV6SmallRecForTextRecognition", inputs={"pixel_values": (2, 3, 48, 96)}
-    ),
-    "granite4_vision": Override(
-        config={
-            "deepstack_layer_map": [[1, 0]],
-            "downsample_rate": "1/2",
-            "use_spatial_sampling": False,
-            "qformer_config": {"cross_attention_frequency": 1},
-            "image_grid_pinpoints": [[32, 32]],
-        },
-        inputs={"pixel_values": (2, 2, 3, 32, 32), "image_sizes": [[32, 32], [32, 32]]},
-    ),
-    "rag": Override(config={"question_encoder": {"model_type": "dpr"}}),
-    "efficientloftr": Override(
-        config={
-            "out_features": [16, 16, 32, 64],
-            "stage_num_blocks": [1, 1, 1, 1],
-            "num_attention_heads": 8,
-            "num_key_value_heads": 8,
-        },
-        inputs={"pixel_values": (2, 2, 3, 64, 64)},
-    ),
-    "xcodec2": Override(
-        config={
-            "encoder_hidden_size": 4,
-            "quantization_dim": 128,
-            "num_key_value_heads": 4,
-            "semantic_model_config": {"feature_projection_input_dim": 16},
-        },
-        inputs={"input_values": (2, 1, 3200), "input_features": (2, 10, 16)},
-    ),
-    "neucodec": Override(
-        config={
-            "encoder_hidden_size": 4,
-            "quantization_dim": 128,
-            "num_key_value_heads": 4,
-            "semantic_model_config": {"feature_projection_input_dim": 16},
-        },
-        inputs={"input_values": (2, 1, 3200), "input_features": (2, 10, 16)},
-    ),
-    "pp_formulanet": Override(
-        config={
-            "vision_config": {
-                "global_attn_indexes": [1],
-                "post_conv_in_channels": 64,
-                "post_conv_mid_channels": 64,
-                "post_conv_out_channels": 64,
-                "decoder_hidden_size": 64,
-            }
-        },
-        inputs={**_IMAGE, "decoder_input_ids": _integers(90, 2, 9, least=3)},
-        caches=("dynamic",),
-        remark="no static cache: eager attends to its slots beyond the picture",
-    ),
-    "slanet": Override(
-        model="SLANetForTableRecognition",
-        config={
-            "backbone_config": {
-                "out_features": ["stage2", "stage3", "stage4", "stage5"],
-                "out_indices": None,
-            },
-            "max_text_length": 4,
-        },
-        inputs=_IMAGE_64,
-    ),
-    "pp_ocrv5_mobile_rec": Override(
-        model="PPOCRV5MobileRecForTextRecognition", inputs={"pixel_values": (2, 3, 96, 96)}
-    ),
-    "pp_ocrv5_server_rec": Override(
-        model="PPOCRV5ServerRecForTextRecognition", inputs={"pixel_values": (2, 3, 96, 96)}
-    ),
-    "unlimited_ocr": Override(
-        config={
-            "vision_config": {
-                "sam_config": {
-                    "global_attn_indexes": [1],
-                    "downsample_channels": [32, 64],
-                    "output_channels": 32,
-                }
-            },
-            "text_config": {"num_key_value_heads": 4},
-        }
-    ),
-    "step3p7": Override(
-        config={"text_config": {"sliding_window": 6, "num_sliding_attention_heads": 4}}
-    ),
-    "sam2": Override(config=_SAM2, inputs={**_IMAGE_64, "input_points": (2, 1, 2, 2)}),
-    "bigbird_pegasus": Override(config={"attention_type": "original_full"}),
-    "big_bird": Override(config={"attention_type": "original_full"}),
-    "maskformer": Override(config={"backbone_config": SwinConfig(**_SWIN)}, inputs=_IMAGE_64),
-    "qwen2_5_omni": Override(
-        model="Qwen2_5OmniThinkerForConditionalGeneration",
-        config={
-            "vision_start_token_id": 94,
-            "vision_end_token_id": 95,
-            "audio_start_token_id": 96,
-            "text_config": MROPE,
-        },
-    ),
-    "qwen3_omni_moe": Override(
-        model="Qwen3OmniMoeThinkerForConditionalGeneration",
-        config={"vision_start_token_id": 94, "vision_end_token_id": 95, "audio_start_token_id": 96},
-    ),
-    "paddleocr_vl": Override(
-        config={"text_config": MROPE},
-        inputs={"pixel_values": (32, 3, 8, 8), "image_grid_thw": [[1, 4, 4], [1, 4, 4]]},
-    ),
-    "muse_glimmer_assistant": Override(
-        config={"block_size": 4, "target_layer_ids": [1]},
-        inputs={
-            "noise_embeds": (2, 4, 64),
-            "context_hidden_states": (2, 21, 64),
-            "attention_mask": _ones(2, 25),
-        },
-    ),
-    "moshi": Override(
-        inputs={
-            "user_audio_codes": _integers(8, 2, 8, 21),
-            "moshi_audio_codes": _integers(8, 2, 8, 21),
-        },
-        config={"audio_encoder_config": {"upsampling_ratios": [4, 2], "num_filters": 8}},
-    ),
-    "glm5_next": Override(
-        config={
-            "text_config": {"index_topk": 4, "index_kpool": 2, "qk_rope_head_dim": 0, "head_dim": 0}
-        }
-    ),
-    "vitpose": Override(
-        config={
-            "backbone_config": {"image_size": [32, 24], "patch_size": [8, 8], "num_experts": 1}
-        },
-        inputs={"pixel_values": (2, 3, 32, 24)},
-    ),
-    "vitpose_backbone": Override(
-        model="VitPoseBackbone",
-        config={"image_size": [32, 24], "patch_size": [8, 8], "num_experts": 1},
-        inputs={"pixel_values": (2, 3, 32, 24)},
-    ),
-    "upernet": Override(config={"auxiliary_in_channels": 8, "hidden_size": 16}, inputs=_IMAGE_64),
-    "videomt": Override(inputs={"pixel_values_videos": (2, 2, 3, 32, 32)}),
-    "kyutai_speech_to_text": Override(
-        config={
-            "codebook_vocab_size": 17,
-            "audio_bos_token_id": 16,
-            "audio_pad_token_id": 99,
-            "codec_config": {"upsampling_ratios": [4, 2], "num_filters": 8},
-        },
-        inputs={"input_ids": _integers(16, 2, 21, 9, least=3)},
-    ),
-    "kosmos2": Override(
-        config={"latent_query_num": 4, "text_config": {"layers": 2, "attention_heads": 4}},
-        inputs={
-            **_IMAGE,
-            "image_embeds_position_mask": lambda _: (
-                (torch.arange(21) // 4 == 2).long().expand(2, 21)
-            ),
-        },
-    ),
-    "idefics": Override(
-        inputs={"pixel_values": (2, 1, 3, 32, 32), "image_attention_mask": _ones(2, 21, 1)}
-    ),
+    "gemma4_assistant": Override(config={"text_config": {"hidden_size_per_layer_input": 0}}),
     "gemma4_unified_assistant": Override(
         config={
             "text_config": {
@@ -626,282 +641,6 @@ OVERRIDES: dict[str, Override] = {
             }
         }
     ),
-    "falcon_h1": Override(config={"mamba_d_ssm": 128}),
-    "dots3_note": Override(
-        config={
-            "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
-            "audio_config": {
-                "adapter_input_size": 64,
-                "adapter_out_dim": 64,
-                "downsample_hidden_size": 16,
-            },
-        }
-    ),
-    "diffusion_gemma": Override(
-        config={
-            "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64},
-            "canvas_length": 7,
-        },
-        sides=("right",),
-        remark="no left padding: the decoder sees what padding makes of itself",
-    ),
-    "depth_pro": Override(
-        config={
-            "patch_size": 32,
-            "intermediate_hook_ids": [1, 0],
-            "intermediate_feature_dims": [16, 16],
-            "scaled_images_feature_dims": [16, 16, 16],
-            "fusion_hidden_size": 16,
-        },
-        inputs={"pixel_values": (1, 3, 128, 128)},
-    ),
-    "efficientnet": Override(
-        config={
-            "width_coefficient": 1.0,
-            "depth_coefficient": 1.0,
-            "in_channels": [32, 8],
-            "out_channels": [8, 64],
-            "kernel_sizes": [3, 3],
-            "strides": [1, 2],
-            "num_block_repeats": [1, 1],
-            "expand_ratios": [1, 1],
-            "hidden_dim": 1280,
-        },
-        inputs=_IMAGE,
-    ),
-    "align": Override(
-        config={
-            "vision_config": {
-                "width_coefficient": 1.0,
-                "depth_coefficient": 1.0,
-                "in_channels": [32, 8],
-                "out_channels": [8, 64],
-                "kernel_sizes": [3, 3],
-                "strides": [1, 2],
-                "num_block_repeats": [1, 1],
-                "expand_ratios": [1, 1],
-            }
-        },
-        inputs=_IMAGE,
-    ),
-    "audio_spectrogram_transformer": Override(
-        config={"max_length": 64}, inputs={"input_values": (2, 64, 16)}
-    ),
-    "autoformer": Override(config=_SERIES, inputs=_SERIES_INPUTS),
-    "bamba": Override(config={"attn_layer_indices": [1], **_MAMBA2}),
-    "bark": Override(
-        model="BarkFineModel",
-        config={"n_codes_total": 4, "input_vocab_size": 99, "output_vocab_size": 99},
-        inputs={"codebook_idx": lambda _: 2, "input_ids": _integers(90, 2, 13, 4)},
-    ),
-    "bit": Override(config={"num_groups": 8}, inputs=_IMAGE_64),
-    "blip_2": Override(
-        config={"image_token_index": 91, "qformer_config": {"cross_attention_frequency": 1}},
-        inputs=_IMAGE,
-    ),
-    "blt": Override(
-        config={
-            "encoder_hash_byte_group_vocab": 50,
-            "encoder_hash_byte_group_size": [3],
-            "encoder_config": {"hidden_size_global": 64, "sliding_window": 6},
-            "decoder_config": {"hidden_size_global": 64},
-            "global_config": {"encoder_cross_output_size": None},
-        },
-        inputs={"use_cache": lambda _: False},
-        sides=("right",),
-        remark="no left padding: patches hold what padding makes of itself",
-    ),
-    "bros": Override(inputs={"bbox": (2, 21, 8)}),
-    "chameleon": Override(
-        config={
-            "vq_config": {
-                "channel_multiplier": [1, 2],
-                "attn_resolutions": None,
-                "base_channels": 32,
-            },
-            "vocabulary_map": {
-                "<image>": 91,
-                **{f"IMGIMG{x}Z": 10 + i for i, x in enumerate("ABCDEFGH")},
-            },
-        },
-        inputs=_IMAGE,
-    ),
-    "clap": Override(
-        config={
-            "audio_config": {
-                "spec_size": 32,
-                "patch_embeds_hidden_size": 16,
-                "num_attention_heads": [2, 4],
-                "hidden_size": 32,
-                "patch_stride": [4, 4],
-                "patch_size": 4,
-                "num_mel_bins": 16,
-            }
-        },
-        inputs={"input_features": (2, 1, 32, 16)},
-    ),
-    "chmv2": Override(
-        config={
-            "backbone_config": {
-                "num_hidden_layers": 4,
-                "out_indices": [1, 2, 3, 4],
-                "out_features": None,
-            },
-            "post_process_channels": [16, 16, 16, 16],
-            "fusion_hidden_size": 16,
-            "head_hidden_size": 8,
-            "number_output_channels": 8,
-        },
-        inputs=_IMAGE,
-    ),
-    "clvp": Override(
-        config={
-            "text_config": {"num_attention_heads": 2},
-            "speech_config": {"num_attention_heads": 2},
-            "decoder_config": {"feature_size": 16, "max_text_tokens": 99},
-        },
-        inputs={"input_features": (2, 16, 30)},
-    ),
-    "cohere_compass": Override(
-        config={
-            "text_config": {
-                "layer_types": ["sliding_attention", "full_attention"],
-                "rope_parameters": {
-                    "full_attention": MROPE["rope_parameters"],
-                    "sliding_attention": MROPE["rope_parameters"],
-                },
-            },
-            "vision_config": {"deepstack_visual_indexes": [1], "num_position_embeddings": 16},
-        }
-    ),
-    "colqwen2": Override(
-        config={"vlm_config": {"text_config": MROPE, "vision_config": {"hidden_size": 64}}}
-    ),
-    "cosmos3_edge": Override(config={"text_config": MROPE}),
-    "csm": Override(
-        config={
-            "depth_decoder_config": {"backbone_hidden_size": 64},
-            "codec_config": {"upsampling_ratios": [4, 2], "num_filters": 8},
-        },
-        inputs={"input_ids": _integers(90, 2, 21, 8, least=3)},
-    ),
-    "cvt": Override(
-        config={"embed_dim": [16, 16, 16], "num_heads": [1, 2, 4], "depth": [1, 2, 3]},
-        inputs=_IMAGE_64,
-    ),
-    "d_fine": Override(config={**_DETR_FAMILY, "backbone_config": _HGNET}, inputs=_IMAGE_64),
-    "dbrx": Override(
-        config={"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}}
-    ),
-    "decision_transformer": Override(
-        inputs={
-            "states": (2, 7, 17),
-            "actions": (2, 7, 4),
-            "rewards": (2, 7, 1),
-            "returns_to_go": (2, 7, 1),
-            "timesteps": _integers(90, 2, 7),
-            "attention_mask": _ones(2, 7),
-        },
-    ),
-    "deepseek_ocr2": Override(
-        config={
-            "vision_config": {
-                "sam_config": {
-                    "global_attn_indexes": [1],
-                    "downsample_channels": [32, 64],
-                    "output_channels": 32,
-                }
-            },
-            "text_config": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]},
-        }
-    ),
-    "deepseek_v2": Override(config={"num_experts_per_tok": 2}),
-    "deepseek_vl_hybrid": Override(
-        config={"high_res_vision_config": {"global_attn_indexes": [1]}},
-        inputs={**_IMAGE, "high_res_pixel_values": (2, 3, 32, 32)},
-    ),
-    "deimv2": Override(config={**_DETR_FAMILY, "backbone_config": _HGNET}, inputs=_IMAGE_64),
-    "depth_anything": Override(
-        config={
-            "backbone_config": _FOUR_STAGES,
-            "reassemble_hidden_size": 32,
-            "neck_hidden_sizes": [8, 8, 8, 8],
-            "fusion_hidden_size": 8,
-        },
-        inputs=_IMAGE,
-    ),
-    "prompt_depth_anything": Override(
-        config={
-            "backbone_config": _FOUR_STAGES,
-            "reassemble_hidden_size": 32,
-            "neck_hidden_sizes": [8, 8, 8, 8],
-            "fusion_hidden_size": 8,
-        },
-        inputs=_IMAGE,
-    ),
-    "dia": Override(
-        config={
-            "decoder_config": {
-                "cross_num_attention_heads": 4,
-                "cross_head_dim": 16,
-                "cross_num_key_value_heads": 2,
-                "cross_hidden_size": 64,
-                "num_channels": 3,
-            },
-            "delay_pattern": [0, 1, 2],
-        },
-        inputs={"decoder_input_ids": _integers(90, 2, 9, 3)},
-    ),
-    "dots1": Override(config={"num_experts_per_tok": 2}),
-    "donut_swin": Override(
-        config={"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "patch_size": 2},
-        inputs=_IMAGE,
-    ),
-    "swin": Override(
-        config={"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "patch_size": 2},
-        inputs=_IMAGE,
-    ),
-    "swinv2": Override(
-        config={"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "patch_size": 2},
-        inputs=_IMAGE,
-    ),
-    "maskformer_swin": Override(
-        config={"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "patch_size": 2},
-        inputs=_IMAGE,
-    ),
-    "swin2sr": Override(
-        config={"embed_dim": 16, "depths": [2], "num_heads": [2], "patch_size": 1, "upscale": 2},
-        inputs=_IMAGE,
-    ),
-    "emu3": Override(
-        config={
-            "vq_config": {"base_channels": 32, "channel_multiplier": [1, 2]},
-            "vocabulary_map": {"<image>": 91},
-        },
-        inputs={"pixel_values": None},
-    ),
-    "esm": Override(
-        config={
-            "vocab_size": 99,
-            "mask_token_id": 97,
-            "pad_token_id": 0,
-            "position_embedding_type": "rotary",
-        }
-    ),
-    "esmc": Override(config={"num_key_value_heads": 4}),
-    "ernie4_5_vl_moe": Override(
-        config={
-            "text_config": {
-                "moe_intermediate_size": [32, 16],
-                "moe_num_experts": 4,
-                "moe_k": 2,
-                "head_dim": 16,
-                "rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [2, 2, 4]},
-            }
-        }
-    ),
-    "fun_asr_nano": Override(config={"adaptor_config": {"intermediate_size": 16}}),
-    "gemma4_assistant": Override(config={"text_config": {"hidden_size_per_layer_input": 0}}),
     "git": Override(inputs={"pixel_values": (2, 3, 32, 32)}),
     "glm46v": Override(config={"text_config": MROPE}),
     "glm4v": Override(config={"text_config": MROPE}),
@@ -916,40 +655,38 @@ OVERRIDES: dict[str, Override] = {
             }
         }
     ),
-    "glm_ocr": Override(config={"text_config": MROPE}),
-    "glm_image": Override(config={"text_config": MROPE}),
-    "conditional_detr": Override(config=_RESNET, inputs=_IMAGE_64),
-    "dab_detr": Override(config=_RESNET, inputs=_IMAGE_64),
-    "deformable_detr": Override(config=_RESNET, inputs=_IMAGE_64),
-    "detr": Override(config=_RESNET, inputs=_IMAGE_64),
-    "table_transformer": Override(config=_RESNET, inputs=_IMAGE_64),
-    "gemma3n": Override(
-        model="Gemma3nForCausalLM",
+    "glm5_next": Override(
         config={
-            "num_hidden_layers": 4,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "num_kv_shared_layers": 2,
-            "intermediate_size": [64] * 4,
-            "activation_sparsity_pattern": [0.0] * 4,
+            "text_config": {"index_topk": 4, "index_kpool": 2, "qk_rope_head_dim": 0, "head_dim": 0}
+        }
+    ),
+    "glm_image": Override(config={"text_config": MROPE}),
+    "glm_ocr": Override(config={"text_config": MROPE}),
+    "glpn": Override(
+        config={
+            "hidden_sizes": [8, 16, 16, 16],
+            "num_attention_heads": [1, 2, 2, 4],
+            "decoder_hidden_size": 16,
         },
-    ),
-    "grounding_dino": Override(**_ADDS_BOOL),
-    "mm_grounding_dino": Override(**_ADDS_BOOL),
-    "nemotron3_5_asr": Override(**_INVERTED),
-    "nemotron_asr_streaming": Override(**_INVERTED),
-    "pe_audio": Override(
-        sides=("right",), remark="no left padding: the text is read off its first token"
-    ),
-    "videoprism": Override(
-        sides=("right",), remark="no left padding: the result holds what padding makes of itself"
-    ),
-    "fastspeech2_conformer": Override(
-        config={"encoder_linear_units": 64, "decoder_linear_units": 64}
+        inputs=_IMAGE_64,
     ),
     "gpt_neo": Override(
         config={"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 5}
     ),
     "gradium_phonon_tts": Override(config={"flow_head_config": {"condition_dim": 64}}),
+    "granite4_vision": Override(
+        config={
+            "deepstack_layer_map": [[1, 0]],
+            "downsample_rate": "1/2",
+            "use_spatial_sampling": False,
+            "qformer_config": {"cross_attention_frequency": 1},
+            "image_grid_pinpoints": [[32, 32]],
+        },
+        inputs={"pixel_values": (2, 2, 3, 32, 32), "image_sizes": [[32, 32], [32, 32]]},
+    ),
+    "granite_speech5": Override(
+        config={"num_key_value_heads": 4}, inputs={"input_features": (2, 64, 64)}
+    ),
     "granitemoehybrid": Override(
         config={
             "layer_types": ["linear_attention", "full_attention"],
@@ -957,6 +694,7 @@ OVERRIDES: dict[str, Override] = {
             "position_embedding_type": "rope",
         }
     ),
+    "grounding_dino": Override(**_ADDS_BOOL),
     "hiera": Override(
         config={
             "embed_dim": 16,
@@ -974,6 +712,9 @@ OVERRIDES: dict[str, Override] = {
     ),
     "hrm_text": Override(config={"prefix_lm": False}),
     "hunyuan_vl": Override(config={"text_config": MROPE}),
+    "idefics": Override(
+        inputs={"pixel_values": (2, 1, 3, 32, 32), "image_attention_mask": _ones(2, 21, 1)}
+    ),
     "informer": Override(config=_SERIES, inputs=_SERIES_INPUTS),
     "instructblip": Override(config={"image_token_index": 91}, inputs={**_IMAGE, **_QUESTION}),
     "instructblipvideo": Override(
@@ -983,6 +724,24 @@ OVERRIDES: dict[str, Override] = {
         config={"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}
     ),
     "janus": Override(config={"vq_config": {"base_channels": 32, "channel_multiplier": [1, 2]}}),
+    "kosmos2": Override(
+        config={"latent_query_num": 4, "text_config": {"layers": 2, "attention_heads": 4}},
+        inputs={
+            **_IMAGE,
+            "image_embeds_position_mask": lambda _: (
+                (torch.arange(21) // 4 == 2).long().expand(2, 21)
+            ),
+        },
+    ),
+    "kyutai_speech_to_text": Override(
+        config={
+            "codebook_vocab_size": 17,
+            "audio_bos_token_id": 16,
+            "audio_pad_token_id": 99,
+            "codec_config": {"upsampling_ratios": [4, 2], "num_filters": 8},
+        },
+        inputs={"input_ids": _integers(16, 2, 21, 9, least=3)},
+    ),
     "layoutlmv3": Override(
         config={
             "coordinate_size": 12,
@@ -996,10 +755,20 @@ OVERRIDES: dict[str, Override] = {
         },
         inputs={"bbox": _integers(30, 2, 21, 4), **_IMAGE},
     ),
-    "lfm2_moe": Override(config={"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
-    "lilt": Override(
-        config={"hidden_size": 96, "channel_shrink_ratio": 2}, inputs={"bbox": _boxes}
+    "levit": Override(
+        config={
+            "image_size": 64,
+            "patch_size": 16,
+            "hidden_sizes": [16, 24, 32],
+            "num_attention_heads": [2, 3, 4],
+            "depths": [1, 1, 1],
+            "key_dim": [8, 8, 8],
+            "attention_ratio": [2, 2, 2],
+            "down_ops": [["Subsample", 8, 2, 4, 2, 2], ["Subsample", 8, 3, 4, 2, 2]],
+        },
+        inputs=_IMAGE_64,
     ),
+    "lfm2_moe": Override(config={"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
     "lightglue": Override(
         config={
             "descriptor_dim": 64,
@@ -1012,19 +781,8 @@ OVERRIDES: dict[str, Override] = {
         },
         inputs={"pixel_values": (2, 2, 3, 64, 64)},
     ),
-    "superglue": Override(
-        config={
-            "hidden_size": 64,
-            "keypoint_encoder_sizes": [16, 32],
-            "gnn_layers_types": ["self", "cross"],
-            "keypoint_detector_config": {
-                "encoder_hidden_sizes": [16, 16, 16, 16],
-                "decoder_hidden_size": 16,
-                "descriptor_decoder_dim": 64,
-                "max_keypoints": 20,
-            },
-        },
-        inputs={"pixel_values": (2, 2, 3, 64, 64)},
+    "lilt": Override(
+        config={"hidden_size": 96, "channel_shrink_ratio": 2}, inputs={"bbox": _boxes}
     ),
     "lw_detr": Override(
         config={
@@ -1042,20 +800,10 @@ OVERRIDES: dict[str, Override] = {
     ),
     "mamba2": Override(config={"num_heads": 8, "head_dim": 16, "n_groups": 1}),
     "mask2former": Override(
-        config={
-            "feature_size": 32,
-            "backbone_config": {
-                "embed_dim": 8,
-                "depths": [1, 1, 1, 1],
-                "num_heads": [1, 2, 2, 4],
-                "patch_size": 4,
-                "window_size": 4,
-                "out_indices": [1, 2, 3, 4],
-                "out_features": None,
-            },
-        },
-        inputs=_IMAGE_64,
+        config={"feature_size": 32, "backbone_config": _SWIN}, inputs=_IMAGE_64
     ),
+    "maskformer": Override(config={"backbone_config": SwinConfig(**_SWIN)}, inputs=_IMAGE_64),
+    "maskformer_swin": Override(config=_SWIN_OF_TWO, inputs=_IMAGE),
     "mimi": Override(
         config={
             "upsampling_ratios": [4, 2],
@@ -1065,6 +813,7 @@ OVERRIDES: dict[str, Override] = {
         },
         inputs={"input_values": (2, 1, 400)},
     ),
+    "mm_grounding_dino": Override(**_ADDS_BOOL),
     "mobilevit": Override(
         config={
             "hidden_sizes": [16, 24, 32],
@@ -1090,6 +839,29 @@ OVERRIDES: dict[str, Override] = {
             "encoder_config": {"sliding_windows": [[4, 2], [4, 0]], "num_key_value_heads": 4},
         }
     ),
+    "moshi": Override(
+        inputs={
+            "user_audio_codes": _integers(8, 2, 8, 21),
+            "moshi_audio_codes": _integers(8, 2, 8, 21),
+        },
+        config={"audio_encoder_config": {"upsampling_ratios": [4, 2], "num_filters": 8}},
+    ),
+    "muse_glimmer_assistant": Override(
+        config={"block_size": 4, "target_layer_ids": [1]},
+        inputs={
+            "noise_embeds": (2, 4, 64),
+            "context_hidden_states": (2, 21, 64),
+            "attention_mask": _ones(2, 25),
+        },
+    ),
+    "muse_spark": Override(
+        config={"out_hidden_size": 256},
+        inputs={
+            "pixel_values": (20, 384),
+            "image_grid_thw": [[1, 4, 4], [1, 2, 2]],
+            "input_values": None,
+        },
+    ),
     "musicgen": Override(
         inputs={"decoder_input_ids": _integers(8, 16, 9), "input_values": None},
         config={"audio_encoder": {"hidden_size": 64}},
@@ -1098,8 +870,61 @@ OVERRIDES: dict[str, Override] = {
         inputs={"decoder_input_ids": _integers(8, 16, 9), "input_features": (2, 5, 12)},
         config={"audio_encoder": {"hidden_size": 64}},
     ),
+    "nemotron3_5_asr": Override(**_INVERTED),
+    "nemotron3_5_transcribe": Override(
+        config={
+            "word_timestamp_config": {"blank_token_id": 98},
+            "audio_config": {
+                "asr_config": {"num_key_value_heads": 4},
+                "diarization_config": {"audio_config": {"num_key_value_heads": 4}},
+            },
+        },
+        inputs={"input_features": (2, 128, 16), "input_features_mask": _ones(2, 128)},
+    ),
     "nemotron3_diarization": Override(
         config={"audio_config": {"num_key_value_heads": 4}}, inputs={"input_features": (2, 128, 16)}
+    ),
+    "nemotron_asr_streaming": Override(**_INVERTED),
+    "neucodec": Override(
+        config={
+            "encoder_hidden_size": 4,
+            "quantization_dim": 128,
+            "num_key_value_heads": 4,
+            "semantic_model_config": {"feature_projection_input_dim": 16},
+        },
+        inputs={"input_values": (2, 1, 3200), "input_features": (2, 10, 16)},
+    ),
+    "omdet_turbo": Override(
+        model="OmDetTurboForObjectDetection",
+        config={
+            **_RESNET,
+            "backbone_config": ResNetConfig(
+                embedding_size=8,
+                hidden_sizes=[8, 16, 16, 16],
+                depths=[1] * 4,
+                out_indices=[2, 3, 4],
+            ),
+            "encoder_in_channels": [16, 16, 16],
+            "vision_features_channels": [64, 64, 64],
+            "text_config": {"hidden_size": 32},
+            "text_projection_in_dim": 32,
+            "text_projection_out_dim": 32,
+            "class_embed_dim": 32,
+            "task_encoder_hidden_dim": 64,
+            "apply_layernorm_after_vision_backbone": False,
+            "decoder_hidden_dim": 64,
+            "encoder_hidden_dim": 64,
+            "encoder_dim_feedforward": 64,
+            "decoder_dim_feedforward": 64,
+        },
+        inputs={
+            **_IMAGE_64,
+            "classes_input_ids": _integers(90, 4, 5, least=3),
+            "classes_attention_mask": _ones(4, 5),
+            "tasks_input_ids": _integers(90, 2, 7, least=3),
+            "tasks_attention_mask": _ones(2, 7),
+            "classes_structure": [2, 2],
+        },
     ),
     "oneformer": Override(
         config={
@@ -1116,6 +941,10 @@ OVERRIDES: dict[str, Override] = {
         },
         inputs={**_IMAGE_64, "task_inputs": _integers(90, 2, 9)},
     ),
+    "paddleocr_vl": Override(
+        config={"text_config": MROPE},
+        inputs={"pixel_values": (32, 3, 8, 8), "image_grid_thw": [[1, 4, 4], [1, 4, 4]]},
+    ),
     "patchtsmixer": Override(
         config={"context_length": 32, "self_attn": True, "num_input_channels": 2},
         inputs={"past_values": (2, 32, 2)},
@@ -1123,6 +952,23 @@ OVERRIDES: dict[str, Override] = {
     "patchtst": Override(
         config={"num_input_channels": 2, "patch_length": 4, "patch_stride": 4},
         inputs={"past_values": (2, 32, 2)},
+    ),
+    "pe_audio": Override(
+        sides=("right",), remark="no left padding: the text is read off its first token"
+    ),
+    "pe_audio_video": Override(
+        config={"audio_video_config": {"video_config": {"vision_config": _VIT}}},
+        inputs={"pixel_values_videos": (2, 4, 3, 32, 32), "input_values": (2, 1, 4000)},
+        patched=True,
+        sides=("right",),
+        remark="patched: the name does not reach its parts, which make their own configurations; "
+        "no left padding: the text is read off its first token",
+    ),
+    "pe_video": Override(
+        config={"video_config": {"vision_config": _VIT}},
+        inputs={"pixel_values_videos": (2, 4, 3, 32, 32)},
+        sides=("right",),
+        remark="no left padding: the text is read off its first token",
     ),
     "perceiver": Override(
         config={
@@ -1170,21 +1016,37 @@ OVERRIDES: dict[str, Override] = {
     "pp_doclayout_v4": Override(
         config={**_DETR_FAMILY, "backbone_config": _HGNET}, inputs=_IMAGE_64
     ),
-    "rt_detr": Override(
+    "pp_formulanet": Override(
         config={
-            **_DETR_FAMILY,
-            "encoder_in_channels": [64, 64, 64],
-            "backbone_config": {"out_indices": [2, 3, 4], "out_features": None},
+            "vision_config": {
+                "global_attn_indexes": [1],
+                "post_conv_in_channels": 64,
+                "post_conv_mid_channels": 64,
+                "post_conv_out_channels": 64,
+                "decoder_hidden_size": 64,
+            }
         },
-        inputs=_IMAGE_64,
+        inputs={**_IMAGE, "decoder_input_ids": _integers(90, 2, 9, least=3)},
+        caches=("dynamic",),
+        remark="no static cache: eager attends to its slots beyond the picture",
     ),
-    "rt_detr_v2": Override(
+    "pp_ocrv5_mobile_rec": Override(
+        model="PPOCRV5MobileRecForTextRecognition", inputs={"pixel_values": (2, 3, 96, 96)}
+    ),
+    "pp_ocrv5_server_rec": Override(
+        model="PPOCRV5ServerRecForTextRecognition", inputs={"pixel_values": (2, 3, 96, 96)}
+    ),
+    "pp_ocrv6_small_rec": Override(
+        model="PPOCRV6SmallRecForTextRecognition", inputs={"pixel_values": (2, 3, 48, 96)}
+    ),
+    "prompt_depth_anything": Override(
         config={
-            **_DETR_FAMILY,
-            "encoder_in_channels": [64, 64, 64],
-            "backbone_config": {"out_indices": [2, 3, 4], "out_features": None},
+            "backbone_config": _FOUR_STAGES,
+            "reassemble_hidden_size": 32,
+            "neck_hidden_sizes": [8, 8, 8, 8],
+            "fusion_hidden_size": 8,
         },
-        inputs=_IMAGE_64,
+        inputs=_IMAGE,
     ),
     "pvt": Override(
         config={
@@ -1207,26 +1069,14 @@ OVERRIDES: dict[str, Override] = {
         },
         inputs=_IMAGE_64,
     ),
-    "glpn": Override(
+    "qwen2_5_omni": Override(
+        model="Qwen2_5OmniThinkerForConditionalGeneration",
         config={
-            "hidden_sizes": [8, 16, 16, 16],
-            "num_attention_heads": [1, 2, 2, 4],
-            "decoder_hidden_size": 16,
+            "vision_start_token_id": 94,
+            "vision_end_token_id": 95,
+            "audio_start_token_id": 96,
+            "text_config": MROPE,
         },
-        inputs=_IMAGE_64,
-    ),
-    "levit": Override(
-        config={
-            "image_size": 64,
-            "patch_size": 16,
-            "hidden_sizes": [16, 24, 32],
-            "num_attention_heads": [2, 3, 4],
-            "depths": [1, 1, 1],
-            "key_dim": [8, 8, 8],
-            "attention_ratio": [2, 2, 2],
-            "down_ops": [["Subsample", 8, 2, 4, 2, 2], ["Subsample", 8, 3, 4, 2, 2]],
-        },
-        inputs=_IMAGE_64,
     ),
     "qwen2_5_vl": Override(
         config={
@@ -1235,6 +1085,25 @@ OVERRIDES: dict[str, Override] = {
         }
     ),
     "qwen2_vl": Override(config={"text_config": MROPE, "vision_config": {"hidden_size": 64}}),
+    "qwen3_omni_moe": Override(
+        model="Qwen3OmniMoeThinkerForConditionalGeneration",
+        config={"vision_start_token_id": 94, "vision_end_token_id": 95, "audio_start_token_id": 96},
+    ),
+    "qwen4_exp": Override(
+        config={
+            "text_config": {
+                "indexer_n_heads": 2,
+                "indexer_kv_heads": 1,
+                "indexer_head_dim": 16,
+                "indexer_budget": 8,
+                "indexer_compress_ratio": 4,
+                "hc_lowrank": 8,
+                "ple_embed_dim": 16,
+                "rope_parameters": MROPE["rope_parameters"],
+            }
+        }
+    ),
+    "rag": Override(config={"question_encoder": {"model_type": "dpr"}}),
     "recurrent_gemma": Override(config={"num_hidden_layers": 3, "attention_window_size": 6}),
     "reformer": Override(
         config={
@@ -1249,12 +1118,47 @@ OVERRIDES: dict[str, Override] = {
         },
         inputs={"input_ids": _integers(90, 2, 32, least=3)},
     ),
+    "rt_detr": Override(
+        config={
+            **_DETR_FAMILY,
+            "encoder_in_channels": [64, 64, 64],
+            "backbone_config": {"out_indices": [2, 3, 4], "out_features": None},
+        },
+        inputs=_IMAGE_64,
+    ),
+    "rt_detr_v2": Override(
+        config={
+            **_DETR_FAMILY,
+            "encoder_in_channels": [64, 64, 64],
+            "backbone_config": {"out_indices": [2, 3, 4], "out_features": None},
+        },
+        inputs=_IMAGE_64,
+    ),
     "sam": Override(
         config={
             "vision_config": {"global_attn_indexes": [1], "num_pos_feats": 32},
             "mask_decoder_config": {"iou_head_hidden_dim": 32},
         },
         inputs={**_IMAGE, "input_points": (2, 1, 2, 2)},
+    ),
+    "sam2": Override(config=_SAM2, inputs={**_IMAGE_64, "input_points": (2, 1, 2, 2)}),
+    "sam2_video": Override(
+        config=_SAM2,
+        inputs={
+            "inference_session": _session("sam2_video", "Sam2Video", 64),
+            "frame_idx": lambda _: 0,
+        },
+    ),
+    "sam3_tracker": Override(
+        config={"vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}},
+        inputs={**_IMAGE, "input_points": (2, 1, 2, 2)},
+    ),
+    "sam3_tracker_video": Override(
+        config={"vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}},
+        inputs={
+            "inference_session": _session("sam3_tracker_video", "Sam3TrackerVideo", 32),
+            "frame_idx": lambda _: 0,
+        },
     ),
     "sam_hq": Override(
         config={
@@ -1263,6 +1167,7 @@ OVERRIDES: dict[str, Override] = {
         },
         inputs={**_IMAGE, "input_points": (2, 1, 2, 2)},
     ),
+    "sapiens2": Override(config={"num_key_value_heads_per_layer": [4, 2]}),
     "seamless_m4t": Override(model="SeamlessM4TForTextToText"),
     "seamless_m4t_v2": Override(model="SeamlessM4Tv2ForTextToText"),
     "seggpt": Override(
@@ -1286,6 +1191,17 @@ OVERRIDES: dict[str, Override] = {
             "spatial_shapes": [[4, 4], [4, 4]],
         }
     ),
+    "slanet": Override(
+        model="SLANetForTableRecognition",
+        config={
+            "backbone_config": {
+                "out_features": ["stage2", "stage3", "stage4", "stage5"],
+                "out_indices": None,
+            },
+            "max_text_length": 4,
+        },
+        inputs=_IMAGE_64,
+    ),
     "slanext": Override(),
     "speecht5": Override(
         model="SpeechT5ForSpeechToText",
@@ -1300,6 +1216,30 @@ OVERRIDES: dict[str, Override] = {
         },
         inputs={"input_values": (2, 400), "decoder_input_ids": _integers(90, 2, 7, least=3)},
     ),
+    "step3p7": Override(
+        config={"text_config": {"sliding_window": 6, "num_sliding_attention_heads": 4}}
+    ),
+    "superglue": Override(
+        config={
+            "hidden_size": 64,
+            "keypoint_encoder_sizes": [16, 32],
+            "gnn_layers_types": ["self", "cross"],
+            "keypoint_detector_config": {
+                "encoder_hidden_sizes": [16, 16, 16, 16],
+                "decoder_hidden_size": 16,
+                "descriptor_decoder_dim": 64,
+                "max_keypoints": 20,
+            },
+        },
+        inputs={"pixel_values": (2, 2, 3, 64, 64)},
+    ),
+    "swin": Override(config=_SWIN_OF_TWO, inputs=_IMAGE),
+    "swin2sr": Override(
+        config={"embed_dim": 16, "depths": [2], "num_heads": [2], "patch_size": 1, "upscale": 2},
+        inputs=_IMAGE,
+    ),
+    "swinv2": Override(config=_SWIN_OF_TWO, inputs=_IMAGE),
+    "table_transformer": Override(config=_RESNET, inputs=_IMAGE_64),
     "time_series_transformer": Override(config=_SERIES, inputs=_SERIES_INPUTS),
     "timesfm": Override(
         config={"patch_length": 8, "horizon_length": 8},
@@ -1334,6 +1274,23 @@ OVERRIDES: dict[str, Override] = {
     ),
     "udop": Override(inputs={"bbox": (2, 21, 4), **_IMAGE}),
     "univnet": Override(config={"model_hidden_channels": 8}),
+    "unlimited_ocr": Override(
+        config={
+            "vision_config": {
+                "sam_config": {
+                    "global_attn_indexes": [1],
+                    "downsample_channels": [32, 64],
+                    "output_channels": 32,
+                }
+            },
+            "text_config": {"num_key_value_heads": 4},
+        }
+    ),
+    "upernet": Override(config={"auxiliary_in_channels": 8, "hidden_size": 16}, inputs=_IMAGE_64),
+    "videomt": Override(inputs={"pixel_values_videos": (2, 2, 3, 32, 32)}),
+    "videoprism": Override(
+        sides=("right",), remark="no left padding: the result holds what padding makes of itself"
+    ),
     "vitdet": Override(
         config={
             "window_block_indices": [0],
@@ -1358,6 +1315,17 @@ OVERRIDES: dict[str, Override] = {
             "fusion_hidden_sizes": [8, 8, 8, 8],
         },
         inputs={"pixel_values": (2, 4, 32, 32)},
+    ),
+    "vitpose": Override(
+        config={
+            "backbone_config": {"image_size": [32, 24], "patch_size": [8, 8], "num_experts": 1}
+        },
+        inputs={"pixel_values": (2, 3, 32, 24)},
+    ),
+    "vitpose_backbone": Override(
+        model="VitPoseBackbone",
+        config={"image_size": [32, 24], "patch_size": [8, 8], "num_experts": 1},
+        inputs={"pixel_values": (2, 3, 32, 24)},
     ),
     "vits": Override(
         config={
@@ -1384,6 +1352,7 @@ OVERRIDES: dict[str, Override] = {
         },
         inputs={"pixel_values_videos": (2, 4, 3, 32, 32)},
     ),
+    "voxtral_realtime": Override(inputs={"input_features": (2, 16, 168)}),
     "wav2vec2_bert": Override(
         config={"feature_projection_input_dim": 16}, inputs={"input_features": (2, 40, 16)}
     ),
@@ -1399,8 +1368,17 @@ OVERRIDES: dict[str, Override] = {
         },
         inputs={"pixel_values": (2, 2, 3, 32, 32)},
     ),
-    "xmod": Override(config={"languages": ["en_XX"], "default_language": "en_XX"}),
+    "xcodec2": Override(
+        config={
+            "encoder_hidden_size": 4,
+            "quantization_dim": 128,
+            "num_key_value_heads": 4,
+            "semantic_model_config": {"feature_projection_input_dim": 16},
+        },
+        inputs={"input_values": (2, 1, 3200), "input_features": (2, 10, 16)},
+    ),
     "xlstm": Override(config={"head_dim": None}),
+    "xmod": Override(config={"languages": ["en_XX"], "default_language": "en_XX"}),
     "zamba": Override(
         config={
             "attention_head_dim": 32,
