@@ -29,6 +29,7 @@ _INFORMATIONAL = frozenset(
         "deterministic",
         # used by the model before attention, or where the mask was made
         "position_embeddings", "token_type_ids", "mm_token_type_ids", "grid_thw",
+        "input_features",
         # of continuous batching, read by its cache and its sampler
         "read_index", "write_index", "logits_processor_args",
     }
