@@ -388,7 +388,8 @@ def _generate(row: Row, eager, ours, inputs: dict[str, Tensor], caches: tuple[st
 def _greedy(model, inputs: dict[str, Tensor], **options) -> Tensor:
     model.generation_config.eos_token_id = None
     torch.manual_seed(1)
-    result = model.generate(
-        **copy.deepcopy(inputs), max_new_tokens=NEW_TOKENS, do_sample=False, **options
-    )
+    options |= {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    if model.config.is_encoder_decoder:
+        options["decoder_start_token_id"] = 0
+    result = model.generate(**copy.deepcopy(inputs), **options)
     return result if isinstance(result, Tensor) else result["sequences"]

@@ -280,6 +280,22 @@ _RESNET = {
 }
 
 OVERRIDES: dict[str, Override] = {
+    "shieldgemma2": Override(
+        config={
+            "mm_tokens_per_image": 4,
+            "image_token_index": 91,
+            "yes_token_index": 10,
+            "no_token_index": 11,
+        }
+    ),
+    "nemotron_h_omni": Override(
+        config={
+            "vision_config": {"video_temporal_patch_size": 2},
+            "vision_hidden_size": 64,
+            "projector_hidden_size": 64,
+        },
+        inputs={"pixel_values": None},
+    ),
     "align": Override(
         config={
             "vision_config": {
@@ -345,6 +361,7 @@ OVERRIDES: dict[str, Override] = {
                 "num_hidden_layers": 4,
                 "out_indices": [1, 2, 3, 4],
                 "out_features": None,
+                "reshape_hidden_states": True,
             },
             "post_process_channels": [16, 16, 16, 16],
             "fusion_hidden_size": 16,
@@ -432,7 +449,7 @@ OVERRIDES: dict[str, Override] = {
     ),
     "deepseek_v2": Override(config={"num_experts_per_tok": 2}),
     "deepseek_vl_hybrid": Override(
-        config={"high_res_vision_config": {"global_attn_indexes": [1]}},
+        config={"image_token_id": 91, "high_res_vision_config": {"global_attn_indexes": [1]}},
         inputs={**_IMAGE, "high_res_pixel_values": (2, 3, 32, 32)},
     ),
     "deformable_detr": Override(config=_RESNET, inputs=_IMAGE_64),
@@ -844,7 +861,13 @@ OVERRIDES: dict[str, Override] = {
             "user_audio_codes": _integers(8, 2, 8, 21),
             "moshi_audio_codes": _integers(8, 2, 8, 21),
         },
-        config={"audio_encoder_config": {"upsampling_ratios": [4, 2], "num_filters": 8}},
+        config={
+            "audio_encoder_config": {
+                "upsampling_ratios": [4, 2],
+                "num_filters": 8,
+                "vector_quantization_hidden_dimension": 64,
+            }
+        },
     ),
     "muse_glimmer_assistant": Override(
         config={"block_size": 4, "target_layer_ids": [1]},
@@ -864,11 +887,17 @@ OVERRIDES: dict[str, Override] = {
     ),
     "musicgen": Override(
         inputs={"decoder_input_ids": _integers(8, 16, 9), "input_values": None},
-        config={"audio_encoder": {"hidden_size": 64}},
+        config={
+            "audio_encoder": {"hidden_size": 64},
+            "decoder": {"vocab_size": 8, "pad_token_id": 8, "bos_token_id": 8},
+        },
     ),
     "musicgen_melody": Override(
         inputs={"decoder_input_ids": _integers(8, 16, 9), "input_features": (2, 5, 12)},
-        config={"audio_encoder": {"hidden_size": 64}},
+        config={
+            "audio_encoder": {"hidden_size": 64},
+            "decoder": {"vocab_size": 8, "pad_token_id": 8, "bos_token_id": 8},
+        },
     ),
     "nemotron3_5_asr": Override(**_INVERTED),
     "nemotron3_5_transcribe": Override(
@@ -1309,12 +1338,13 @@ OVERRIDES: dict[str, Override] = {
                 "window_block_indices": [],
                 "out_indices": [2],
                 "out_features": None,
+                "patch_size": 16,
             },
             "hidden_size": 32,
             "convstream_hidden_sizes": [8, 8, 8],
             "fusion_hidden_sizes": [8, 8, 8, 8],
         },
-        inputs={"pixel_values": (2, 4, 32, 32)},
+        inputs={"pixel_values": (2, 4, 64, 64)},
     ),
     "vitpose": Override(
         config={
