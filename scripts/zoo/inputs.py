@@ -190,7 +190,8 @@ def _with_media_tokens(model, inputs: dict[str, Tensor], names) -> dict[str, Ten
 
 
 def _features(model, kind: str, inputs: dict[str, Tensor]) -> int:
-    function = getattr(model, f"get_{kind}_features", None)
+    name = f"get_{kind}_features"
+    function = getattr(model, name, None) or getattr(model.base_model, name, None)
     if function is None:
         return 0
     accepted = inspect.signature(function).parameters

@@ -280,6 +280,12 @@ _RESNET = {
 }
 
 OVERRIDES: dict[str, Override] = {
+    "vibevoice_asr": Override(
+        config={
+            "acoustic_tokenizer_encoder_config": {"num_filters": 2, "depths": [1] * 7},
+            "semantic_tokenizer_encoder_config": {"num_filters": 2, "depths": [1] * 7},
+        }
+    ),
     "shieldgemma2": Override(
         config={
             "mm_tokens_per_image": 4,
@@ -362,6 +368,7 @@ OVERRIDES: dict[str, Override] = {
                 "out_indices": [1, 2, 3, 4],
                 "out_features": None,
                 "reshape_hidden_states": True,
+                "return_class_token": True,
             },
             "post_process_channels": [16, 16, 16, 16],
             "fusion_hidden_size": 16,
