@@ -113,7 +113,7 @@ def test_compiles(monkeypatch, target, feature):
     for module, names in (
         (triton_forward, ("_forward_kernel", "_merge_kernel")),
         (triton_ranges, ("_ranges_kernel",)),
-        (triton_backward, ("_keys_kernel", "_queries_kernel", "_bias_kernel", "_delta_kernel")),
+        (triton_backward, ("_keys_kernel", "_queries_kernel", "_bias_kernel", "_stats_kernel")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), launches))

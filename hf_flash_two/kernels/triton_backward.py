@@ -19,6 +19,7 @@ from hf_flash_two.kernels.triton_config import (
     BackwardTiles,
     Tiles,
     backward_tiles,
+    bulk_run,
     bulk_strides,
     bulk_tiles,
     dropout_of,
@@ -41,7 +42,9 @@ from hf_flash_two.masks import KEY_GRANULE
 
 _LOG2E = tl.constexpr(LOG2E)
 _GRANULE = tl.constexpr(KEY_GRANULE)
-_DELTA_ROWS = 64
+# The rows of lse and delta are padded to multiples of this, so that no tile needs a bounds check.
+_STAT_ROWS = 128
+_STAT_ROWS_ = tl.constexpr(_STAT_ROWS)
 
 
 def backward(
@@ -62,19 +65,25 @@ def backward(
     )
     with torch.cuda.device_of(query):
         plan = planned(_plan, problem, query, key, value, d_out, out, dq, dk, dv, d_lse)
-        delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
-        tensors = (query, key, value, d_out, lse, delta, problem.first_query, problem.last_query)
+        batch, heads, query_length = lse.shape
+        rows = triton.cdiv(query_length, _STAT_ROWS) * _STAT_ROWS
+        lse_2, delta = lse.new_empty(2, batch, heads, rows)
+        tensors = (query, key, value, d_out, lse_2, delta, problem.first_query, problem.last_query)
         extras = (problem.dense, problem.bias, problem.alibi_slopes, problem.seed)
         if delta.numel():
-            plan.delta(out, d_out, d_lse, delta)
+            plan.stats(out, d_out, lse, d_lse, lse_2, delta)
         if dk.numel():
-            tiles = plan.tiles.keys
-            plan.keys(
-                *tensors, problem.key_bounds, *extras,
-                bulk_tiles(query, plan.bulk_query, tiles.block_q, tiles.block_d),
-                bulk_tiles(d_out, plan.bulk_d_out, tiles.block_q, tiles.block_v),
-                dk, dv,
-            )  # fmt: skip
+            walks = [(plan.keys, plan.tiles.keys, dk, dv if plan.values is None else None)]
+            if plan.values is not None:
+                walks.append((plan.values, plan.tiles.values, None, dv))
+            for launch, tiles, *gradients in walks:
+                launch(
+                    *tensors, problem.key_bounds, *extras,
+                    bulk_tiles(query, plan.bulk_query, tiles.block_q, tiles.block_d),
+                    bulk_tiles(d_out, plan.bulk_d_out, tiles.block_q, tiles.block_v),
+                    *(bulk_run(x, plan.bulk_query, tiles.block_q) for x in (lse_2, delta)),
+                    *gradients,
+                )  # fmt: skip
         tiles = plan.tiles.queries
         ranges = key_ranges(problem, tiles, query.shape[2], key.shape[2])
         if dq.numel():
@@ -91,7 +100,7 @@ def backward(
                 plan.bias(*tensors, ranges, *extras, d_bias)
     if problem.sinks is not None:
         weight = torch.exp(problem.sinks[:, :, None] - lse).nan_to_num_(nan=0.0)
-        d_sinks = -(weight * delta).sum(2).sum_to_size(problem.sinks.shape)
+        d_sinks = -(weight * delta[:, :, :query_length]).sum(2).sum_to_size(problem.sinks.shape)
     return dq, dk, dv, d_bias, d_sinks
 
 
@@ -102,8 +111,9 @@ class _Plan:
     bulk_key: list[int] | None
     bulk_value: list[int] | None
     bulk_d_out: list[int] | None
-    delta: Launch
+    stats: Launch
     keys: Launch
+    values: Launch | None
     queries: Launch
     bias: Launch | None
 
@@ -141,21 +151,23 @@ def _plan(
         constants = flags | {"D": head_dim, "DV": value_dim} | blocks
         return Launch(kernel, grid, (*scalars, *own_scalars), constants, block)
 
-    delta = Launch(
-        _delta_kernel,
-        (triton.cdiv(query_length, _DELTA_ROWS), batch * heads),
+    stats = Launch(
+        _stats_kernel,
+        (triton.cdiv(query_length, _STAT_ROWS), batch * heads),
         (
             *out.stride()[:3], *d_out.stride()[:3],
             *((0, 0, 0) if d_lse is None else d_lse.stride()), heads, query_length,
         ),
-        {"DV": value_dim, "BLOCK_V": triton.next_power_of_2(value_dim), "ROWS": _DELTA_ROWS},
+        {"DV": value_dim, "BLOCK_V": triton.next_power_of_2(value_dim), "ROWS": _STAT_ROWS},
         tiles.queries,
     )  # fmt: skip
-    block = tiles.keys
-    parts = triton.cdiv(max(head_dim, value_dim), block.block_d)
-    keys = launch(
-        _keys_kernel, (triton.cdiv(key_length, block.block_k) * batch * key_heads, parts), block,
-        *dk.stride()[:3], *dv.stride()[:3],
+    parts = triton.cdiv(max(head_dim, value_dim), tiles.keys.block_d)
+    keys, values = (
+        block and launch(
+            _keys_kernel, (triton.cdiv(key_length, block.block_k) * batch * key_heads, parts),
+            block, *dk.stride()[:3], *dv.stride()[:3],
+        )
+        for block in (tiles.keys, tiles.values)
     )  # fmt: skip
     block = tiles.queries
     parts = triton.cdiv(head_dim, block.block_d)
@@ -177,16 +189,23 @@ def _plan(
     return _Plan(
         tiles,
         *(bulk_strides(x, problem) if whole_rows else None for x in (query, key, value, d_out)),
-        delta, keys, queries, bias,
+        stats, keys, values, queries, bias,
     )  # fmt: skip
 
 
+@triton.jit
+def _stats_at(batch, heads, head, length):
+    """Where the lse and delta of a head begin."""
+    return (batch * heads + head) * (tl.cdiv(length, _STAT_ROWS_) * _STAT_ROWS_)
+
+
 @triton.jit(do_not_specialize=["length"])
-def _delta_kernel(
-    out_ptr, d_out_ptr, d_lse_ptr, delta_ptr,
+def _stats_kernel(
+    out_ptr, d_out_ptr, lse_ptr, d_lse_ptr, lse_2_ptr, delta_ptr,
     o_sb, o_sh, o_st, g_sb, g_sh, g_st, l_sb, l_sh, l_st, heads, length,
     DV: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """What the backward needs of each row: lse in base 2, 0 for empty rows, and delta."""
     head = (tl.program_id(1) % heads).to(tl.int64)
     batch = (tl.program_id(1) // heads).to(tl.int64)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -200,7 +219,10 @@ def _delta_kernel(
     if d_lse_ptr is not None:
         d_lse_at = d_lse_ptr + batch * l_sb + head * l_sh + row * l_st
         delta -= tl.load(d_lse_at, row < length, 0.0)
-    tl.store(delta_ptr + (batch * heads + head) * length + row, delta, row < length)
+    lse = tl.load(lse_ptr + (batch * heads + head) * length + row, row < length, 0.0)
+    at = _stats_at(batch, heads, head, length) + row
+    tl.store(lse_2_ptr + at, tl.where(lse == float("-inf"), 0.0, lse * _LOG2E))
+    tl.store(delta_ptr + at, delta)
 
 
 @triton.jit
@@ -227,7 +249,7 @@ _PER_LENGTH = [
 def _keys_kernel(
     q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr,
     first_ptr, last_ptr, bounds_ptr, dense_ptr, bias_ptr, slopes_ptr, seed_ptr,
-    q_tiles, g_tiles, dk_ptr, dv_ptr,
+    q_tiles, g_tiles, lse_tiles, delta_tiles, dk_ptr, dv_ptr,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, g_sb, g_sh, g_st,
     mask_sb, dense_sb, dense_sh, dense_sq, dense_sk, bias_sb, bias_sh, bias_sq, bias_sk,
     slopes_sb,
@@ -241,7 +263,7 @@ def _keys_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one tile of keys, summed over the query heads of the group."""
+    """dK and dV of one tile of keys, summed over the query heads of the group; or one of them."""
     WIDE: tl.constexpr = (D > BLOCK_D) or (DV > BLOCK_V)
     program = tl.program_id(0)
     key_tiles_all = tl.cdiv(key_length, BLOCK_K)
@@ -257,7 +279,8 @@ def _keys_kernel(
     v_at = v_ptr + batch * v_sb + key_head * v_sh + col.to(tl.int64) * v_st
     if not WIDE:
         k = tl.load(k_at[:, None] + d[None, :], col_inside[:, None] & (d < D)[None, :], 0.0)
-        v = tl.load(v_at[:, None] + e[None, :], col_inside[:, None] & (e < DV)[None, :], 0.0)
+        if dk_ptr is not None:
+            v = tl.load(v_at[:, None] + e[None, :], col_inside[:, None] & (e < DV)[None, :], 0.0)
     if MASK == 2:
         first_ptr += batch * mask_sb
         last_ptr += batch * mask_sb
@@ -275,8 +298,7 @@ def _keys_kernel(
         head = key_head * group + member
         q_head = q_ptr + batch * q_sb + head * q_sh
         g_head = g_ptr + batch * g_sb + head * g_sh
-        lse_head = lse_ptr + (batch * heads + head) * query_length
-        delta_head = delta_ptr + (batch * heads + head) * query_length
+        stats = _stats_at(batch, heads, head, query_length)
         dense_head = dense_ptr
         bias_head = bias_ptr
         if DENSE:
@@ -316,19 +338,29 @@ def _keys_kernel(
                     g = tl.load(
                         g_at[:, None] + e[None, :], row_inside[:, None] & (e < DV)[None, :], 0.0
                     )
-                lse = tl.load(lse_head + row, row_inside, 0.0)
-                lse = tl.where(lse == float("-inf"), 0.0, lse) * _LOG2E
-                delta = tl.load(delta_head + row, row_inside, 0.0)
+                stats_at = stats + query_tile * BLOCK_Q
+                if lse_tiles is not None:
+                    lse = lse_tiles.load([stats_at.to(tl.int32)])
+                else:
+                    lse = tl.load(lse_ptr + stats_at + tl.arange(0, BLOCK_Q))
                 if WIDE:
                     s = _wide_product(
                         k_at, q_at, col_inside, row_inside, D, BLOCK_D, BLOCK_K, BLOCK_Q, PRECISION
                     )
-                    dp = _wide_product(
-                        v_at, g_at, col_inside, row_inside, DV, BLOCK_V, BLOCK_K, BLOCK_Q, PRECISION
-                    )
                 else:
                     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-                    dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+                if dk_ptr is not None:
+                    if delta_tiles is not None:
+                        delta = delta_tiles.load([stats_at.to(tl.int32)])
+                    else:
+                        delta = tl.load(delta_ptr + stats_at + tl.arange(0, BLOCK_Q))
+                    if WIDE:
+                        dp = _wide_product(
+                            v_at, g_at, col_inside, row_inside,
+                            DV, BLOCK_V, BLOCK_K, BLOCK_Q, PRECISION,
+                        )  # fmt: skip
+                    else:
+                        dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
                 seen = col_inside[:, None] & row_inside[None, :]
                 position = row + offset
                 if phase == 1:
@@ -344,27 +376,32 @@ def _keys_kernel(
                 )  # fmt: skip
                 if DROPOUT:
                     keep = kept(seed_ptr, batch, head, row[None, :], col[:, None], threshold)
-                    dropped = tl.where(keep, p * keep_scale, 0.0)
-                    dp = tl.where(keep, dp * keep_scale, 0.0)
-                else:
+                if dv_ptr is not None:
                     dropped = p
-                dv = tl.dot(dropped.to(g.dtype), g, dv, input_precision=PRECISION)
-                ds = p * (dp - delta[None, :])
-                if SOFTCAP:
-                    ds = ds * slack
-                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    dk_at = dk_ptr + batch * dk_sb + key_head * dk_sh + col.to(tl.int64) * dk_st
-    dv_at = dv_ptr + batch * dv_sb + key_head * dv_sh + col.to(tl.int64) * dv_st
-    tl.store(
-        dk_at[:, None] + d[None, :],
-        (dk * scale).to(dk_ptr.dtype.element_ty),
-        col_inside[:, None] & (d < D)[None, :],
-    )
-    tl.store(
-        dv_at[:, None] + e[None, :],
-        dv.to(dv_ptr.dtype.element_ty),
-        col_inside[:, None] & (e < DV)[None, :],
-    )
+                    if DROPOUT:
+                        dropped = tl.where(keep, p * keep_scale, 0.0)
+                    dv = tl.dot(dropped.to(g.dtype), g, dv, input_precision=PRECISION)
+                if dk_ptr is not None:
+                    if DROPOUT:
+                        dp = tl.where(keep, dp * keep_scale, 0.0)
+                    ds = p * (dp - delta[None, :])
+                    if SOFTCAP:
+                        ds = ds * slack
+                    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    if dk_ptr is not None:
+        dk_at = dk_ptr + batch * dk_sb + key_head * dk_sh + col.to(tl.int64) * dk_st
+        tl.store(
+            dk_at[:, None] + d[None, :],
+            (dk * scale).to(dk_ptr.dtype.element_ty),
+            col_inside[:, None] & (d < D)[None, :],
+        )
+    if dv_ptr is not None:
+        dv_at = dv_ptr + batch * dv_sb + key_head * dv_sh + col.to(tl.int64) * dv_st
+        tl.store(
+            dv_at[:, None] + e[None, :],
+            dv.to(dv_ptr.dtype.element_ty),
+            col_inside[:, None] & (e < DV)[None, :],
+        )
 
 
 @triton.jit(do_not_specialize=_PER_LENGTH)
@@ -405,10 +442,9 @@ def _queries_kernel(
     if not WIDE:
         q = tl.load(q_at[:, None] + d[None, :], row_inside[:, None] & (d < D)[None, :], 0.0)
         g = tl.load(g_at[:, None] + e[None, :], row_inside[:, None] & (e < DV)[None, :], 0.0)
-    stats = (batch * heads + head) * query_length + row
-    lse = tl.load(lse_ptr + stats, row_inside, 0.0)
-    lse = tl.where(lse == float("-inf"), 0.0, lse) * _LOG2E
-    delta = tl.load(delta_ptr + stats, row_inside, 0.0)
+    stats = _stats_at(batch, heads, head, query_length) + row
+    lse = tl.load(lse_ptr + stats)
+    delta = tl.load(delta_ptr + stats)
     if MASK == 2:
         first_ptr += batch * mask_sb
         last_ptr += batch * mask_sb
@@ -555,10 +591,9 @@ def _bias_kernel(
                 row = row_tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
                 row_inside = row < query_length
                 position = row + offset
-                stats = (batch * heads + head) * query_length + row
-                lse = tl.load(lse_ptr + stats, row_inside, 0.0)
-                lse = tl.where(lse == float("-inf"), 0.0, lse) * _LOG2E
-                delta = tl.load(delta_ptr + stats, row_inside, 0.0)
+                stats = _stats_at(batch, heads, head, query_length) + row
+                lse = tl.load(lse_ptr + stats)
+                delta = tl.load(delta_ptr + stats)
                 start = row_tile * BLOCK_Q + offset
                 stop = tl.minimum(row_tile * BLOCK_Q + BLOCK_Q, query_length) + offset
                 first, last, full, full_end = key_tiles(

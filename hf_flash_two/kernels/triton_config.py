@@ -48,14 +48,15 @@ class Device:
     bulk_copy: bool = False
 
 
-# (block_q, block_k, warps, stages) of the forward, the walk for keys and the walk for queries, by
-# shared memory in KiB at least, dtype (float32 is "wide") and padded head dim at most.
+# (block_q, block_k, warps, stages) of the forward, the walk for keys, the walk for queries and,
+# where dK and dV are better computed apart, the walk for values; by shared memory in KiB at least,
+# dtype (float32 is "wide") and padded head dim at most.
 _TABLE = {
     200: {
         "half": {
-            64: ((64, 128, 4, 3), (128, 64, 4, 2), (128, 64, 4, 2)),
-            128: ((64, 64, 4, 3), (32, 64, 4, 3), (64, 64, 4, 2)),
-            256: ((64, 64, 4, 3), (32, 64, 8, 3), (128, 32, 8, 3)),
+            64: ((64, 128, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+            128: ((64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 3)),
+            256: ((64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 8, 3), (64, 64, 4, 3)),
         },
         "wide": {
             64: ((64, 64, 4, 2), (32, 64, 4, 1), (32, 64, 4, 1)),
@@ -164,10 +165,11 @@ def forward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -
 
 @dataclass(frozen=True, slots=True)
 class BackwardTiles:
-    """Tile sizes of the two backward walks."""
+    """Tile sizes of the backward walks: for dK and dV, or dK alone beside a walk for dV; for dQ."""
 
     keys: Tiles
     queries: Tiles
+    values: Tiles | None
 
 
 def backward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> BackwardTiles:
@@ -178,11 +180,11 @@ def backward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) 
     limit = 128 if wide else _MOST_COLUMNS
     if width > limit:
         # One program per part of the head dim; all parts together read Q, K, V once for each.
-        keys = queries = (32, 64, 64, 64, 4, 1)
+        launches = [(32, 64, 64, 64, 4, 1)] * 2
     else:
         sizes = (_columns(head_dim, wide, device), _columns(value_dim, wide, device))
-        _, keys, queries = _table_row(width, wide, device, problem)
-        keys, queries = (*keys[:2], *sizes, *keys[2:]), (*queries[:2], *sizes, *queries[2:])
+        _, *launches = _table_row(width, wide, device, problem)
+        launches = [(*launch[:2], *sizes, *launch[2:]) for launch in launches]
 
     def capped(block_q, block_k, *rest):
         return Tiles(
@@ -191,7 +193,8 @@ def backward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) 
             *rest,
         )
 
-    return BackwardTiles(capped(*keys), capped(*queries))
+    keys, queries, *values = (capped(*launch) for launch in launches)
+    return BackwardTiles(keys, queries, *values or [None])
 
 
 def bulk_strides(tensor: Tensor, problem: Problem) -> list[int] | None:
@@ -221,6 +224,13 @@ def bulk_tiles(
     if strides is None:
         return None
     return TensorDescriptor(tensor, list(tensor.shape), strides, [1, 1, rows, columns])
+
+
+def bulk_run(tensor: Tensor, strides: list[int] | None, length: int) -> TensorDescriptor | None:
+    """Runs of ``length`` elements of a contiguous ``tensor``, None without ``strides``."""
+    if strides is None or tensor.numel() >= 2**31:
+        return None
+    return TensorDescriptor(tensor, [tensor.numel()], [1], [length])
 
 
 def launch_flags(query: Tensor, problem: Problem) -> dict:
