@@ -26,8 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from hf_flash_two.hf.rules import (
     PRODUCTS,
-    ROW_MAX_RULES,
-    RULES,
+    RULES_OF,
     VIEWS,
     WHILE_SPLIT,
     follow,
@@ -107,7 +106,7 @@ class OwnAttention(TorchFunctionMode):
                 shape = func(torch.empty(first.shape, device="meta"), *args[1:], **kwargs).shape
                 result = first.viewed_as(shape)
             else:
-                rules = RULES if scores else ROW_MAX_RULES
+                rules = RULES_OF[type((scores or lazy)[0])]
                 rule = rules.get(name.removesuffix("_") if in_place else name)
                 result = follow(rule, *args, **kwargs)
             if result is None:

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from hf_flash_two.hf import compat
 from hf_flash_two.hf.families import attention_kind, why_not
 from hf_flash_two.hf.own_attention import own_attention
-from hf_flash_two.hf.scores import Scores
+from hf_flash_two.hf.scores import Lazy
 
 logger = logging.get_logger(__name__)
 
@@ -207,7 +207,7 @@ def _carried_out(layer: nn.Module, name: str, previous, args: tuple, kwargs: dic
         outputs = call(*args, **kwargs)
     # Layers return their probabilities too: none were computed.
     if isinstance(outputs, (tuple, list)):
-        return type(outputs)(None if isinstance(part, Scores) else part for part in outputs)
+        return type(outputs)(None if isinstance(part, Lazy) else part for part in outputs)
     return outputs
 
 

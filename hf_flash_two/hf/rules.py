@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_flash_two.hf.mask_carrier import MaskCarrier
-from hf_flash_two.hf.scores import HIDDEN, Lazy, RowMax, Scores, version_of
+from hf_flash_two.hf.scores import HIDDEN, Lazy, RowMax, Scores, Turned, version_of
 
 
 def follow(rule: Callable | None, *args, **kwargs):
@@ -310,6 +310,23 @@ def _detach(row_max) -> RowMax:
     return RowMax(row_max.scores, row_max.kept)
 
 
+def _permute(scores, *dims) -> Turned | None:
+    dims = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
+    if not scores.softmaxed:
+        return None
+    return Turned(scores, tuple(dim % scores.dim() for dim in dims))
+
+
+def _transpose(scores, dim0, dim1) -> Turned | None:
+    order = list(range(scores.dim()))
+    order[dim0], order[dim1] = order[dim1], order[dim0]
+    return _permute(scores, *order)
+
+
+def _attend_turned(value, turned) -> Tensor | None:
+    return turned.attend(value) if isinstance(turned, Turned) else None
+
+
 def _reshape_as(x, scores) -> Tensor | None:
     return x.reshape(scores.shape) if isinstance(x, Tensor) else None
 
@@ -331,11 +348,15 @@ RULES = {
     "expand_as": lambda x, like: x.expand(like.shape) if isinstance(x, Tensor) else None,
     "float": lambda scores: _to(scores, torch.float32),
     "masked_fill": _masked_fill,
+    "permute": _permute,
     "softmax": _softmax,
+    "transpose": _transpose,
     "type_as": lambda x, like: _to(x, like) if isinstance(x, Scores) else x.to(like.dtype),
     "where": _where,
 }
 ROW_MAX_RULES = {"detach": _detach, "unsqueeze": _unsqueeze}
+TURNED_RULES = dict.fromkeys(["matmul", "bmm", "__matmul__"], _attend_turned)
+RULES_OF = {Scores: RULES, RowMax: ROW_MAX_RULES, Turned: TURNED_RULES}
 VIEWS = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "contiguous"}
 WHILE_SPLIT = {"add", "__add__", "__radd__"} | VIEWS
 """What may be done to scores whose queries or keys a view has split into several dimensions."""

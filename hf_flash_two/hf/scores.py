@@ -291,6 +291,35 @@ class RowMax(Lazy):
         return self.scores.layer
 
 
+@dataclass(eq=False)
+class Turned(Lazy):
+    """Probabilities with their dimensions in another ``order``."""
+
+    scores: Scores
+    order: tuple[int, ...]
+    compute: Callable[[], Tensor] | None = None
+    noted: tuple[tuple[Tensor, int], ...] = ()
+
+    @property
+    def layer(self) -> object:
+        return self.scores.layer
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.scores.shape[dim] for dim in self.order)
+
+    def tensor(self, what: str) -> Tensor:
+        return self.scores.tensor(what)
+
+    def attend(self, value: Tensor) -> Tensor | None:
+        """value [..., Dv, Tk] @ probabilities [..., Tk, Tq]: [..., Dv, Tq]."""
+        *lead, last, before = range(self.scores.dim())
+        if self.order != (*lead, before, last):
+            return None
+        attended = self.scores.attend(value.transpose(-1, -2))
+        return None if attended is None else attended.transpose(-1, -2)
+
+
 def _parted(term: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """(bias, visible) that a sum with ``term`` amounts to, None where there is none."""
 

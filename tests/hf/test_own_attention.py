@@ -6,11 +6,13 @@ import pytest
 import torch
 from checks import GRADIENT, assert_close
 from models import supported
+from own_layers import LAYERS
 from own_models import FAMILIES, OwnFamily
 from torch import Tensor
 
 from hf_flash_two import patch, patched
 from hf_flash_two.hf import families
+from hf_flash_two.hf.own_attention import own_attention
 
 NAMED = [pytest.param(family, id=family.name) for family in FAMILIES]
 
@@ -26,21 +28,38 @@ def floats(outputs) -> list[Tensor]:
     return [tensor for part in outputs for tensor in floats(part)]
 
 
+def gradients_of(module: torch.nn.Module, outputs: list[Tensor]) -> dict[str, Tensor]:
+    module.zero_grad()
+    generator = torch.Generator().manual_seed(7)
+    sums = [
+        (x * torch.randn(x.shape, generator=generator)).sum() for x in outputs if x.requires_grad
+    ]
+    sum(sums[1:], sums[0]).backward()
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
 def outputs_and_gradients(model, inputs) -> tuple[list[Tensor], dict[str, Tensor]]:
-    model.zero_grad()
     torch.manual_seed(1)
     outputs = floats(model(**inputs))
     mask = inputs.get("attention_mask")
     if mask is not None:
         # What a padded position attends to is no one's business.
         outputs = [x[mask.bool()] if x.shape[:2] == mask.shape else x for x in outputs]
-    generator = torch.Generator().manual_seed(7)
-    sums = [
-        (x * torch.randn(x.shape, generator=generator)).sum() for x in outputs if x.requires_grad
-    ]
-    sum(sums[1:], sums[0]).backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    gradients = gradients_of(model, outputs)
     return [x.detach() for x in outputs], gradients
+
+
+def assert_same(got, want) -> None:
+    (outputs, gradients), (want_outputs, want_gradients) = got, want
+    assert len(outputs) == len(want_outputs) > 0
+    for ours, theirs in zip(outputs, want_outputs, strict=True):
+        assert_close(ours, theirs)
+    largest = max(gradient.abs().max() for gradient in want_gradients.values())
+    assert gradients.keys() == want_gradients.keys()
+    for name, gradient in gradients.items():
+        theirs = want_gradients[name]
+        scale = torch.maximum(theirs.abs().max(), largest / 100)
+        assert (gradient - theirs).abs().max() <= GRADIENT * scale, name
 
 
 @pytest.mark.parametrize("family", NAMED)
@@ -54,15 +73,26 @@ def test_same_outputs_and_gradients(family: OwnFamily, kernel_calls):
         got, gradients = outputs_and_gradients(model, inputs)
     awake = [layer for layer in report.layers if not any(x in layer.name for x in family.asleep)]
     assert len(kernel_calls) >= len(awake) > 0
-    assert len(got) == len(want) > 0
-    for ours, theirs in zip(got, want, strict=True):
-        assert_close(ours, theirs)
-    largest = max(gradient.abs().max() for gradient in want_gradients.values())
-    assert gradients.keys() == want_gradients.keys()
-    for name, gradient in gradients.items():
-        theirs = want_gradients[name]
-        scale = torch.maximum(theirs.abs().max(), largest / 100)
-        assert (gradient - theirs).abs().max() <= GRADIENT * scale, name
+    assert_same((got, gradients), (want, want_gradients))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_same_output_and_gradients_of_a_layer(name: str, kernel_calls):
+    torch.manual_seed(0)
+    layer, arguments = LAYERS[name]()
+
+    def run() -> tuple[list[Tensor], dict[str, Tensor]]:
+        torch.manual_seed(1)
+        outputs = layer(**arguments)
+        outputs = floats(outputs if isinstance(outputs, Tensor) else outputs[0])
+        return [x.detach() for x in outputs], gradients_of(layer, outputs)
+
+    want = run()
+    assert not kernel_calls
+    with own_attention(name):
+        got = run()
+    assert kernel_calls
+    assert_same(got, want)
 
 
 GENERATING = [family for family in FAMILIES if family.name in {
@@ -83,7 +113,8 @@ def test_same_tokens(family: OwnFamily):
 
 
 def test_every_listed_class_is_tested():
-    tested = {
-        families.key(type(module)) for family in FAMILIES for module in family.build().modules()
-    }
+    models = [family.build() for family in FAMILIES]
+    layers = [build()[0] for build in LAYERS.values()]
+    tested = {families.key(type(m)) for model in (*models, *layers) for m in model.modules()}
     assert families.OWN_ATTENTION <= tested, families.OWN_ATTENTION - tested
+    assert not families.OWN_ATTENTION & families.NOT_POSSIBLE.keys()

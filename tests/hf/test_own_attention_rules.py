@@ -123,6 +123,9 @@ CARRIED_OUT = {
     "rows_on_top": lambda q, k, v: torch.cat(
         [product(q[:, :, :2], k), product(q[:, :, 2:], k * 2)], -2
     ).softmax(-1) @ v,
+    "values_from_the_left": lambda q, k, v: (
+        v.mT @ product(q, k).softmax(-1).transpose(-1, -2)
+    ).mT,
     "blocks": blocks, "in_place": in_place, "gated": gated, "relative": relative,
     "einsums": einsums,
 }  # fmt: skip
@@ -168,7 +171,7 @@ NOT_ON_PROBABILITIES = {
     "softmax again": lambda p, v: p.softmax(-1) @ v,
     "padding": lambda p, v: F.pad(p, (1, 1)),
     "a fill with 0": lambda p, v: p.masked_fill(~SEEN, 0.0) @ v,
-    "another head's": lambda p, v: p.transpose(0, 1),
+    "another head's": lambda p, v: p.transpose(0, 1) @ v,
     "a view of the keys": lambda p, v: p.view(2, 3, 35) + 1.0,
     "in place": lambda p, v: p.mul_(2),
 }
