@@ -78,10 +78,10 @@ def test_the_copy_engine_changes_nothing(
         monkeypatch.setattr(module, "bulk_tiles", lambda *a: copied.append(make(*a)) or copied[-1])
     make = triton_config.bulk_tiles
     tensors = inputs(
-        130, 130, head_dim=head_dim, value_dim=value_dim, dtype=torch.float16, device=device
+        132, 132, head_dim=head_dim, value_dim=value_dim, dtype=torch.float16, device=device
     )
-    upstream = torch.randn(BATCH, 6, 130, value_dim, dtype=torch.float16, device=device)
-    mask = masks(130, device)[name]
+    upstream = torch.randn(BATCH, 6, 132, value_dim, dtype=torch.float16, device=device)
+    mask = masks(132, device)[name]
     found = []
     for least in (64, 1000):
         monkeypatch.setattr(triton_config, "_BULK_LENGTH", least)

@@ -30,6 +30,7 @@ from hf_flash_two.kernels.triton_launch import Launch, planned
 from hf_flash_two.kernels.triton_ranges import key_ranges
 from hf_flash_two.kernels.triton_tile import (
     bulk_load,
+    intervals,
     kept,
     key_tiles,
     nth_tile,
@@ -91,6 +92,8 @@ def backward(
                 *tensors, ranges, *extras,
                 bulk_tiles(key, plan.bulk_key, tiles.block_k, tiles.block_d),
                 bulk_tiles(value, plan.bulk_value, tiles.block_k, tiles.block_v),
+                bulk_run(problem.first_query, plan.bulk_key, tiles.block_k),
+                bulk_run(problem.last_query, plan.bulk_key, tiles.block_k),
                 dq,
             )  # fmt: skip
         d_bias = d_sinks = None
@@ -281,12 +284,13 @@ def _keys_kernel(
         k = tl.load(k_at[:, None] + d[None, :], col_inside[:, None] & (d < D)[None, :], 0.0)
         if dk_ptr is not None:
             v = tl.load(v_at[:, None] + e[None, :], col_inside[:, None] & (e < DV)[None, :], 0.0)
-    if MASK == 2:
-        first_ptr += batch * mask_sb
-        last_ptr += batch * mask_sb
-        # Intervals of one row may serve all.
-        if mask_sb != 0:
-            bounds_ptr += batch * tl.cdiv(key_length, _GRANULE) * 4
+    # Intervals of one row may serve all.
+    if MASK == 2 and mask_sb != 0:
+        bounds_ptr += batch * tl.cdiv(key_length, _GRANULE) * 4
+    first_query, last_query = intervals(
+        first_ptr, last_ptr, None, None,
+        batch * mask_sb, tile * BLOCK_K, key_length, MASK, BLOCK_K,
+    )  # fmt: skip
     first, last, full, full_end = query_tiles(
         bounds_ptr, tile * BLOCK_K, key_length, query_length, offset, left, right,
         MASK, LEFT, RIGHT, DENSE, BLOCK_Q, BLOCK_K,
@@ -366,8 +370,8 @@ def _keys_kernel(
                 if phase == 1:
                     seen = seen & visible(
                         row[None, :], position[None, :], col[:, None], key_length,
-                        first_ptr, last_ptr, dense_head, dense_sq, dense_sk, left, right,
-                        MASK, LEFT, RIGHT, DENSE,
+                        first_query[:, None], last_query[:, None], dense_head, dense_sq, dense_sk,
+                        left, right, MASK, LEFT, RIGHT, DENSE,
                     )  # fmt: skip
                 p, slack = probabilities(
                     s, lse[None, :], row[None, :], position[None, :], col[:, None], seen, slope,
@@ -408,7 +412,7 @@ def _keys_kernel(
 def _queries_kernel(
     q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr,
     first_ptr, last_ptr, ranges_ptr, dense_ptr, bias_ptr, slopes_ptr, seed_ptr,
-    k_tiles, v_tiles, dq_ptr,
+    k_tiles, v_tiles, first_tiles, last_tiles, dq_ptr,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, g_sb, g_sh, g_st,
     mask_sb, dense_sb, dense_sh, dense_sq, dense_sk, bias_sb, bias_sh, bias_sq, bias_sk,
     slopes_sb,
@@ -445,11 +449,8 @@ def _queries_kernel(
     stats = _stats_at(batch, heads, head, query_length) + row
     lse = tl.load(lse_ptr + stats)
     delta = tl.load(delta_ptr + stats)
-    if MASK == 2:
-        first_ptr += batch * mask_sb
-        last_ptr += batch * mask_sb
-        if mask_sb != 0:
-            ranges_ptr += batch * query_tiles_all * 4
+    if MASK == 2 and mask_sb != 0:
+        ranges_ptr += batch * query_tiles_all * 4
     if DENSE:
         dense_ptr += batch * dense_sb + head * dense_sh
     if BIAS:
@@ -504,10 +505,14 @@ def _queries_kernel(
                 dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
             seen = row_inside[:, None] & col_inside[None, :]
             if phase == 1:
+                first_query, last_query = intervals(
+                    first_ptr, last_ptr, first_tiles, last_tiles,
+                    batch * mask_sb, key_tile * BLOCK_K, key_length, MASK, BLOCK_K,
+                )  # fmt: skip
                 seen = seen & visible(
                     row[:, None], position[:, None], col[None, :], key_length,
-                    first_ptr, last_ptr, dense_ptr, dense_sq, dense_sk, left, right,
-                    MASK, LEFT, RIGHT, DENSE,
+                    first_query[None, :], last_query[None, :], dense_ptr, dense_sq, dense_sk,
+                    left, right, MASK, LEFT, RIGHT, DENSE,
                 )  # fmt: skip
             p, slack = probabilities(
                 s, lse[:, None], row[:, None], position[:, None], col[None, :], seen, slope,
@@ -573,15 +578,10 @@ def _bias_kernel(
             k_head = k_ptr + batch * k_sb + (head // group) * k_sh
             v_head = v_ptr + batch * v_sb + (head // group) * v_sh
             g_head = g_ptr + batch * g_sb + head * g_sh
-            first_at = first_ptr
-            last_at = last_ptr
             ranges_at = ranges_ptr
             dense_at = dense_ptr
-            if MASK == 2:
-                first_at += batch * mask_sb
-                last_at += batch * mask_sb
-                if mask_sb != 0:
-                    ranges_at += batch * tl.cdiv(query_length, BLOCK_Q) * 4
+            if MASK == 2 and mask_sb != 0:
+                ranges_at += batch * tl.cdiv(query_length, BLOCK_Q) * 4
             if DENSE:
                 dense_at += batch * dense_sb + head * dense_sh
             slope = 0.0
@@ -613,10 +613,14 @@ def _bias_kernel(
                         g_head + row.to(tl.int64) * g_st, v_head + col.to(tl.int64) * v_st,
                         row_inside, col_inside, DV, BLOCK_V, BLOCK_Q, BLOCK_K, PRECISION,
                     )  # fmt: skip
+                    first_query, last_query = intervals(
+                        first_ptr, last_ptr, None, None,
+                        batch * mask_sb, key_tile * BLOCK_K, key_length, MASK, BLOCK_K,
+                    )  # fmt: skip
                     seen = (row_inside[:, None] & col_inside[None, :]) & visible(
                         row[:, None], position[:, None], col[None, :], key_length,
-                        first_at, last_at, dense_at, dense_sq, dense_sk, left, right,
-                        MASK, LEFT, RIGHT, DENSE,
+                        first_query[None, :], last_query[None, :], dense_at, dense_sq, dense_sk,
+                        left, right, MASK, LEFT, RIGHT, DENSE,
                     )  # fmt: skip
                     p, slack = probabilities(
                         s, lse[:, None], row[:, None], position[:, None], col[None, :], seen, slope,

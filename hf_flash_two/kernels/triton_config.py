@@ -226,9 +226,18 @@ def bulk_tiles(
     return TensorDescriptor(tensor, list(tensor.shape), strides, [1, 1, rows, columns])
 
 
-def bulk_run(tensor: Tensor, strides: list[int] | None, length: int) -> TensorDescriptor | None:
-    """Runs of ``length`` elements of a contiguous ``tensor``, None without ``strides``."""
-    if strides is None or tensor.numel() >= 2**31:
+def bulk_run(
+    tensor: Tensor | None, strides: list[int] | None, length: int
+) -> TensorDescriptor | None:
+    """Runs of ``length`` elements of ``tensor``'s rows, where it has ``strides`` and they fit."""
+    if (
+        strides is None
+        or tensor is None
+        or not tensor.is_contiguous()
+        or tensor.data_ptr() % 16
+        or (tensor.shape[0] > 1 and tensor.shape[-1] % 4)  # rows start on 16 bytes
+        or tensor.numel() >= 2**31
+    ):
         return None
     return TensorDescriptor(tensor, [tensor.numel()], [1], [length])
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from hf_flash_two.kernels.problem import LOG2E, Problem, empty_lse, empty_output
 from hf_flash_two.kernels.triton_config import (
     Tiles,
+    bulk_run,
     bulk_strides,
     bulk_tiles,
     dropout_of,
@@ -28,6 +29,7 @@ from hf_flash_two.kernels.triton_launch import Launch, planned
 from hf_flash_two.kernels.triton_ranges import key_ranges
 from hf_flash_two.kernels.triton_tile import (
     bulk_load,
+    intervals,
     kept,
     key_tiles,
     modify,
@@ -67,6 +69,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tupl
             bulk_tiles(key, plan.bulk_key, tiles.block_k, tiles.block_d),
             bulk_tiles(value, plan.bulk_value, tiles.block_k, tiles.block_v),
             part_out, part_lse, problem.first_query, problem.last_query,
+            bulk_run(problem.first_query, plan.bulk_key, tiles.block_k),
+            bulk_run(problem.last_query, plan.bulk_key, tiles.block_k),
             key_ranges(problem, tiles, query.shape[2], key.shape[2]),
             problem.dense, problem.bias, problem.alibi_slopes, problem.sinks, problem.seed,
         )  # fmt: skip
@@ -142,7 +146,8 @@ def _plan(problem: Problem, query: Tensor, key: Tensor, value: Tensor, out: Tens
 ])  # fmt: skip
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, out_ptr, lse_ptr,
-    first_ptr, last_ptr, ranges_ptr, dense_ptr, bias_ptr, slopes_ptr, sinks_ptr, seed_ptr,
+    first_ptr, last_ptr, first_tiles, last_tiles,
+    ranges_ptr, dense_ptr, bias_ptr, slopes_ptr, sinks_ptr, seed_ptr,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, o_ss, o_sb, o_sh, o_st, l_ss,
     mask_sb, dense_sb, dense_sh, dense_sq, dense_sk, bias_sb, bias_sh, bias_sq, bias_sk,
     slopes_sb, sinks_sb,
@@ -181,12 +186,9 @@ def _forward_kernel(
     q_at = q_ptr + batch * q_sb + head * q_sh + row.to(tl.int64) * q_st
     k_at = k_ptr + batch * k_sb + key_head * k_sh
     v_at = v_ptr + batch * v_sb + key_head * v_sh + dv[None, :]
-    if MASK == 2:
-        first_ptr += batch * mask_sb
-        last_ptr += batch * mask_sb
-        # Intervals of one row may serve all.
-        if mask_sb != 0:
-            ranges_ptr += batch * row_tiles * 4
+    # Intervals of one row may serve all.
+    if MASK == 2 and mask_sb != 0:
+        ranges_ptr += batch * row_tiles * 4
     if PACK == 1:
         head_row = head
     else:
@@ -256,10 +258,14 @@ def _forward_kernel(
                     s = tl.dot(qc, kc, s, input_precision=PRECISION)
             seen = rows_left[:, None] & (col < key_length)[None, :]
             if phase == 1:
+                first_query, last_query = intervals(
+                    first_ptr, last_ptr, first_tiles, last_tiles,
+                    batch * mask_sb, key_tile * BLOCK_K, key_length, MASK, BLOCK_K,
+                )  # fmt: skip
                 seen = seen & visible(
                     row[:, None], position[:, None], col[None, :], key_length,
-                    first_ptr, last_ptr, dense_ptr, dense_sq, dense_sk, left, right,
-                    MASK, LEFT, RIGHT, DENSE,
+                    first_query[None, :], last_query[None, :], dense_ptr, dense_sq, dense_sk,
+                    left, right, MASK, LEFT, RIGHT, DENSE,
                 )  # fmt: skip
             if PLAIN:
                 if phase == 1:

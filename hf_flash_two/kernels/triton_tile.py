@@ -104,6 +104,28 @@ def bulk_load(tiles, batch, head, row, column, ROWS: tl.constexpr, COLUMNS: tl.c
 
 
 @triton.jit
+def intervals(
+    first_ptr, last_ptr, first_tiles, last_tiles, at, key_start, key_length,
+    MASK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The first query that sees each key of a tile, and the first after it that does not.
+
+    ``at`` is where the batch row begins; in bulk its end reads on, which `visible` overrules.
+    """
+    first = tl.zeros([BLOCK_K], tl.int32)
+    last = first
+    if MASK == INTERVALS:
+        if first_tiles is not None:
+            first = first_tiles.load([(at + key_start).to(tl.int32)])
+            last = last_tiles.load([(at + key_start).to(tl.int32)])
+        else:
+            col = key_start + tl.arange(0, BLOCK_K)
+            first = tl.load(first_ptr + at + col, col < key_length, 2**30)
+            last = tl.load(last_ptr + at + col, col < key_length, -(2**30))
+    return first, last
+
+
+@triton.jit
 def nth_tile(n, first, full, full_end):
     """The n-th tile to visit: first those that need no masking, then the others in order."""
     whole = full_end - full
@@ -116,21 +138,18 @@ def nth_tile(n, first, full, full_end):
 
 @triton.jit
 def visible(
-    row, position, col, key_length, first_ptr, last_ptr, dense_ptr, dense_sq, dense_sk,
-    left, right,
+    row, position, col, key_length, first, last, dense_ptr, dense_sq, dense_sk, left, right,
     MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
-    """Mask of one tile; ``row``, ``position`` and ``col`` broadcast to it in either orientation."""
-    inside = col < key_length
-    seen = inside & (row >= 0)
+    """Mask of one tile; whatever it is given broadcasts to it, in either orientation."""
+    seen = (col < key_length) & (row >= 0)
     if MASK == BAND:
         if LEFT:
             seen = seen & (position - col <= left)
         if RIGHT:
             seen = seen & (col - position <= right)
     elif MASK == INTERVALS:
-        seen = seen & (tl.load(first_ptr + col, inside, 2**30) <= position)
-        seen = seen & (position < tl.load(last_ptr + col, inside, -(2**30)))
+        seen = seen & (first <= position) & (position < last)
     if DENSE:
         at = dense_ptr + row.to(tl.int64) * dense_sq + col.to(tl.int64) * dense_sk
         seen = seen & (tl.load(at, seen, 0) != 0)
