@@ -51,7 +51,7 @@ _BY_FAMILY = {
     "gptj": "GPTJAttention",
     "granite_speech": "GraniteSpeechConformerAttention",
     "granite_speech_plus": "GraniteSpeechPlusConformerAttention",
-    "grounding_dino": "GroundingDinoMultiheadAttention",
+    "grounding_dino": "GroundingDinoBiMultiHeadAttention GroundingDinoMultiheadAttention",
     "groupvit": "GroupViTAttention",
     "hiera": "HieraMaskUnitAttention",
     "ibert": "IBertSelfAttention",
@@ -70,7 +70,7 @@ _BY_FAMILY = {
     "maskformer": "MaskFormerSwinSelfAttention",
     "megatron_bert": "MegatronBertSelfAttention",
     "mgp_str": "MgpstrAttention",
-    "mm_grounding_dino": "MMGroundingDinoMultiheadAttention",
+    "mm_grounding_dino": "MMGroundingDinoBiMultiHeadAttention MMGroundingDinoMultiheadAttention",
     "mobilevit": "MobileViTSelfAttention",
     "mpnet": "MPNetSelfAttention",
     "mpt": "MptAttention",
@@ -121,7 +121,6 @@ OWN_ATTENTION = frozenset(
 _SPARSE = "a fixed sparse pattern over blocks, whose probabilities are computed piece by piece"
 _WEIGHTS = "its result are the probabilities themselves"
 _ADDITIVE = "additive attention: no product of queries and keys"
-_BOTH_WAYS = "the same scores are normalised over the queries and over the keys"
 _CAPPED = "caps its scores after adding a bias that depends on the queries"
 NOT_POSSIBLE = {
     "autoformer.AutoformerAttention": "correlates whole series instead of tokens",
@@ -135,13 +134,11 @@ NOT_POSSIBLE = {
     "esmfold2.EsmFold2RowAttentionPooling": _ADDITIVE,
     "gemma3n.Gemma3nAudioAttention": _CAPPED,
     "gemma4.Gemma4AudioAttention": _CAPPED,
-    "grounding_dino.GroundingDinoBiMultiHeadAttention": _BOTH_WAYS,
     "groupvit.GroupViTAssignAttention": "assigns each token to one group, by a hard softmax",
-    "inkling2.Inkling2BlockAttentionResidual": "attends to layers, with heads as wide as the model",
+    "inkling2.Inkling2BlockAttentionResidual": "weighs earlier layers, not tokens",
     "led.LEDEncoderSelfAttention": _SPARSE,
     "longformer.LongformerSelfAttention": _SPARSE,
     "maskformer.MaskFormerDetrMHAttentionMap": _WEIGHTS,
-    "mm_grounding_dino.MMGroundingDinoBiMultiHeadAttention": _BOTH_WAYS,
     "mobilevitv2.MobileViTV2LinearSelfAttention": "linear attention, no product of token pairs",
     "mra.MraSelfAttention": "approximates the scores by a kernel of its own",
     "nystromformer.NystromformerSelfAttention": "a low-rank approximation by three softmaxes",
@@ -153,6 +150,19 @@ NOT_POSSIBLE = {
     "vits.VitsAttention": "needs its probabilities, for values that depend on the distance",
     "yoso.YosoSelfAttention": "estimates weights by hashing; there is no softmax",
 }
+
+ALWAYS_ASKED = frozenset(
+    {
+        "dab_detr.DabDetrAttention",
+        "grounding_dino.GroundingDinoBiMultiHeadAttention",
+        "grounding_dino.GroundingDinoMultiheadAttention",
+        "mask2former.Mask2FormerAttention",
+        "mm_grounding_dino.MMGroundingDinoBiMultiHeadAttention",
+        "mm_grounding_dino.MMGroundingDinoMultiheadAttention",
+        "oneformer.OneFormerAttention",
+    }
+)
+"""Asked for their probabilities in every call, though only the model's caller may want them."""
 
 UNLESS = {
     "deberta.DisentangledSelfAttention": ("talking_head", "mixes the probabilities of its heads"),

@@ -43,13 +43,13 @@ def own_attention(layer: str) -> Iterator[None]:
         layer: named in errors.
 
     Raises:
-        NotImplementedError: something is done to probabilities that cannot be carried out, or no
-            attention was carried out at all.
+        NotImplementedError: something is done to probabilities that cannot be carried out, or
+            there were products and none of them was carried out as attention.
     """
     mode = OwnAttention(layer)
     with mode:
         yield
-    if not mode.attended:
+    if mode.multiplied and not mode.attended:
         mode.refuse("what this layer does with its scores")
 
 
@@ -59,6 +59,7 @@ class OwnAttention(TorchFunctionMode):
     Attributes:
         name: of the layer, for errors.
         paused: while its own work is done.
+        multiplied: whether there was any product of two tensors.
         attended: whether any attention was carried out.
     """
 
@@ -66,6 +67,7 @@ class OwnAttention(TorchFunctionMode):
         super().__init__()
         self.name = name
         self.paused = False
+        self.multiplied = False
         self.attended = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -77,7 +79,9 @@ class OwnAttention(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return _without_weights(*args, **kwargs)
-        result = follow(PRODUCTS.get(_name(func)), self, *args, **kwargs)
+        rule = PRODUCTS.get(_name(func))
+        self.multiplied |= rule is not None
+        result = follow(rule, self, *args, **kwargs)
         if isinstance(result, Scores):
             result.compute = lambda: func(*args, **kwargs)
         return func(*args, **kwargs) if result is None else result
@@ -111,10 +115,13 @@ class OwnAttention(TorchFunctionMode):
                 result = follow(rule, *args, **kwargs)
             if result is None:
                 return compute()
-        if isinstance(result, Lazy) and not any(result is x for x in lazy):
-            result.compute = compute
-            noted = [(x, version_of(x)) for x in leaves if isinstance(x, Tensor)]
-            result.noted = sum((x.noted for x in lazy), tuple(noted))
+        noted = [(x, version_of(x)) for x in leaves if isinstance(x, Tensor)]
+        noted = sum((x.noted for x in lazy), tuple(noted))
+        if isinstance(result, tuple):
+            for at, part in enumerate(result):
+                part.compute, part.noted = (lambda at=at: compute()[at]), noted
+        elif isinstance(result, Lazy) and not any(result is x for x in lazy):
+            result.compute, result.noted = compute, noted
         if in_place and isinstance(result, Scores):
             first.overwritten.append(name)
             vars(first).update(vars(result))

@@ -2,7 +2,8 @@
 
 Layers that go through Transformers' attention interface are switched by their configs. Layers that
 compute attention themselves run under `own_attention`: the layer object gets a ``forward`` of its
-own that calls the class's. No class is edited; modules and state_dict stay as they are.
+own that calls the class's, and so does a model whose layers cannot tell whether anyone wants their
+probabilities. No class is edited; modules and state_dict stay as they are.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from functools import cache, partial
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from hf_flash_two.hf import compat
-from hf_flash_two.hf.families import attention_kind, why_not
+from hf_flash_two.hf.families import ALWAYS_ASKED, attention_kind, key, why_not
 from hf_flash_two.hf.own_attention import own_attention
 from hf_flash_two.hf.scores import Lazy
 
@@ -174,12 +176,20 @@ def _patch_part(part: PreTrainedModel, name: str = compat.FLASH_TWO) -> None:
     for config in configs:
         if config is not None:
             _switch(part, config, "sdpa" if ours and compat.needs_its_sdpa(config) else name)
+    asked = _Asked()
     for at, layer in ours:
-        if _slot(layer) is None:
-            previous = layer.__dict__.get("forward")
-            forward = partial(_forward, layer, f"{at} ({type(layer).__name__})", previous)
-            forward.__signature__ = inspect.signature(layer.forward)
-            layer.forward = forward
+        if key(type(layer)) not in ALWAYS_ASKED:
+            _give_forward(layer, _forward, f"{at} ({type(layer).__name__})", None)
+        elif _slot(layer) is None:
+            _give_forward(layer, _forward, f"{at} ({type(layer).__name__})", asked)
+            _give_forward(part, _forward_of_part, "", asked)
+
+
+def _give_forward(module: nn.Module, forward, name: str, asked: _Asked | None) -> None:
+    if _slot(module) is None:
+        ours = partial(forward, module, name, module.__dict__.get("forward"), asked)
+        ours.__signature__ = inspect.signature(module.forward)
+        module.forward = ours
 
 
 def _switch(part: PreTrainedModel, config: PreTrainedConfig, name: str) -> None:
@@ -189,26 +199,49 @@ def _switch(part: PreTrainedModel, config: PreTrainedConfig, name: str) -> None:
         compat.set_implementation(config, name)
 
 
-def _forward(layer: nn.Module, name: str, previous, *args, **kwargs):
+@dataclass
+class _Asked:
+    """Whether the caller of a model asked for attention weights."""
+
+    attentions: bool = False
+
+
+def _forward_of_part(part: PreTrainedModel, _, previous, asked: _Asked, *args, **kwargs):
+    said = _output_attentions(part, args, kwargs)
+    asked.attentions = bool(part.config.output_attentions if said is None else said)
+    return _call(part, previous)(*args, **kwargs)
+
+
+def _forward(layer: nn.Module, name: str, previous, asked: _Asked | None, *args, **kwargs):
     if torch.compiler.is_compiling() and isinstance(layer, nn.MultiheadAttention):
         # PyTorch's own is compiled whole, and as thrifty.
         return type(layer).forward(layer, *args, **kwargs)
-    return _carried_out(layer, name, previous, args, kwargs)
+    return _carried_out(layer, name, previous, asked, args, kwargs)
 
 
 @torch.compiler.disable(reason="attention that a layer writes out itself runs uncompiled")
-def _carried_out(layer: nn.Module, name: str, previous, args: tuple, kwargs: dict):
-    call = type(layer).forward.__get__(layer) if previous is None else previous
-    at = _position_of_output_attentions(type(layer))
-    asked = args[at] if at is not None and at < len(args) else kwargs.get("output_attentions")
-    if asked or compat.records_attentions():
+def _carried_out(
+    layer: nn.Module, name: str, previous, asked: _Asked | None, args: tuple, kwargs: dict
+):
+    call = _call(layer, previous)
+    wanted = _output_attentions(layer, args, kwargs) if asked is None else asked.attentions
+    if wanted or compat.records_attentions():
         return call(*args, **kwargs)  # the caller wants what is saved here
     with own_attention(name):
         outputs = call(*args, **kwargs)
     # Layers return their probabilities too: none were computed.
-    if isinstance(outputs, (tuple, list)):
-        return type(outputs)(None if isinstance(part, Lazy) else part for part in outputs)
-    return outputs
+    return tree_map(lambda part: None if isinstance(part, Lazy) else part, outputs)
+
+
+def _call(module: nn.Module, previous):
+    return type(module).forward.__get__(module) if previous is None else previous
+
+
+def _output_attentions(module: nn.Module, args: tuple, kwargs: dict) -> bool | None:
+    at = _position_of_output_attentions(type(module))
+    if at is not None and at < len(args):
+        return args[at]
+    return kwargs.get("output_attentions")
 
 
 @cache
@@ -240,7 +273,7 @@ def _patched_modules(model: nn.Module) -> frozenset[int]:
 def _slot(layer: nn.Module) -> str | None:
     """The attribute that holds our forward: Accelerate's hooks wrap what they find."""
     for slot in ("forward", "_old_forward"):
-        if getattr(layer.__dict__.get(slot), "func", None) is _forward:
+        if getattr(layer.__dict__.get(slot), "func", None) in (_forward, _forward_of_part):
             return slot
     return None
 

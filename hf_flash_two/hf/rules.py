@@ -10,13 +10,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from hf_flash_two.hf.mask_carrier import MaskCarrier
-from hf_flash_two.hf.scores import HIDDEN, Lazy, RowMax, Scores, Turned, version_of
+from hf_flash_two.hf.scores import HIDDEN, Lazy, RowArgmax, RowMax, Scores, Turned, version_of
+
+_UNREACHED = 5e4
+"""Limits this far from 0 change no scores: float16 ends a little further out."""
 
 
 def follow(rule: Callable | None, *args, **kwargs):
@@ -151,7 +155,7 @@ def _sum(a: Scores, b: Scores) -> Scores | None:
         scale=1.0,
         terms=a.terms + b.terms,
         visible=a.visible + b.visible,
-        shifted=a.shifted or b.shifted,
+        shifted=max(a.shifted, b.shifted, key=("", "all", "rows").index),
     )
 
 
@@ -159,8 +163,11 @@ def _subtract(a, b, *, alpha=1) -> Scores | None:
     if not isinstance(a, Scores) or isinstance(b, Scores) or alpha != 1:
         return None
     if isinstance(b, RowMax):
-        indifferent = b.kept and b.scores.shape == a.shape and not a.softmaxed and a.gate is None
-        return a.but(shifted=True) if indifferent else None
+        if a.softmaxed or a.gate is not None:
+            return None
+        if b.of_all:
+            return a.but(shifted=a.shifted or "all")
+        return a.but(shifted="rows") if b.kept and b.scores.shape == a.shape else None
     return _add(a, -b)
 
 
@@ -283,17 +290,34 @@ def _hides(value) -> bool:
     return isinstance(value, (int, float)) and value <= HIDDEN
 
 
+class Largest(NamedTuple):
+    """As `torch.max` over one dimension gives them."""
+
+    values: RowMax
+    indices: RowArgmax
+
+
 def _at_least(scores, least) -> Scores | None:
-    """A limit below all finite scores changes none."""
     if not isinstance(scores, Scores) or scores.softmaxed or isinstance(least, Lazy):
         return None
     if isinstance(least, Tensor) and least.numel() > 1:
         return None
-    return scores.but() if least <= torch.finfo(torch.float16).min else None
+    return scores.but() if least <= -_UNREACHED else None
 
 
 def _clamp(scores, min=None, max=None) -> Scores | None:
-    return _at_least(scores, min) if max is None and min is not None else None
+    if max is not None and (not isinstance(max, (int, float)) or max < _UNREACHED):
+        return None
+    return _at_least(scores, -_UNREACHED if min is None else min)
+
+
+def _max(scores, dim=None, keepdim=False) -> Scores | RowMax | Largest | None:
+    if dim is None and not keepdim:
+        return None if scores.softmaxed else RowMax(scores, False, of_all=True)
+    if isinstance(dim, (Tensor, Lazy)):
+        return None if keepdim else _at_least(scores, dim)
+    values = _row_max(scores, dim, keepdim)
+    return values and Largest(values, RowArgmax(scores))
 
 
 def _row_max(scores, dim=(), keepdim=False) -> RowMax | None:
@@ -303,21 +327,31 @@ def _row_max(scores, dim=(), keepdim=False) -> RowMax | None:
 
 
 def _unsqueeze(row_max, dim) -> RowMax | None:
-    return RowMax(row_max.scores, True) if dim == -1 and not row_max.kept else None
+    rows = dim == -1 and not row_max.kept and not row_max.of_all
+    return RowMax(row_max.scores, True) if rows else None
 
 
 def _detach(row_max) -> RowMax:
-    return RowMax(row_max.scores, row_max.kept)
+    return RowMax(row_max.scores, row_max.kept, row_max.of_all)
 
 
-def _permute(scores, *dims) -> Turned | None:
+def _permute(scores, *dims) -> Scores | Turned | None:
     dims = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
-    if not scores.softmaxed:
+    order = tuple(dim % scores.dim() for dim in dims)
+    if scores.softmaxed:
+        return Turned(scores, order)
+    *lead, last, before = range(scores.dim())
+    if order != (*lead, before, last) or not scores.bare or scores.shifted == "rows":
         return None
-    return Turned(scores, tuple(dim % scores.dim() for dim in dims))
+    ((lead, query, key),) = scores.products
+    return scores.but(
+        products=((lead, key.expand(*lead, -1, -1), query),),
+        shape=torch.Size((*lead, scores.shape[-1], scores.shape[-2])),
+        overwritten=scores.overwritten,
+    )
 
 
-def _transpose(scores, dim0, dim1) -> Turned | None:
+def _transpose(scores, dim0, dim1) -> Scores | Turned | None:
     order = list(range(scores.dim()))
     order[dim0], order[dim1] = order[dim1], order[dim0]
     return _permute(scores, *order)
@@ -337,7 +371,6 @@ RULES = {
     **dict.fromkeys(["mul", "multiply", "__mul__", "__rmul__"], _multiply),
     **dict.fromkeys(["div", "divide", "true_divide", "__truediv__"], _divide),
     **dict.fromkeys(["matmul", "bmm", "__matmul__"], _attend),
-    **dict.fromkeys(["max", "maximum"], _at_least),
     **dict.fromkeys(["to", "type"], _to),
     **dict.fromkeys(["reshape_as", "view_as"], _reshape_as),
     "amax": _row_max,
@@ -348,6 +381,8 @@ RULES = {
     "expand_as": lambda x, like: x.expand(like.shape) if isinstance(x, Tensor) else None,
     "float": lambda scores: _to(scores, torch.float32),
     "masked_fill": _masked_fill,
+    "max": _max,
+    "maximum": _at_least,
     "permute": _permute,
     "softmax": _softmax,
     "transpose": _transpose,
@@ -356,7 +391,7 @@ RULES = {
 }
 ROW_MAX_RULES = {"detach": _detach, "unsqueeze": _unsqueeze}
 TURNED_RULES = dict.fromkeys(["matmul", "bmm", "__matmul__"], _attend_turned)
-RULES_OF = {Scores: RULES, RowMax: ROW_MAX_RULES, Turned: TURNED_RULES}
+RULES_OF = {Scores: RULES, RowMax: ROW_MAX_RULES, RowArgmax: {}, Turned: TURNED_RULES}
 VIEWS = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "contiguous"}
 WHILE_SPLIT = {"add", "__add__", "__radd__"} | VIEWS
 """What may be done to scores whose queries or keys a view has split into several dimensions."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ class Scores(Lazy):
         terms: (leading shape when it was added, float tensor or mask) of all that was added.
         visible: (leading shape, bool tensor) of all masks, True may attend.
         causal: query i sees keys 0 to i.
-        shifted: each row was shifted by a number of its own, to which softmax is indifferent.
+        shifted: by numbers to which softmax is indifferent: "rows" each by its own, or all of it.
         gate: a tensor of 0 and 1 that it was multiplied by, until a sum hides what became 0.
         softmaxed: it stands for probabilities.
         dropout: (p, seed) with which they were dropped.
@@ -104,7 +105,7 @@ class Scores(Lazy):
     terms: tuple[tuple[Lead, Tensor | MaskCarrier], ...] = ()
     visible: tuple[tuple[Lead, Tensor], ...] = ()
     causal: bool = False
-    shifted: bool = False
+    shifted: Literal["", "rows", "all"] = ""
     gate: Tensor | None = None
     softmaxed: bool = False
     dropout: tuple[float, Tensor] | None = None
@@ -134,7 +135,12 @@ class Scores(Lazy):
     @property
     def plain(self) -> bool:
         """Whether it is a product and a scale, and nothing else."""
-        more = self.terms or self.visible or self.causal or self.shifted or self.softmaxed
+        return self.bare and not self.shifted
+
+    @property
+    def bare(self) -> bool:
+        """Whether it is a product and a scale, shifted perhaps."""
+        more = self.terms or self.visible or self.causal or self.softmaxed
         return not more and self.gate is None and len(self.products) == len(self.leads) == 1
 
     def tensor(self, what: str) -> Tensor:
@@ -279,10 +285,29 @@ class Scores(Lazy):
 
 @dataclass(eq=False)
 class RowMax(Lazy):
-    """The largest of each row of ``scores``: softmax is indifferent to its being subtracted."""
+    """The largest of each row of ``scores``: softmax is indifferent to its being subtracted.
+
+    Attributes:
+        kept: the dimension of the keys is there, of size 1.
+        of_all: the largest of all rows instead.
+    """
 
     scores: Scores
     kept: bool
+    of_all: bool = False
+    compute: Callable[[], Tensor] | None = None
+    noted: tuple[tuple[Tensor, int], ...] = ()
+
+    @property
+    def layer(self) -> object:
+        return self.scores.layer
+
+
+@dataclass(eq=False)
+class RowArgmax(Lazy):
+    """Where the largest of each row is."""
+
+    scores: Scores
     compute: Callable[[], Tensor] | None = None
     noted: tuple[tuple[Tensor, int], ...] = ()
 

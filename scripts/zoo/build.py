@@ -92,6 +92,8 @@ class Family:
 
     def build(self, implementation: str | dict[str, str]) -> PreTrainedModel:
         """The same weights for every implementation; float32, not training."""
+        if self.override.without is not None:
+            self.override.without(self.module)
         cls = self.model_class
         with torch.device("meta"):
             size = sum(p.numel() for p in cls(self.config(cls)).parameters())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import hf_flash_two
 from hf_flash_two import op
-from hf_flash_two.hf.families import attention_kind, why_not
+from hf_flash_two.hf.families import NOT_POSSIBLE, attention_kind, key, why_not
 from zoo import inputs as given
 from zoo.build import Family
 from zoo.inputs import padded, run
@@ -31,9 +31,9 @@ class Row:
 
     Attributes:
         kind: of the family, as `Family.kind`.
-        status: "equal", "partly" (equal, but some layers that ran used code of their own),
-            "differs", "error", "not built" (something is missing here), or "" where there is
-            nothing to compare.
+        status: "equal"; "partly", equal, but layers that ran used code of their own although they
+            are softmax attention, or all did; "differs"; "error"; "not built", something is missing
+            here; or "" where there is nothing to compare.
         layers: attention layers that ran; ours: those of them that called our kernel.
         forward, gradient: largest error by case, relative to the largest entry.
         generation: by cache whether the tokens are equal; a reason where eager cannot.
@@ -117,7 +117,8 @@ def _check(family: Family, row: Row) -> None:
     if not good:
         row.status = "differs"
     elif row.layers:
-        row.status = "equal" if row.ours == row.layers else "partly"
+        others = all(key(type(layer)) in NOT_POSSIBLE for layer in counter.unserved)
+        row.status = "equal" if row.ours and others else "partly"
 
 
 def _reason(layer: nn.Module) -> str | None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import ModuleType, SimpleNamespace
 
 import torch
+from torch import nn
 from transformers import ResNetConfig, Sam2VisionConfig, SwinConfig, ViTConfig
 
 
@@ -23,7 +25,8 @@ class Override:
         sides: of padding that the family can take.
         caches: with which the family generates.
         patched: whether it is patched although it uses the interface.
-        remark: why any of these four are not the usual ones.
+        without: does without a package that PyPI has not, in the family's module.
+        remark: why any of these five are not the usual ones.
     """
 
     model: str = ""
@@ -33,6 +36,7 @@ class Override:
     sides: tuple[str, ...] = ("left", "right")
     caches: tuple[str, ...] = ("dynamic", "static")
     patched: bool = False
+    without: Callable[[ModuleType], None] | None = None
     remark: str = ""
 
 
@@ -258,6 +262,27 @@ def _protein(name: str) -> Callable:
         return atoms(**{x: features[x] for x in atoms.__dataclass_fields__})
 
     return feature
+
+
+class _Pictures(nn.Module):
+    """Two by three features of 8 numbers."""
+
+    cfg = SimpleNamespace(MODEL=SimpleNamespace(PIXEL_MEAN=[0.0] * 3, PIXEL_STD=[1.0] * 3))
+
+    def __init__(self, _):
+        super().__init__()
+        self.pixel_mean = nn.Buffer(torch.zeros(3, 1, 1))
+        self.pixel_std = nn.Buffer(torch.ones(3, 1, 1))
+        self.convolution = nn.Conv2d(3, 8, kernel_size=8, stride=8)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.convolution(images).flatten(2).mT
+
+
+def _without_detectron2(module: ModuleType) -> None:
+    module.requires_backends = lambda *_: None
+    module.detectron2 = SimpleNamespace(layers=SimpleNamespace(FrozenBatchNorm2d=nn.BatchNorm2d))
+    module.LayoutLMv2VisualBackbone = _Pictures
 
 
 _VIT = ViTConfig(
@@ -640,6 +665,12 @@ OVERRIDES: dict[str, Override] = {
         sides=(),
         remark="one protein, not padded",
     ),
+    "evolla": Override(
+        inputs={
+            "protein_input_ids": _integers(90, 2, 13, least=5),
+            "protein_attention_mask": _ones(2, 13),
+        }
+    ),
     "falcon_h1": Override(config={"mamba_d_ssm": 128}),
     "fastspeech2_conformer": Override(
         config={"encoder_linear_units": 64, "decoder_linear_units": 64}
@@ -765,6 +796,17 @@ OVERRIDES: dict[str, Override] = {
             "codec_config": {"upsampling_ratios": [4, 2], "num_filters": 8},
         },
         inputs={"input_ids": _integers(16, 2, 21, 9, least=3)},
+    ),
+    "layoutlmv2": Override(
+        config={
+            "image_feature_pool_shape": [2, 3, 8],
+            "max_2d_position_embeddings": 1024,
+            "coordinate_size": 12,
+            "shape_size": 8,
+        },
+        inputs={"bbox": _boxes, "image": (2, 3, 16, 24)},
+        without=_without_detectron2,
+        remark="a convolution in place of the detectron2 package's, which PyPI has not",
     ),
     "layoutlmv3": Override(
         config={

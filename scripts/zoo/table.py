@@ -16,7 +16,8 @@ from zoo.compare import FORWARD, GRADIENT, Row
 _KINDS = {
     "interface": "Families that use Transformers' attention interface",
     "own": "Families that compute softmax attention themselves",
-    "not softmax": "Families whose own attention is not softmax attention, or fixed sparse",
+    "not softmax": "Families whose own attention is not softmax(query key + bias) value, or fixed "
+    "sparse",
     "none": "Families without attention of their own",
 }
 _TEXT = f"""\
@@ -25,7 +26,8 @@ eager, in float32 on the CPU. Families that use the interface are built with
 `attn_implementation="flash_two"`, those that compute attention themselves are patched. *Layers*
 counts those that called our kernel, of the attention layers that ran.
 
-- **equal**: every attention layer that ran called our kernel, and all of this holds:
+- **equal**: every attention layer that ran called our kernel, those apart that are not
+  softmax(query key + bias) value or fixed sparse, which the remarks name; and all of this holds:
   - *forward*: all outputs of real tokens differ by at most {FORWARD:.0e} of the largest entry,
     plain, with left and with right padding. Packed documents, each against itself alone, where
     the model takes `position_ids` and keeps documents apart under eager;
@@ -34,7 +36,8 @@ counts those that called our kernel, of the attention layers that ran.
     model's largest gradient, which is as well as float32 tells. The bias of a key projection, for
     one, has a gradient of exactly 0, and whatever stands there is rounding;
   - *tokens*: 5 tokens of greedy generation, left-padded, with dynamic and static cache.
-- **equal in part**: the same, but some layers ran their own code; the remarks say which and why.
+- **equal in part**: the same, but no layer called our kernel, or layers ran their own code for
+  other reasons; the remarks say which and why.
 - Where a limit is passed, eager is run once more with each weight moved by its last bit. If its own
   results move at least half as far, the family is ill-conditioned and counts as equal; the remarks
   give the numbers.
@@ -82,16 +85,20 @@ def _page(rows: list[Row], versions: dict[str, str]) -> str:
 
 
 def _summary(rows: list[Row]) -> list[str]:
-    lines = ["| | families | equal | exceptions |", "|---|---:|---:|---:|"]
+    lines = [
+        "| | families | equal | of these with layers of other kinds | exceptions |",
+        "|---|---:|---:|---:|---:|",
+    ]
     exceptions = []
     for kind, title in _KINDS.items():
         some = [row for row in rows if row.kind == kind]
         if kind == "none":
             title += "; those built of other families' parts are compared too"
             some = [row for row in some if row.layers]
-        equal = sum(row.status == "equal" for row in some)
+        equal = [row for row in some if row.status == "equal"]
+        mixed = sum(row.ours < row.layers for row in equal)
         others = [row for row in some if row.status != "equal"]
-        lines.append(f"| {title} | {len(some)} | {equal} | {len(others)} |")
+        lines.append(f"| {title} | {len(some)} | {len(equal)} | {mixed} | {len(others)} |")
         if kind != "not softmax":
             exceptions += others
     if exceptions:

@@ -126,6 +126,18 @@ CARRIED_OUT = {
     "values_from_the_left": lambda q, k, v: (
         v.mT @ product(q, k).softmax(-1).transpose(-1, -2)
     ).mT,
+    "shifted_by_all": lambda q, k, v: (
+        (s := product(q, k)) - s.max()
+    ).clamp(min=-50000, max=50000).softmax(-1) @ v,
+    "shifted_by_max": lambda q, k, v: (
+        (s := product(q, k)) - torch.max(s, dim=-1, keepdim=True)[0]
+    ).softmax(-1) @ v,
+    "shifted_by_values": lambda q, k, v: (
+        (s := product(q, k)) - s.max(-1, keepdim=True).values
+    ).softmax(-1) @ v,
+    "keys_to_queries": lambda q, k, v: (
+        (s := product(k, q) - product(k, q).max()).transpose(-1, -2) - s.mT.amax(-1, keepdim=True)
+    ).softmax(-1) @ v,
     "blocks": blocks, "in_place": in_place, "gated": gated, "relative": relative,
     "einsums": einsums,
 }  # fmt: skip
@@ -148,18 +160,44 @@ def test_probabilities_used_twice_are_dropped_once(qkv):
         assert torch.equal(p @ v, p @ v)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [lambda s: s.exp(), lambda s: s[0], lambda s: s.transpose(1, 2), lambda s: 1.0 - s.tanh() * 3],
-    ids=["exp", "part", "transpose", "tanh"],
-)
+def test_both_ways(qkv, kernel_calls):
+    def layer(q, k, v):
+        s = product(q, k)
+        s = s - s.max()
+        turned = s.transpose(-1, -2)
+        turned = turned - torch.max(turned, dim=-1, keepdim=True)[0]
+        s = s.masked_fill(~SEEN, float("-inf"))
+        return torch.cat([s.softmax(-1) @ v, (turned.softmax(-1) @ q)[..., :4]], -2)
+
+    assert_same(layer, qkv, kernel_calls, calls=2)
+
+
+def test_a_layer_may_have_nothing_to_do(qkv):
+    with own_attention("layer"):
+        qkv[0] + 1.0
+
+
+COMPUTED = {
+    "exp": lambda s: s.exp(),
+    "part": lambda s: s[0],
+    "transpose": lambda s: s.transpose(1, 2),
+    "transpose_after_rows": lambda s: (s - s.amax(-1, keepdim=True)).mT.transpose(-1, -2).mT,
+    "tanh": lambda s: 1.0 - s.tanh() * 3,
+    "largest": lambda s: s.max(),
+    "argmax": lambda s: s.max(-1).indices,
+    "a_near_limit": lambda s: s.clamp(max=1.0),
+}
+
+
+@pytest.mark.parametrize("change", COMPUTED.values(), ids=COMPUTED)
 def test_what_is_not_known_on_scores_computes_them(change, qkv):
     q, k, v = qkv
     with own_attention("layer"):
         s = product(q, k)
         changed = change(s)
         s.softmax(-1) @ v
-    assert torch.equal(changed, change(product(q, k)))
+        changed = changed + 0
+    assert torch.equal(changed, change(product(q, k)) + 0)
 
 
 NOT_ON_PROBABILITIES = {
@@ -185,6 +223,9 @@ def test_what_is_not_known_on_probabilities_raises(change, qkv):
 
 
 NOT_ATTENTION = {
+    "rows shifted, then columns": lambda q, k, v: (
+        ((s := product(k, q)) - s.amax(-1, keepdim=True)).transpose(-1, -2).softmax(-1) @ v
+    ),
     "softmax over queries": lambda q, k, v: product(q, k).softmax(-2) @ v,
     "no softmax": lambda q, k, v: product(q, k) @ v,
     "softmax of something else": lambda q, k, v: product(q, k).tanh().softmax(-1) @ v,

@@ -309,6 +309,29 @@ def test_attention_weights_are_computed_on_request(family, batch):
     torch.testing.assert_close(plain.logits[visible], want.logits[visible], atol=1e-5, rtol=1e-4)
 
 
+def test_weights_that_a_model_always_asks_of_its_layers(kernel_calls):
+    torch.manual_seed(0)
+    backbone = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], out_features=["stage2"]
+    )
+    config = transformers.DabDetrConfig(
+        use_timm_backbone=False, backbone=None, backbone_config=backbone, hidden_size=32,
+        encoder_layers=1, decoder_layers=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_queries=5,
+        encoder_attention_heads=4, decoder_attention_heads=4, dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    model, pixels = transformers.DabDetrModel(config).eval(), torch.randn(2, 3, 32, 48)
+    want = model(pixels, output_attentions=True)
+    with patched(model) as report:
+        got = model(pixels)
+        assert report.ok and len(kernel_calls) == len(report.layers) == 5
+        asked = model(pixels, output_attentions=True)
+    assert len(kernel_calls) == 5
+    assert got.decoder_attentions is None
+    torch.testing.assert_close(got.last_hidden_state, want.last_hidden_state, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(asked.decoder_attentions, want.decoder_attentions)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def test_scores_follow_the_formula():
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 4)
