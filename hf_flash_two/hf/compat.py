@@ -2,11 +2,16 @@
 
 Tested with transformers 5.4 to 5.23; what differs there:
 
-* 5.4: chunked masks of packed sequences count positions from the row's start, later from the
-  document's; encoders of the T5 line take ``position_bias`` through the interface from 5.14.
+* 5.4 alone: assisted decoding and prompt lookup fail without an end token.
+* up to 5.12 caches with windows take no tokens back, which those two need.
+* up to 5.13 encoders of the T5 line take no ``position_bias`` through the interface, and a static
+  cache with a window tells its place as a number (seen up to 5.12), later as a tensor: compiled, it
+  makes one graph more.
 * up to 5.15 the paged cache of continuous batching is wrong for sliding windows.
 * up to 5.18 continuous batching calls the implementation ``paged|NAME``, and its cache takes and
   gives other shapes; from 5.19 it calls the ordinary one, if that has "flash" in its name.
+* up to 5.22 masks of packed documents come without their positions: chunks count from the start of
+  the row.
 
 "flash" in a name makes Transformers take it for Tri Dao's package: three library modules then load
 a kernel, re-route models that list the kernels they like, and refuse chunked attention and
