@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from hf_flash_two.attention import flash_attention
 from hf_flash_two.masks import AttentionMask
@@ -56,7 +56,8 @@ def gather_sequence(shard: Tensor, mesh: DeviceMesh, layout: str) -> Tensor:
     The gradient of a shard is the sum of what all ranks send back for it.
     """
     sharded = DTensor.from_local(shard, mesh, [Shard(2)], run_check=False)
-    gathered = sharded.full_tensor(grad_placements=[Partial()])
+    # `full_tensor` does this too, but the compiler of PyTorch 2.10 does not trace it.
+    gathered = sharded.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
     if layout == "contiguous":
         return gathered
     parts = gathered.chunk(2 * mesh.size(), dim=2)
