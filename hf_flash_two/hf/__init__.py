@@ -9,7 +9,7 @@ import transformers
 from hf_flash_two.hf import compat
 from hf_flash_two.hf.interface import attention_forward
 from hf_flash_two.hf.mask_function import make_mask
-from hf_flash_two.hf.patching import patch_asked, patch_built
+from hf_flash_two.hf.patching import check_serving, patch_asked, patch_built
 
 __all__ = ["register"]
 
@@ -44,6 +44,13 @@ def register() -> None:
         warnings.warn(
             "attn_implementation has no effect on models that compute attention themselves with "
             f"{version}: {reason}. Call hf_flash_two.patch(model) on the loaded model.",
+            stacklevel=2,
+        )
+    reason = compat.check_before_serving(check_serving)
+    if reason is not None:
+        warnings.warn(
+            "continuous batching of models that compute attention themselves is wrong, and not "
+            f"refused with {version}: {reason}. Use `generate` for those.",
             stacklevel=2,
         )
     for name in compat.with_paged_names(names):

@@ -71,6 +71,7 @@ _LOADING = {
     "set_attn_implementation": ["self", "attn_implementation"],
 }
 _TABLES = "_ATTENTION_CLASSES"
+_SERVING = "init_continuous_batching"
 
 _PREPARE = "_preprocess_mask_arguments"
 _PREPARE_ARGUMENTS = [
@@ -276,6 +277,24 @@ def patch_at_load(
     for method in (_check_and_adjust_attn_implementation, post_init, set_attn_implementation):
         setattr(method, FLASH_TWO, True)
         setattr(PreTrainedModel, method.__name__, method)
+    return None
+
+
+def check_before_serving(check: Callable[[PreTrainedModel], None]) -> str | None:
+    """Call ``check`` with each model that begins to batch continuously; why not if impossible."""
+    start = getattr(transformers.GenerationMixin, _SERVING, None)
+    if start is None:
+        return f"GenerationMixin.{_SERVING} is missing"
+    if hasattr(start, FLASH_TWO):
+        return None
+
+    @functools.wraps(start)
+    def init_continuous_batching(self, *args, **kwargs):
+        check(self)
+        return start(self, *args, **kwargs)
+
+    setattr(init_continuous_batching, FLASH_TWO, True)
+    setattr(transformers.GenerationMixin, _SERVING, init_continuous_batching)
     return None
 
 

@@ -158,6 +158,21 @@ def patch_asked(model: PreTrainedModel, names: dict[int | None, str]) -> None:
     )
 
 
+def check_serving(model: PreTrainedModel) -> None:
+    """Refuse continuous batching of a decoder whose attention never sees its paged cache.
+
+    Raises:
+        NotImplementedError: a layer of the decoder is patched and computes attention itself.
+    """
+    for name, layer in model.get_decoder().named_modules():
+        if attention_kind(type(layer)) == "own" and _slot(layer) is not None:
+            raise NotImplementedError(
+                f"continuous batching: {type(model).__name__} computes attention itself ({name}: "
+                f"{type(layer).__name__}) and is not given the paged cache, so each step would see "
+                "its own tokens only; use `generate`"
+            )
+
+
 def _patch_part(part: PreTrainedModel, name: str = compat.FLASH_TWO) -> None:
     """Switch the layers that are ``part``'s own, not those of other models in it, to ``name``."""
     layers = list(_layers_of(part))

@@ -9,11 +9,12 @@ import pytest
 import torch
 import transformers
 from models import DECODERS, Family, named, text, tokens
+from own_models import tiny
 from packaging.version import Version
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from hf_flash_two import flash_attention
+from hf_flash_two import flash_attention, patch, unpatch
 from hf_flash_two.hf import compat, interface
 from hf_flash_two.hf.interface import attention_forward
 
@@ -263,6 +264,32 @@ def test_a_cache_that_loses_tokens_is_refused() -> None:
             compat.update_paged_cache(Cache(), key, key, 0, {})
     else:
         check(FAMILIES["mistral"], "pages of 64")
+
+
+@pytest.mark.parametrize("part", ["whole", "decoder", "at loading"])
+def test_models_that_never_see_the_cache_are_refused(part: str) -> None:
+    """Their own attention ignores it: each step would see its own tokens only."""
+    config = tiny(transformers.GPTJConfig)
+    model = transformers.GPTJForCausalLM(config)
+    if part == "at loading":
+        model.set_attn_implementation("flash_two")
+    else:
+        patch(model if part == "whole" else model.transformer)
+    with pytest.raises(NotImplementedError, match=r"GPTJForCausalLM .*h\.0\.attn.*use `generate`"):
+        served(model, prompts(), SIZES["pages of 64"])
+    unpatch(model)
+    # Unpatched it is Transformers' business again.
+    assert model.init_continuous_batching(greedy(), settings(*SIZES["pages of 64"])) is not None
+
+
+def test_towers_with_attention_of_their_own_are_no_reason() -> None:
+    """Only the decoder's layers have to do with the cache."""
+    model = FAMILIES["llama"].build("flash_two")
+    model.tower = transformers.GPTJModel(tiny(transformers.GPTJConfig))
+    patch(model)
+    requests = prompts()[:2]
+    eager = FAMILIES["llama"].build("eager")
+    assert served(model, requests, SIZES["pages of 64"]) == expected(eager, requests)
 
 
 def test_a_table_of_blocks_is_refused() -> None:
