@@ -11,10 +11,11 @@ torch.set_num_threads(1)
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "long: too many tiles for an interpreted kernel")
-    # PyTorch's compiler and torch.func warn about PyTorch.
+    # PyTorch's compiler and torch.func warn about PyTorch, Triton 3.6's interpreter about itself.
     for message in (
         "<class 'torch.autograd.function.Function'> should not be",
         "`torch.jit.script",
+        "Conversion of an array with ndim > 0 to a scalar",
     ):
         config.addinivalue_line("filterwarnings", f"ignore:{message}:DeprecationWarning")
     # NumPy, which interprets Triton's kernels, warns of infinities that a GPU computes silently.
