@@ -2,8 +2,8 @@
 
     python scripts/finetune.py --output-dir runs/demo --compare eager
     python scripts/finetune.py --output-dir runs/notes --model MODEL --data notes.jsonl --resume
-    accelerate launch --num_processes 2 scripts/finetune.py --output-dir runs/two  # GPUs
-    torchrun --nproc_per_node 2 scripts/finetune.py --output-dir runs/two          # GPUs or CPUs
+    accelerate launch --num_processes 2 scripts/finetune.py --output-dir runs/two        # GPUs
+    accelerate launch --cpu --num_processes 2 scripts/finetune.py --output-dir runs/two  # CPUs
 
 Without --model a small Llama over bytes is built on the spot; without --data it reads the language
 reference that every Python carries. The same command gives the same losses on one process and on
@@ -32,6 +32,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedType
@@ -54,6 +55,7 @@ import hf_flash_two  # noqa: F401  registers "flash_two"
 TOLERANCE = 1e-4
 """Largest relative difference that --compare accepts between two attentions in float32."""
 
+LAST_SEED = 2**32 - 1
 # What a resumed run must share with the run it continues; the rest does not change the losses.
 IDENTITY = ["model", "max_length", "batch_size", "steps", "learning_rate", "warmup_steps", "seed"]
 IDENTITY += ["weight_decay", "max_grad_norm", "eval_fraction", "precision", "lora_rank"]
@@ -110,7 +112,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--keep", "how many checkpoints stay", 2, type=positive)
     add("--prompt", "beginning of the sample", "The ")
     add("--sample-tokens", "length of the sample", 200, type=positive)
-    add("--seed", "of new weights, the order of rows and dropout", 0, type=natural)
+    add(
+        "--seed", "of new weights, the order of rows and dropout", 0, type=number(int, 0, LAST_SEED)
+    )
     args = parser.parse_args()
     check_arguments(args)
     return args
@@ -123,6 +127,7 @@ def refuse(argument: str, reason: str) -> NoReturn:
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse before any work what can be refused, and complete the rest."""
     known = sorted({"eager", *AttentionInterface().valid_keys()})
+    known = [name for name in known if "|" not in name]  # those of paged caches
     for name in ("attn_implementation", "compare"):
         value = getattr(args, name)
         if value is not None and value not in known and "/" not in value:
@@ -138,6 +143,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     is_file = args.data is not None and Path(args.data).suffix in (".txt", ".jsonl")
     if is_file and not Path(args.data).is_file():
         refuse("data", f"there is no file {args.data}")
+    if args.data and not is_file and Path(args.data).is_file():
+        refuse("data", f"expected a .txt or .jsonl file, or a data set, got {args.data}")
     if args.data and not is_file and importlib.util.find_spec("datasets") is None:
         refuse("data", f"{args.data} is no .txt or .jsonl file, and a data set needs the package "
                "datasets: pip install datasets")  # fmt: skip
@@ -151,15 +158,41 @@ def check_arguments(args: argparse.Namespace) -> None:
             refuse("max-length", f"{args.model} takes at most {limit}, got {args.max_length}")
     if args.learning_rate is None:
         args.learning_rate = 4e-3 if args.model is None else 2e-4 if args.lora_rank else 2e-5
+    existing = next(x for x in (args.output_dir, *args.output_dir.parents) if x.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        refuse("output-dir", f"{existing} is no folder that can be written to")
     if not args.resume and args.output_dir.exists() and any(args.output_dir.iterdir()):
         refuse("output-dir", f"{args.output_dir} is not empty; pass --resume to continue that run, "
                "or name another folder")  # fmt: skip
 
 
+def start_processes() -> None:
+    """Start all processes where `accelerate launch --cpu --num_processes N` started one.
+
+    That one is told where to meet the others, but not how many: only the launcher's own command
+    line, which ends in this script's, says so.
+    """
+    if "MASTER_ADDR" not in os.environ or "WORLD_SIZE" in os.environ:
+        return
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--num_processes", "--num-processes", type=int, default=1)
+    parser.add_argument("--num_machines", "--num-machines", type=int, default=1)
+    launcher = psutil.Process().parent().cmdline()[: -len(sys.argv)]
+    asked, _ = parser.parse_known_args(launcher)
+    if asked.num_processes > 1 and asked.num_machines == 1:
+        launch = ["-m", "torch.distributed.run", "--standalone"]
+        launch += [f"--nproc_per_node={asked.num_processes}"]
+        os.execv(sys.executable, [sys.executable, *launch, *sys.argv])
+
+
 def check_processes(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        print("warning: `accelerate launch --cpu` has started one process only; for more of them "
-              "use `torchrun --nproc_per_node N`", file=sys.stderr)  # fmt: skip
+        print("warning: `accelerate launch` has started one process only; for more of them give "
+              "it --cpu --num_processes N, or use torchrun", file=sys.stderr)  # fmt: skip
+    launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched_with not in ("no", args.precision):
+        refuse("precision", f"accelerate is set up for {launched_with}, and this is "
+               f"{args.precision}; pass --precision {launched_with}")  # fmt: skip
     sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     if accelerator.distributed_type in sharded:
         kind = accelerator.distributed_type.value
@@ -180,19 +213,30 @@ def check_processes(args: argparse.Namespace, accelerator: Accelerator) -> None:
 def load_documents(data: str | None, text_field: str) -> list[str]:
     if data is None:
         return list(pydoc_data.topics.topics.values())
-    if data.endswith(".txt"):
-        return [Path(data).read_text(encoding="utf-8")]
-    if data.endswith(".jsonl"):
-        lines = Path(data).read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines if line.strip()]
-    else:
-        import datasets
 
-        records = datasets.load_dataset(data, split="train")
+    def parse(number: int, line: str):
+        try:
+            return json.loads(line)
+        except ValueError as reason:
+            refuse("data", f"line {number} of {data} is no JSON: {reason}")
+
+    try:
+        if data.endswith(".txt"):
+            return [Path(data).read_text(encoding="utf-8")]
+        if data.endswith(".jsonl"):
+            lines = Path(data).read_text(encoding="utf-8").split("\n")
+            records = [parse(i, line) for i, line in enumerate(lines, start=1) if line.strip()]
+        else:
+            import datasets
+
+            records = datasets.load_dataset(data, split="train")
+    except (OSError, ValueError) as reason:
+        refuse("data", f"cannot read {data}: {reason}")
     for index, record in enumerate(records):
-        if not isinstance(record.get(text_field), str):
+        fields = record if isinstance(record, dict) else {}
+        if not isinstance(fields.get(text_field), str):
             refuse("text-field", f"record {index} of {data} has no text under {text_field!r}; "
-                   f"its fields are {', '.join(record)}")  # fmt: skip
+                   f"its fields are {', '.join(fields) or 'none'}")  # fmt: skip
     return [record[text_field] for record in records]
 
 
@@ -235,6 +279,15 @@ def rows_of_step(step: int, batch_size: int, rows: int, seed: int) -> Tensor:
 # Model
 
 
+def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
+    if name is None:
+        return ByT5Tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as reason:
+        refuse("model", f"cannot load the tokenizer of {name!r}: {reason}")
+
+
 def load_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     torch.manual_seed(args.seed)
     options = {"attn_implementation": args.attn_implementation, "dtype": torch.float32}
@@ -245,12 +298,17 @@ def load_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
             max_position_embeddings=max(2048, args.max_length), bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
-        model = AutoModelForCausalLM.from_config(config, **options)
+        load, source = AutoModelForCausalLM.from_config, config
     else:
         # Weights that are trained stay in float32 under autocast; frozen ones need not.
         if args.lora_rank and args.precision != "no":
             options["dtype"] = torch.bfloat16 if args.precision == "bf16" else torch.float16
-        model = AutoModelForCausalLM.from_pretrained(args.model, **options)
+        load, source = AutoModelForCausalLM.from_pretrained, args.model
+    try:
+        model = load(source, **options)
+    except (ImportError, OSError, ValueError) as reason:
+        refuse("model", f"cannot load {args.model or 'the small one'} with "
+               f"{args.attn_implementation}: {reason}")  # fmt: skip
     if "position_ids" not in inspect.signature(model.forward).parameters:
         refuse("model", f"{type(model).__name__} takes no position_ids, so documents cannot be "
                "packed")  # fmt: skip
@@ -358,10 +416,15 @@ def load_checkpoint(folder: Path, identity: dict) -> dict:
 # Training
 
 
+def bare(accelerator: Accelerator, model) -> PreTrainedModel:
+    """Without what makes it parallel or compiled; the precision stays."""
+    return accelerator.unwrap_model(model, keep_torch_compile=False)
+
+
 @torch.no_grad()
 def perplexity(accelerator: Accelerator, model, rows: tuple[Tensor, Tensor], size: int) -> float:
     """exp(mean loss) over all targets of ``rows``, which the processes share out."""
-    model = accelerator.unwrap_model(model).eval()
+    model = bare(accelerator, model).eval()
     total = torch.zeros((), device=accelerator.device)
     share = slice(accelerator.process_index, None, accelerator.num_processes)
     for batch in zip(*(tensor[share].split(size) for tensor in rows), strict=True):
@@ -420,7 +483,7 @@ def train(args, accelerator: Accelerator, model, optimizer, training, held_out, 
         if main and (finished or done % args.save_every == 0):
             os.fsync(log.fileno())
             state = {"step": done, "identity": identity, "optimizer": optimizer.state_dict()}
-            state["weights"] = trained_weights(accelerator.unwrap_model(model))
+            state["weights"] = trained_weights(bare(accelerator, model))
             state["scaler"] = accelerator.scaler and accelerator.scaler.state_dict()
             save_checkpoint(args, state)
         bar.set_postfix_str(f"loss {entry['loss']:.4f}, {speed:,.0f} tokens/s", refresh=False)
@@ -518,11 +581,12 @@ def finish(args: argparse.Namespace, model: PreTrainedModel, tokenizer, held_out
 
 def main() -> None:
     args = parse_arguments()
+    start_processes()
     cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(mixed_precision=args.precision, cpu=cpu)
     check_processes(args, accelerator)
     documents = load_documents(args.data, args.text_field)
-    tokenizer = AutoTokenizer.from_pretrained(args.model) if args.model else ByT5Tokenizer()
+    tokenizer = load_tokenizer(args.model)
     tokens, positions = pack(tokenize(documents, tokenizer), args.max_length)
     held_out_rows = max(1, round(args.eval_fraction * len(tokens)))
     rows = len(tokens) - held_out_rows
@@ -545,7 +609,7 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
     if start and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
-    check_isolation(accelerator.unwrap_model(model), len(tokenizer))
+    check_isolation(bare(accelerator, model), len(tokenizer))
     if accelerator.is_main_process:
         prepare_folder(args.output_dir, start)
 
@@ -561,8 +625,8 @@ def main() -> None:
     train(args, accelerator, model, optimizer, training, held_out, start, identity)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        bare_model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        finish(args, bare_model, tokenizer, held_out, accelerator.device)
+        model = accelerator.unwrap_model(model, keep_fp32_wrapper=False, keep_torch_compile=False)
+        finish(args, model, tokenizer, held_out, accelerator.device)
     accelerator.end_training()
 
 

@@ -239,11 +239,29 @@ def test_bfloat16_learns_the_same_within_its_precision(run, finished: Path, tmp_
     assert losses(tmp_path / "run") != losses(finished)
 
 
-def test_two_processes_give_the_losses_of_one(data: Path, finished: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    "launch",
+    [
+        pytest.param("torch.distributed.run --standalone --nproc_per_node=2", id="torchrun"),
+        pytest.param("accelerate.commands.launch --cpu --num_processes 2", id="accelerate"),
+    ],
+)
+def test_two_processes_give_the_losses_of_one(
+    launch: str, data: Path, finished: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "two"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*launch, str(SCRIPT), "--output-dir", str(folder), "--data", str(data), *SMALL]
+        [
+            sys.executable,
+            "-m",
+            *launch.split(),
+            str(SCRIPT),
+            "--output-dir",
+            str(folder),
+            "--data",
+            str(data),
+            *SMALL,
+        ]
         + ["--micro-batch-size", "1"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -437,6 +455,8 @@ def refusal(capsys: pytest.CaptureFixture, monkeypatch, *arguments: str) -> str:
         ("--attn-implementation flash", "--attn-implementation: expected one of eager, "),
         ("--compare sdap", "--compare: expected one of eager, "),
         ("--data missing.txt", "--data: there is no file missing.txt"),
+        (f"--data {__file__}", "--data: expected a .txt or .jsonl file, or a data set, got "),
+        (f"--seed {2**32}", "--seed: expected int from 0 to 4294967295, got '4294967296'"),
         ("--model /missing", "--model: cannot read '/missing'"),
     ],
 )
@@ -449,6 +469,12 @@ def test_bad_arguments_are_refused(arguments, message, capsys, monkeypatch, tmp_
 def test_an_output_folder_is_needed(capsys, monkeypatch) -> None:
     message = refusal(capsys, monkeypatch)
     assert "the following arguments are required: --output-dir" in message
+
+
+def test_an_output_folder_that_cannot_be_is_refused(capsys, monkeypatch) -> None:
+    for folder in (__file__, f"{__file__}/run"):
+        message = refusal(capsys, monkeypatch, "--output-dir", folder)
+        assert f"--output-dir: {__file__} is no folder" in message
 
 
 def test_an_empty_prompt_is_refused(capsys, monkeypatch, tmp_path) -> None:
@@ -495,7 +521,7 @@ def test_half_precision_without_a_gpu_is_refused(capsys, monkeypatch, tmp_path) 
     ids=["batch", "micro-batch", "sharded"],
 )
 def test_batches_that_do_not_divide_are_refused(batch_size, micro_batch_size, kind, message):
-    args = SimpleNamespace(batch_size=batch_size, micro_batch_size=micro_batch_size)
+    args = SimpleNamespace(batch_size=batch_size, micro_batch_size=micro_batch_size, precision="no")
     accelerator = SimpleNamespace(num_processes=2, distributed_type=kind)
     with pytest.raises(SystemExit, match=re.escape(message)):
         finetune.check_processes(args, accelerator)
@@ -504,7 +530,7 @@ def test_batches_that_do_not_divide_are_refused(batch_size, micro_batch_size, ki
 def test_one_process_where_several_were_asked_for_is_told(capsys, monkeypatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    args = SimpleNamespace(batch_size=8, micro_batch_size=None)
+    args = SimpleNamespace(batch_size=8, micro_batch_size=None, precision="no")
     accelerator = SimpleNamespace(num_processes=1, distributed_type=DistributedType.NO)
     finetune.check_processes(args, accelerator)
     assert "one process only" in capsys.readouterr().err and args.micro_batch_size == 8
@@ -525,6 +551,47 @@ def test_records_without_text_are_refused(tmp_path: Path) -> None:
         finetune.load_documents(str(path), "text")
     path.write_text('{"body": "one"}\n{"body": "two"}\n')
     assert finetune.load_documents(str(path), "body") == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "good"}\n\n{"text": bad}', "--data: line 3 of .* is no JSON: Expecting value"),
+        (b'["good"]', "--text-field: record 0 of .* its fields are none"),
+        (b'{"text": "\xff"}', "--data: cannot read .*: 'utf-8' codec"),
+    ],
+    ids=["no JSON", "a list", "no UTF-8"],
+)
+def test_files_that_cannot_be_read_are_refused(content, message, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(SystemExit, match=message):
+        finetune.load_documents(str(path), "text")
+
+
+def test_a_record_ends_at_the_end_of_its_line_alone(tmp_path: Path) -> None:
+    """JSON allows other separators of lines within a text."""
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "one\u2028two"}\r\n{"text": "three\x85"}\n', encoding="utf-8")
+    assert finetune.load_documents(str(path), "text") == ["one\u2028two", "three\x85"]
+
+
+def test_a_folder_without_a_model_is_refused(finished: Path, tmp_path: Path) -> None:
+    shutil.copy(finished / "model" / "config.json", tmp_path)
+    with pytest.raises(SystemExit, match="--model: cannot load the tokenizer of "):
+        finetune.load_tokenizer(str(tmp_path))
+    args = SimpleNamespace(
+        model=str(tmp_path), seed=0, attn_implementation="eager", precision="no", lora_rank=0
+    )
+    with pytest.raises(SystemExit, match="--model: cannot load .* with eager: .*safetensors"):
+        finetune.load_model(args, ByT5Tokenizer())
+
+
+def test_another_precision_of_the_launcher_is_refused(monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    args = SimpleNamespace(precision="no")
+    with pytest.raises(SystemExit, match="set up for bf16, and this is no; pass --precision bf16"):
+        finetune.check_processes(args, SimpleNamespace())
 
 
 def test_models_without_position_ids_are_refused(tmp_path: Path) -> None:
