@@ -125,14 +125,29 @@ def patch_built(model: PreTrainedModel) -> None:
     for part in asking:
         if not compat.uses_interface(part):
             compat.set_implementation(part.config, compat.default_implementation(part.config))
-    patch_asked(model, names)
+    unreached = []
+    if model in asking:  # Transformers hands the name on to sub-configs, but not to others
+        reached = {id(config) for config in _with_sub_configs(model.config)} | names.keys()
+        unreached = [part for part in _parts(model) if id(part.config) not in reached]
+    patch_asked(model, names, unreached)
 
 
-def patch_asked(model: PreTrainedModel, names: dict[int | None, str]) -> None:
+def _with_sub_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    yield config
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig):
+            yield from _with_sub_configs(part)
+
+
+def patch_asked(
+    model: PreTrainedModel, names: dict[int | None, str], unreached: Iterable[PreTrainedModel] = ()
+) -> None:
     """Switch each part of ``model`` to the name that its config is asked to use, or back.
 
     Args:
         names: by id of config; None for all others.
+        unreached: parts that should have been asked and were not.
 
     Raises:
         ValueError: as `patch_built`.
@@ -145,7 +160,9 @@ def patch_asked(model: PreTrainedModel, names: dict[int | None, str]) -> None:
             asking.append(part)
         elif name is not None:
             _restore_part(part)
-    left = tuple(layer for part in asking for layer in _report_part(part) if not layer.ok)
+    left = tuple(
+        layer for part in (*asking, *unreached) for layer in _report_part(part) if not layer.ok
+    )
     if not left:
         return
     reason = f"{PatchReport(left)}\n`hf_flash_two.patch` reports the same of any loaded model."

@@ -30,7 +30,7 @@ class Row:
     """What was found about a family.
 
     Attributes:
-        kind: of the family, as `Family.kind`.
+        kind: of the family, as `Family.kind`; "none" where its module cannot be imported.
         status: "equal"; "partly", equal, but layers that ran used code of their own although they
             are softmax attention, or all did; "differs"; "error"; "not built", something is missing
             here; or "" where there is nothing to compare.
@@ -42,7 +42,7 @@ class Row:
 
     family: str
     model: str = ""
-    kind: str = ""
+    kind: str = "none"
     status: str = ""
     patched: bool = False
     layers: int = 0
@@ -89,6 +89,8 @@ def _check(family: Family, row: Row) -> None:
         row.notes.append("no model in this file")
         return
     row.model = cls.__name__
+    if family.override.remark:
+        row.notes.append(family.override.remark)
     eager = family.build(family.override.reference)
     plain = given.example(eager, family.override)
     layers = attention_layers(eager)
@@ -102,8 +104,6 @@ def _check(family: Family, row: Row) -> None:
     ours.load_state_dict(eager.state_dict())
     run(ours, plain)  # as eager was: some models keep what their first run computes
     counter = LayerCalls(ours)
-    if family.override.remark:
-        row.notes.append(family.override.remark)
     cases = {"plain": plain, **{side: padded(plain, side) for side in family.override.sides}}
     good = True
     for name, inputs in cases.items():

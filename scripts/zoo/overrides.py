@@ -9,7 +9,14 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import nn
-from transformers import ResNetConfig, Sam2VisionConfig, SwinConfig, ViTConfig
+from transformers import (
+    BartConfig,
+    DPRConfig,
+    ResNetConfig,
+    Sam2VisionConfig,
+    SwinConfig,
+    ViTConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class Override:
         caches: with which the family generates.
         patched: whether it is patched although it uses the interface.
         without: does without a package that PyPI has not, in the family's module.
-        remark: why any of these five are not the usual ones.
+        remark: why any of these five are not the usual ones, or why there is nothing to compare.
     """
 
     model: str = ""
@@ -264,6 +271,11 @@ def _protein(name: str) -> Callable:
     return feature
 
 
+_UNBUILDABLE = Override(
+    remark="cannot be built: it shares the keys of all its layers, which its text model refuses"
+)
+
+
 class _Pictures(nn.Module):
     """Two by three features of 8 numbers."""
 
@@ -293,6 +305,31 @@ _VIT = ViTConfig(
     image_size=32,
     patch_size=8,
     num_labels=64,
+    model_args={"embed_dim": 64},
+)
+_DPR = DPRConfig(
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=64,
+    vocab_size=99,
+    max_position_embeddings=64,
+)
+_BART = BartConfig(
+    d_model=64,
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+    encoder_ffn_dim=64,
+    decoder_ffn_dim=64,
+    vocab_size=99,
+    max_position_embeddings=64,
+)
+_TEXT_ALONE = Override(
+    config={"vision_config": _VIT},
+    inputs={"pixel_values": None},
+    remark="the text alone, since the tower for pictures is of the timm package",
 )
 # In place of one from the timm package.
 _RESNET = {
@@ -672,6 +709,7 @@ OVERRIDES: dict[str, Override] = {
         }
     ),
     "falcon_h1": Override(config={"mamba_d_ssm": 128}),
+    "fast_vlm": _TEXT_ALONE,
     "fastspeech2_conformer": Override(
         config={"encoder_linear_units": 64, "decoder_linear_units": 64}
     ),
@@ -686,16 +724,8 @@ OVERRIDES: dict[str, Override] = {
             "activation_sparsity_pattern": [0.0] * 4,
         },
     ),
-    "gemma4_assistant": Override(config={"text_config": {"hidden_size_per_layer_input": 0}}),
-    "gemma4_unified_assistant": Override(
-        config={
-            "text_config": {
-                "num_hidden_layers": 4,
-                "layer_types": ["sliding_attention", "full_attention"] * 2,
-                "num_kv_shared_layers": 2,
-            }
-        }
-    ),
+    "gemma4_assistant": _UNBUILDABLE,
+    "gemma4_unified_assistant": _UNBUILDABLE,
     "git": Override(inputs={"pixel_values": (2, 3, 32, 32)}),
     "glm46v": Override(config={"text_config": MROPE}),
     "glm4v": Override(config={"text_config": MROPE}),
@@ -779,6 +809,15 @@ OVERRIDES: dict[str, Override] = {
         config={"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}
     ),
     "janus": Override(config={"vq_config": {"base_channels": 32, "channel_multiplier": [1, 2]}}),
+    "jev": Override(
+        config={"hidden_size": 64},
+        inputs={
+            "input_ids": _integers(90, 1, 21, least=3),
+            "marks": [[9, 20]],
+            "num_options": [[2, 3]],
+            "question_type_ids": [[0, 1]],
+        },
+    ),
     "kosmos2": Override(
         config={"latent_query_num": 4, "text_config": {"layers": 2, "attention_heads": 4}},
         inputs={
@@ -1057,13 +1096,15 @@ OVERRIDES: dict[str, Override] = {
             "d_model": 64,
         }
     ),
+    "perception_lm": _TEXT_ALONE,
     "pi0": Override(
         inputs={
+            "input_ids": lambda _: torch.tensor([[91] * 16 + [5, 6, 7, 8, 9]] * 2),
             "state": (2, 32),
-            "actions": (2, 50, 32),
             "timestep": (2,),
             "noise": (2, 50, 32),
-            **_IMAGE,
+            "pixel_values": (2, 1, 3, 32, 32),
+            "pixel_attention_mask": lambda _: torch.ones(2, 1, dtype=torch.bool),
         }
     ),
     "pix2struct": Override(
@@ -1181,7 +1222,21 @@ OVERRIDES: dict[str, Override] = {
             }
         }
     ),
-    "rag": Override(config={"question_encoder": {"model_type": "dpr"}}),
+    "rag": Override(
+        config={
+            "question_encoder": _DPR.to_dict(),
+            "generator": _BART.to_dict(),
+            "n_docs": 2,
+        },
+        inputs={
+            "context_input_ids": _integers(90, 4, 13, least=3),
+            "context_attention_mask": _ones(4, 13),
+            "doc_scores": (2, 2),
+            "decoder_input_ids": _integers(90, 2, 9, least=3),
+        },
+        patched=True,
+        remark="patched: the name does not reach its parts",
+    ),
     "recurrent_gemma": Override(config={"num_hidden_layers": 3, "attention_window_size": 6}),
     "reformer": Override(
         config={
@@ -1226,6 +1281,9 @@ OVERRIDES: dict[str, Override] = {
             "inference_session": _session("sam2_video", "Sam2Video", 64),
             "frame_idx": lambda _: 0,
         },
+    ),
+    "sam3_video": Override(
+        remark="its detector and its tracker are compared as sam3 and sam3_tracker_video"
     ),
     "sam3_tracker": Override(
         config={"vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}},
@@ -1364,7 +1422,28 @@ OVERRIDES: dict[str, Override] = {
             "text_config": {"num_key_value_heads": 4},
         }
     ),
-    "upernet": Override(config={"auxiliary_in_channels": 8, "hidden_size": 16}, inputs=_IMAGE_64),
+    "upernet": Override(
+        config={
+            "backbone_config": SwinConfig(
+                embed_dim=8,
+                depths=[1] * 4,
+                num_heads=[1, 2, 2, 4],
+                window_size=4,
+                image_size=64,
+                out_features=["stage1", "stage2", "stage3", "stage4"],
+            ),
+            "auxiliary_in_channels": 32,
+            "hidden_size": 16,
+        },
+        inputs=_IMAGE_64,
+    ),
+    "vibevoice": Override(
+        config={
+            "audio_config": {"num_filters": 2, "depths": [1] * 7},
+            "semantic_model_config": {"num_filters": 2, "depths": [1] * 7},
+        },
+        inputs={"input_values": None},
+    ),
     "videomt": Override(inputs={"pixel_values_videos": (2, 2, 3, 32, 32)}),
     "videoprism": Override(
         sides=("right",), remark="no left padding: the result holds what padding makes of itself"
@@ -1446,6 +1525,16 @@ OVERRIDES: dict[str, Override] = {
             },
         },
         inputs={"pixel_values": (2, 2, 3, 32, 32)},
+    ),
+    "xcodec": Override(
+        config={
+            "codebook_dim": 128,
+            "acoustic_model_config": {
+                "downsampling_ratios": [8, 5, 4, 2],
+                "upsampling_ratios": [8, 5, 4, 2],
+            },
+        },
+        inputs={"input_values": (2, 1, 3200)},
     ),
     "xcodec2": Override(
         config={

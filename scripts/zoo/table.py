@@ -101,10 +101,17 @@ def _summary(rows: list[Row]) -> list[str]:
         lines.append(f"| {title} | {len(some)} | {len(equal)} | {mixed} | {len(others)} |")
         if kind != "not softmax":
             exceptions += others
+    missing = [f"`{row.family}`" for row in rows if row.kind == "none" and _missing(row)]
+    if missing:
+        lines += ["", f"Not compared, the tables say why: {', '.join(missing)}."]
     if exceptions:
         lines += ["", "Exceptions:", ""]
         lines += [f"- `{row.family}`: {_status(row)}. {_remarks(row)}" for row in exceptions]
     return lines
+
+
+def _missing(row: Row) -> bool:
+    return row.status in ("error", "not built")
 
 
 def _table(rows: list[Row]) -> list[str]:

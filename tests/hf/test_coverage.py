@@ -110,6 +110,7 @@ def test_the_table_names_every_exception(tmp_path: Path) -> None:
         Row("wrong", kind="interface", status="differs", notes=["cause | one"]),
         Row("half", kind="own", status="partly", layers=2, ours=1, notes=["cause two"]),
         Row("mixed", kind="own", status="equal", layers=2, ours=1, notes=["cause four"]),
+        Row("rest", kind="none", status="error", notes=["cause five"]),
         Row("other", kind="not softmax", status="partly", layers=1, notes=["cause three"]),
     ]
     table.write(rows, tmp_path)
@@ -117,11 +118,12 @@ def test_the_table_names_every_exception(tmp_path: Path) -> None:
     assert "interface | 2 | 1 | 0 | 1 |" in page
     assert "themselves | 2 | 1 | 1 | 1 |" in page
     assert "- `wrong`: differs. cause \\| one" in page
+    assert "Not compared, the tables say why: `rest`." in page
     assert "- `half`: equal in part. cause two" in page
     assert "| right |  | 2/2 | equal | 3e-07 |" in page
     record = json.loads((tmp_path / "coverage.json").read_text())
     assert [row["family"] for row in record["families"]] == [
-        "half", "mixed", "other", "right", "wrong"
+        "half", "mixed", "other", "rest", "right", "wrong"
     ]  # fmt: skip
 
 

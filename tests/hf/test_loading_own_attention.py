@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -45,6 +47,25 @@ def test_from_pretrained(family, name, kernel_calls, tmp_path):
     if family.name != "git":
         assert not kernel_calls
     assert "attn_implementation" not in loaded.config.to_json_string()
+
+
+def test_parts_that_the_name_does_not_reach(kernel_calls):
+    small = {"vocab_size": 99, "max_position_embeddings": 64}
+    question = transformers.DPRConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32, **small
+    )
+    answer = transformers.BartConfig(
+        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32, **small,
+    )  # fmt: skip
+    parts = {"question_encoder": question.to_dict(), "generator": answer.to_dict()}
+    config = transformers.RagConfig(**copy.deepcopy(parts))
+    with pytest.raises(ValueError, match="no effect on RagModel[^$]*BartAttention[^$]*patch"):
+        transformers.RagModel._from_config(config, attn_implementation="flash_two")
+    model = transformers.RagModel(transformers.RagConfig(**parts))
+    assert patch(model).ok
+    model.generator(tokens(2, 9))
+    assert len(kernel_calls) == 3
 
 
 def test_from_config_and_auto_classes(kernel_calls):
