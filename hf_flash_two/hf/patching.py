@@ -208,7 +208,7 @@ def _patch_part(part: PreTrainedModel, name: str = compat.FLASH_TWO) -> None:
     for config in configs:
         if config is not None:
             _switch(part, config, "sdpa" if ours and compat.needs_its_sdpa(config) else name)
-    asked = _Asked()
+    asked = _Asked(_position_of_output_attentions(type(part)))
     for at, layer in ours:
         if key(type(layer)) not in ALWAYS_ASKED:
             _give_forward(layer, _forward, f"{at} ({type(layer).__name__})", None)
@@ -233,15 +233,20 @@ def _switch(part: PreTrainedModel, config: PreTrainedConfig, name: str) -> None:
 
 @dataclass
 class _Asked:
-    """Whether the caller of a model asked for attention weights."""
+    """Whether the caller of a model asked for attention weights.
 
+    Attributes:
+        position: at which the model's forward takes ``output_attentions``.
+    """
+
+    position: int | None
     attentions: bool = False
 
 
 def _forward_of_part(part: PreTrainedModel, _, previous, asked: _Asked, *args, **kwargs):
-    said = _output_attentions(part, args, kwargs)
+    said = _output_attentions(asked.position, args, kwargs)
     asked.attentions = bool(part.config.output_attentions if said is None else said)
-    return _call(part, previous)(*args, **kwargs)
+    return _call(part, previous, args, kwargs)
 
 
 def _forward(layer: nn.Module, name: str, previous, asked: _Asked | None, *args, **kwargs):
@@ -255,24 +260,26 @@ def _forward(layer: nn.Module, name: str, previous, asked: _Asked | None, *args,
 def _carried_out(
     layer: nn.Module, name: str, previous, asked: _Asked | None, args: tuple, kwargs: dict
 ):
-    call = _call(layer, previous)
-    wanted = _output_attentions(layer, args, kwargs) if asked is None else asked.attentions
+    position = _position_of_output_attentions(type(layer))
+    wanted = _output_attentions(position, args, kwargs) if asked is None else asked.attentions
     if wanted or compat.records_attentions():
-        return call(*args, **kwargs)  # the caller wants what is saved here
+        return _call(layer, previous, args, kwargs)  # the caller wants what is saved here
     with own_attention(name):
-        outputs = call(*args, **kwargs)
+        outputs = _call(layer, previous, args, kwargs)
     # Layers return their probabilities too: none were computed.
     return tree_map(lambda part: None if isinstance(part, Lazy) else part, outputs)
 
 
-def _call(module: nn.Module, previous):
-    return type(module).forward.__get__(module) if previous is None else previous
+def _call(module: nn.Module, previous, args: tuple, kwargs: dict):
+    # Not bound: the compiler takes a bound one for the module's own, which is ours.
+    if previous is None:
+        return type(module).forward(module, *args, **kwargs)
+    return previous(*args, **kwargs)
 
 
-def _output_attentions(module: nn.Module, args: tuple, kwargs: dict) -> bool | None:
-    at = _position_of_output_attentions(type(module))
-    if at is not None and at < len(args):
-        return args[at]
+def _output_attentions(position: int | None, args: tuple, kwargs: dict) -> bool | None:
+    if position is not None and position < len(args):
+        return args[position]
     return kwargs.get("output_attentions")
 
 

@@ -325,8 +325,11 @@ def test_weights_that_a_model_always_asks_of_its_layers(kernel_calls):
         got = model(pixels)
         assert report.ok and len(kernel_calls) == len(report.layers) == 5
         asked = model(pixels, output_attentions=True)
-    assert len(kernel_calls) == 5
+        assert len(kernel_calls) == 5
+        with torch.no_grad():
+            compiled = torch.compile(model, backend="eager")(pixels)
     assert got.decoder_attentions is None
+    torch.testing.assert_close(compiled.last_hidden_state, got.last_hidden_state)
     torch.testing.assert_close(got.last_hidden_state, want.last_hidden_state, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(asked.decoder_attentions, want.decoder_attentions)
     assert not any("forward" in vars(module) for module in model.modules())
