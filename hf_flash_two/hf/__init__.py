@@ -9,7 +9,8 @@ import transformers
 from hf_flash_two.hf import compat
 from hf_flash_two.hf.interface import attention_forward
 from hf_flash_two.hf.mask_function import make_mask
-from hf_flash_two.hf.patching import check_serving, patch_asked, patch_built
+from hf_flash_two.hf.patching import patch_asked, patch_built
+from hf_flash_two.hf.serving import check_serving
 
 __all__ = ["register"]
 
@@ -49,8 +50,8 @@ def register() -> None:
     reason = compat.check_before_serving(check_serving)
     if reason is not None:
         warnings.warn(
-            "continuous batching of models that compute attention themselves is wrong, and not "
-            f"refused with {version}: {reason}. Use `generate` for those.",
+            "continuous batching is not checked for models that do not use its cache with "
+            f"{version}: {reason}. Compare its answers with those of `generate`.",
             stacklevel=2,
         )
     for name in compat.with_paged_names(names):

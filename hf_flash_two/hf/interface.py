@@ -95,6 +95,7 @@ def attention_forward(
                 "from the call of the model, or use attn_implementation='eager'"
             )
     if cache is not None:
+        _check_paged(module, attention_mask)
         paged = dict(kwargs, cu_seq_lens_k=cu_seq_lens_k)
         key, value, mask = _from_paged_cache(module, key, value, cache, cu_seq_lens_q, paged)
         bias = None
@@ -295,6 +296,19 @@ def _from_cu_seqlens(
         return AttentionMask.from_documents(key_ends, query_cu_seqlens=query_ends, key_length=keys)
 
     return _once(key_ends, ("cu_seqlens", query_ends.data_ptr(), queries, keys), build)
+
+
+def _check_paged(module: torch.nn.Module, attention_mask) -> None:
+    """Refuse what pages of earlier tokens have no answer to."""
+    reason = None
+    if isinstance(attention_mask, Tensor):
+        reason = "makes a mask of this step's tokens, not of those in the cache"
+    elif not getattr(module, "is_causal", True):
+        reason = "attends both ways, and the cache holds earlier tokens only"
+    if reason is not None:
+        raise NotImplementedError(
+            f"continuous batching: {type(module).__name__} {reason}; use `generate`"
+        )
 
 
 def _from_paged_cache(

@@ -91,7 +91,7 @@ def patch(model: nn.Module) -> PatchReport:
     before = _patched_modules(model)
     for part in parts:
         _patch_part(part)
-    report = PatchReport(tuple(_report(model)))
+    report = PatchReport(tuple(report_layers(model)))
     if not any(layer.ok for layer in report.layers):
         _restore(module for module in model.modules() if id(module) not in before)
         raise ValueError(f"model: {type(model).__name__} has no layer for flash_two:\n{report}")
@@ -166,28 +166,13 @@ def patch_asked(
     if not left:
         return
     reason = f"{PatchReport(left)}\n`hf_flash_two.patch` reports the same of any loaded model."
-    if not any(layer.ok for layer in _report(model)):
+    if not any(layer.ok for layer in report_layers(model)):
         for part in asking:
             _restore_part(part)
         raise ValueError(f"attn_implementation: no effect on {type(model).__name__}:\n{reason}")
     logger.warning(
         f"attn_implementation: without effect on parts of {type(model).__name__}:\n{reason}"
     )
-
-
-def check_serving(model: PreTrainedModel) -> None:
-    """Refuse continuous batching of a decoder whose attention never sees its paged cache.
-
-    Raises:
-        NotImplementedError: a layer of the decoder is patched and computes attention itself.
-    """
-    for name, layer in model.get_decoder().named_modules():
-        if attention_kind(type(layer)) == "own" and _slot(layer) is not None:
-            raise NotImplementedError(
-                f"continuous batching: {type(model).__name__} computes attention itself ({name}: "
-                f"{type(layer).__name__}) and is not given the paged cache, so each step would see "
-                "its own tokens only; use `generate`"
-            )
 
 
 def _patch_part(part: PreTrainedModel, name: str = compat.FLASH_TWO) -> None:
@@ -332,7 +317,8 @@ def _layers_of(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Modu
         yield from _layers_of(child, at)
 
 
-def _report(model: nn.Module) -> Iterator[Layer]:
+def report_layers(model: nn.Module) -> Iterator[Layer]:
+    """What each attention layer of ``model`` uses now."""
     for name, part in model.named_modules():
         if isinstance(part, PreTrainedModel):
             yield from _report_part(part, name)

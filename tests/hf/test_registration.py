@@ -150,5 +150,5 @@ def test_packing_that_cannot_be_found_is_told(monkeypatch) -> None:
 
 def test_serving_that_cannot_be_checked_is_told(monkeypatch) -> None:
     monkeypatch.setattr(compat.transformers, "GenerationMixin", object)
-    with pytest.warns(UserWarning, match="continuous batching of models that compute attention"):
+    with pytest.warns(UserWarning, match="continuous batching is not checked"):
         hf_flash_two.hf.register()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from itertools import product
 
 import pytest
@@ -137,8 +138,8 @@ def test_one_mask_serves_all_layers_of_a_kind(name: str, monkeypatch) -> None:
     monkeypatch.setattr(interface, "flash_attention", noting)
     served(flash, prompts()[:2], SIZES["pages of 64"])
     steps = [seen[at : at + 4] for at in range(0, len(seen), 4)]
-    assert len(steps) == NEW
-    for step in steps:
+    assert len(steps) == 1 + NEW, "a token to see who asks the cache, then the answers"
+    for step in steps[1:]:
         assert len({id(mask) for mask in step}) == (1 if name == "llama" else 2)
 
 
@@ -155,7 +156,8 @@ def test_a_common_beginning_is_computed_once(shared: bool, kernel_calls) -> None
     made = served(flash, requests, (4, 12, 60), allow_block_sharing=shared)
     assert made == wanted
     computed = sum(shape[2] for shape in kernel_calls) // 2
-    needed = sum(len(ids) + NEW - 1 for ids in requests)
+    # One token more shows beforehand who asks the cache.
+    needed = 1 + sum(len(ids) + NEW - 1 for ids in requests)
     # Three or more of the five pages that both begin with are full when the second comes.
     assert computed <= needed - 8 if shared else computed == needed
 
@@ -166,7 +168,7 @@ def test_requests_wait_and_start_again_when_the_cache_is_full(name: str, kernel_
     flash, eager = FAMILIES[name].pair("flash_two")
     requests = [tokens(1, n, seed=n)[0].tolist() for n in (6, 7, 8)]
     wanted = expected(eager, requests)
-    needed = sum(len(ids) + NEW - 1 for ids in requests)
+    needed = 1 + sum(len(ids) + NEW - 1 for ids in requests)
     evicted = False
     for pages in (8, 10):  # two for each to begin with, and four or five at the end
         del kernel_calls[:]
@@ -268,7 +270,7 @@ def test_a_cache_that_loses_tokens_is_refused() -> None:
 
 @pytest.mark.parametrize("part", ["whole", "decoder", "at loading"])
 def test_models_that_never_see_the_cache_are_refused(part: str) -> None:
-    """Their own attention ignores it: each step would see its own tokens only."""
+    """Their own attention ignores it, and each step would see its own tokens only."""
     config = tiny(transformers.GPTJConfig)
     model = transformers.GPTJForCausalLM(config)
     if part == "at loading":
@@ -280,6 +282,28 @@ def test_models_that_never_see_the_cache_are_refused(part: str) -> None:
     unpatch(model)
     # Unpatched it is Transformers' business again.
     assert model.init_continuous_batching(greedy(), settings(*SIZES["pages of 64"])) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("Bloom", "BloomForCausalLM takes no position_ids"),
+        ("Nemotron", r"does not give layers\.0\.self_attn \(NemotronAttention\) the paged cache"),
+        ("DiffLlama", "DiffLlamaAttention.* write to the paged cache more than once in a step"),
+        ("Doge", "DogeAttention makes a mask of this step's tokens"),
+        ("Camembert", "CamembertSelfAttention attends both ways"),
+    ],
+)
+def test_models_that_cannot_use_the_cache_are_refused(name: str, reason: str) -> None:
+    model_class = getattr(transformers, f"{name}ForCausalLM")
+    module = sys.modules[model_class.__module__]
+    if name != "Bloom" and not hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
+        pytest.skip("its attention is its own in this version of Transformers, and not known")
+    changes = {"num_key_value_heads": 2} if name == "Nemotron" else {}
+    config = tiny(getattr(transformers, f"{name}Config"), **changes)
+    model = model_class._from_config(config, attn_implementation="flash_two")
+    with pytest.raises(NotImplementedError, match=f"{reason}.*; use `generate`"):
+        served(model, prompts(), SIZES["pages of 64"])
 
 
 def test_towers_with_attention_of_their_own_are_no_reason() -> None:

@@ -1,0 +1,59 @@
+"""Whether continuous batching can serve a model: not all of them use its paged cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter, defaultdict
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_flash_two.hf.patching import report_layers
+
+
+class _Probe:
+    """Stands for the paged cache while a model takes one token, and counts who asks it."""
+
+    def __init__(self):
+        self.asked: Counter[int] = Counter()
+        self.layer_to_allocator = defaultdict(lambda: None)
+
+    def update(self, key_states, value_states, layer_idx, kwargs):
+        self.asked[layer_idx] += 1
+        return key_states, value_states
+
+
+def check_serving(model: PreTrainedModel) -> None:
+    """Refuse continuous batching where it would answer wrongly without a word.
+
+    Where layers of the decoder use flash_two, the model takes one token with a cache that counts.
+
+    Raises:
+        NotImplementedError: a layer does not ask the cache, or asks it twice, or the model cannot
+            be told the positions of its tokens.
+    """
+
+    def refuse(reason: str) -> None:
+        raise NotImplementedError(
+            f"continuous batching: {type(model).__name__} {reason}; use `generate`"
+        )
+
+    decoder = model.get_decoder()
+    layers = [layer for layer in report_layers(decoder) if layer.ok]
+    if not layers:
+        return
+    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+        refuse("takes no position_ids, so it cannot know where in its request a token stands")
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    ends = torch.tensor([0, 1], dtype=torch.int32, device=model.device)
+    lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 1, "max_length_k": 1}
+    probe = _Probe()
+    with torch.no_grad():
+        model(input_ids=token, position_ids=token, use_cache=False, cache=probe, **lengths)
+    for layer in layers:
+        asked = probe.asked[getattr(decoder.get_submodule(layer.name), "layer_idx", None)]
+        where = f"{layer.name} ({layer.kind})"
+        if asked == 0:
+            refuse(f"does not give {where} the paged cache: it would see single steps only")
+        if asked > 1:
+            refuse(f"lets {where} write to the paged cache more than once in a step")
