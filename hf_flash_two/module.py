@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -72,8 +73,8 @@ class FlashAttentionTwo(nn.Module):
         sizes = {"dim": dim, "heads": heads, "dim_head": dim_head}
         sizes |= {"q_bucket_size": q_bucket_size, "k_bucket_size": k_bucket_size}
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name}: expected at least 1, got {size}")
+            if not isinstance(size, Integral) or size < 1:
+                raise ValueError(f"{name}: expected an integer of at least 1, got {size!r}")
         if mixed_precision not in (False, True, "no", *_PRECISIONS):
             raise ValueError(
                 f"mixed_precision: expected a bool, 'bf16', 'fp16' or 'no', got {mixed_precision!r}"

@@ -418,11 +418,13 @@ def test_without_parallel_everything_is_local() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dim": 0}, "^dim: expected at least 1, got 0"),
-        ({"heads": 0}, "^heads: expected at least 1"),
-        ({"dim_head": -1}, "^dim_head: expected at least 1, got -1"),
-        ({"q_bucket_size": 0}, "^q_bucket_size: expected at least 1"),
-        ({"k_bucket_size": 0}, "^k_bucket_size: expected at least 1"),
+        ({"dim": 0}, "^dim: expected an integer of at least 1, got 0"),
+        ({"heads": 0}, "^heads: expected an integer of at least 1"),
+        ({"dim_head": -1}, "^dim_head: expected an integer of at least 1, got -1"),
+        ({"q_bucket_size": 0}, "^q_bucket_size: expected an integer of at least 1"),
+        ({"k_bucket_size": 0}, "^k_bucket_size: expected an integer of at least 1"),
+        ({"q_bucket_size": 2.5}, "^q_bucket_size: expected an integer of at least 1, got 2.5"),
+        ({"dim": "8"}, "^dim: expected an integer of at least 1, got '8'"),
         ({"mixed_precision": "fp8"}, "^mixed_precision: expected a bool.*got 'fp8'"),
         ({"mixed_precision": torch.bfloat16}, "^mixed_precision: .*got torch.bfloat16"),
         ({"parallel": True, "layout": "zigzag"}, "^layout: expected one of.*got 'zigzag'"),
