@@ -27,7 +27,8 @@ eager, in float32 on the CPU. Families that use the interface are built with
 counts those that called our kernel, of the attention layers that ran.
 
 - **equal**: every attention layer that ran called our kernel, those apart that are not
-  softmax(query key + bias) value or fixed sparse, which the remarks name; and all of this holds:
+  softmax(query key + bias) value between tokens, or are fixed sparse, which the remarks name; and
+  all of this holds:
   - *forward*: all outputs of real tokens differ by at most {FORWARD:.0e} of the largest entry,
     plain, with left and with right padding. Packed documents, each against itself alone, where
     the model takes `position_ids` and keeps documents apart under eager;
