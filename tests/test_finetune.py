@@ -579,7 +579,7 @@ def test_a_record_ends_at_the_end_of_its_line_alone(tmp_path: Path) -> None:
 def test_a_folder_without_a_model_is_refused(finished: Path, tmp_path: Path) -> None:
     shutil.copy(finished / "model" / "config.json", tmp_path)
     with pytest.raises(SystemExit, match="--model: cannot load the tokenizer of "):
-        finetune.load_tokenizer(str(tmp_path))
+        finetune.load_tokenizer(str(tmp_path / "missing"))
     args = SimpleNamespace(
         model=str(tmp_path), seed=0, attn_implementation="eager", precision="no", lora_rank=0
     )
