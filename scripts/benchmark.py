@@ -258,7 +258,7 @@ def memory(device: str) -> None:
 
 def weigh(dtype: str, head_dim: int, device: str) -> None:
     """Print the bytes of inputs, output and gradients, and what the process grew by at its peak."""
-    small = Case("causal", dtype, 1024, head_dim, "both", device, 1, 4, 4)
+    small = Case("causal", dtype, 64, head_dim, "both", device, 1, 4, 4)
     _runner(small, peers(small, [])["flash_two"], small.tensors())()
     case = Case("causal", dtype, 32768, head_dim, "both", device, 1, 4, 4)
     gc.collect()
