@@ -1,8 +1,9 @@
 """The backward pass as Triton kernels, in separate passes without atomics: bitwise repeatable.
 
 Source: Dao 2023, arXiv:2307.08691, Algorithm 2, split in two: one kernel walks the queries of a
-tile of keys for dK and dV, one walks the keys of a tile of queries for dQ; each recomputes the
-probabilities from lse. The gradient of the bias is a third walk, over whatever axes it broadcasts.
+tile of keys for dK and dV (for one at a time where registers would run out), one walks the keys of
+a tile of queries for dQ; each recomputes the probabilities from lse. The gradient of the bias is a
+third walk, over whatever axes it broadcasts.
 """
 
 from __future__ import annotations
