@@ -284,7 +284,20 @@ class Scores(Lazy):
 
 
 @dataclass(eq=False)
-class RowMax(Lazy):
+class FromScores(Lazy):
+    """Something of ``scores`` that is not computed either."""
+
+    scores: Scores
+    compute: Callable[[], Tensor] | None = field(default=None, kw_only=True)
+    noted: tuple[tuple[Tensor, int], ...] = field(default=(), kw_only=True)
+
+    @property
+    def layer(self) -> object:
+        return self.scores.layer
+
+
+@dataclass(eq=False)
+class RowMax(FromScores):
     """The largest of each row of ``scores``: softmax is indifferent to its being subtracted.
 
     Attributes:
@@ -292,42 +305,20 @@ class RowMax(Lazy):
         of_all: the largest of all rows instead.
     """
 
-    scores: Scores
     kept: bool
     of_all: bool = False
-    compute: Callable[[], Tensor] | None = None
-    noted: tuple[tuple[Tensor, int], ...] = ()
-
-    @property
-    def layer(self) -> object:
-        return self.scores.layer
 
 
 @dataclass(eq=False)
-class RowArgmax(Lazy):
+class RowArgmax(FromScores):
     """Where the largest of each row is."""
 
-    scores: Scores
-    compute: Callable[[], Tensor] | None = None
-    noted: tuple[tuple[Tensor, int], ...] = ()
-
-    @property
-    def layer(self) -> object:
-        return self.scores.layer
-
 
 @dataclass(eq=False)
-class Turned(Lazy):
+class Turned(FromScores):
     """Probabilities with their dimensions in another ``order``."""
 
-    scores: Scores
     order: tuple[int, ...]
-    compute: Callable[[], Tensor] | None = None
-    noted: tuple[tuple[Tensor, int], ...] = ()
-
-    @property
-    def layer(self) -> object:
-        return self.scores.layer
 
     @property
     def shape(self) -> torch.Size:
