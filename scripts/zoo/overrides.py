@@ -297,21 +297,21 @@ def _without_detectron2(module: ModuleType) -> None:
     module.LayoutLMv2VisualBackbone = _Pictures
 
 
+_SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
 _VIT = ViTConfig(
-    hidden_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    intermediate_size=64,
+    **_SIZES,
     image_size=32,
     patch_size=8,
     num_labels=64,
     model_args={"embed_dim": 64},
 )
 _DPR = DPRConfig(
-    hidden_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    intermediate_size=64,
+    **_SIZES,
     vocab_size=99,
     max_position_embeddings=64,
 )
