@@ -151,7 +151,8 @@ def _settle_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     if autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    return query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = (x if x.dtype == dtype else x.to(dtype) for x in (query, key, value))
+    return query, key, value
 
 
 def _as_mask(mask: AttentionMask | Tensor | None) -> AttentionMask:

@@ -6,7 +6,6 @@ The names contain ``flash_attn`` so that selective-checkpointing policies recogn
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -31,7 +30,6 @@ _LIBRARY.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _PROBLEM_TENSORS = 8
-_PROBLEM_FIELDS = [field.name for field in fields(Problem)]
 
 
 # An exported program calls the ops without the shell: nothing inside them may be recorded.
@@ -168,15 +166,30 @@ class _FlashAttention(torch.autograd.Function):
         return dq, dk, dv, *grads
 
 
-# `apply` asks for it in every call, and working it out takes longer than a small attention.
-_FlashAttention.forward.__signature__ = inspect.signature(_FlashAttention.forward)
+class _Given(inspect.BoundArguments):
+    """Arguments that were all given, by position."""
+
+    args = property(lambda self: tuple(self.arguments.values()))
+    kwargs = property(lambda self: {})
+
+    def apply_defaults(self) -> None:
+        pass
+
+
+class _Positional(inspect.Signature):
+    """`apply` binds its arguments in every call: one by one, that takes an attention's time."""
+
+    def bind(self, *args) -> _Given:
+        return _Given(self, dict(zip(self.parameters, args, strict=True)))
+
+
+_FlashAttention.forward.__signature__ = _Positional.from_callable(_FlashAttention.forward)
 
 
 def flash_attn(
     query: Tensor, key: Tensor, value: Tensor, problem: Problem, kernel: str
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of a validated problem, differentiable in query, key, value, bias and sinks."""
-    settings = [getattr(problem, name) for name in _PROBLEM_FIELDS]
     if not torch.is_grad_enabled():
-        return torch.ops.hf_flash_two.flash_attn_fwd(query, key, value, *settings, kernel)
-    return _FlashAttention.apply(query, key, value, *settings, kernel)
+        return torch.ops.hf_flash_two.flash_attn_fwd(query, key, value, *problem, kernel)
+    return _FlashAttention.apply(query, key, value, *problem, kernel)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,7 @@ LOG2E = 1.4426950408889634
 """Kernels work in base 2: exp2 is the cheaper exponential on every device."""
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """Settings of one call, already validated; the fields are the op's arguments in order.
 
     Attributes:
@@ -51,14 +50,21 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def empty_output(query: Tensor, head_dim: int) -> Tensor:
-    """An uninitialised [B, H, Tq, head_dim] whose axes lie in memory as those of ``query`` do."""
+def output_layout(query: Tensor, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape [B, H, Tq, head_dim], and strides that order its axes in memory as ``query``'s are."""
     batch, heads, length, _ = query.shape
-    if query.stride(1) < query.stride(2):
-        return query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
-    return query.new_empty(batch, heads, length, head_dim)
+    row, head = head_dim, length * head_dim
+    if query.stride(1) < query.stride(2) and query.stride(3) == 1:
+        row, head = heads * head_dim, head_dim
+    return (batch, heads, length, head_dim), (heads * length * head_dim, head, row, 1)
+
+
+def empty_output(query: Tensor, head_dim: int) -> Tensor:
+    """An uninitialised tensor of `output_layout`."""
+    return query.new_empty_strided(*output_layout(query, head_dim))
 
 
 def empty_lse(query: Tensor) -> Tensor:
     """An uninitialised [B, H, Tq] for the log-sum-exp of each row."""
-    return query.new_empty(query.shape[:3], dtype=statistics_dtype(query.dtype))
+    batch, heads, length, _ = query.shape
+    return query.new_empty(batch, heads, length, dtype=statistics_dtype(query.dtype))

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_flash_two.kernels.problem import LOG2E, Problem, empty_output
+from hf_flash_two.kernels.problem import LOG2E, Problem, output_layout
 from hf_flash_two.kernels.triton_config import (
     BackwardTiles,
     Tiles,
@@ -61,15 +61,13 @@ def backward(
     need_d_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key, value, bias and sinks."""
-    dq, dk, dv = (empty_output(tensor, tensor.shape[3]) for tensor in (query, key, value))
     query, key, value, d_out = (
         x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value, d_out)
     )
     with torch.cuda.device_of(query):
-        plan = planned(_plan, problem, query, key, value, d_out, out, dq, dk, dv, d_lse)
-        batch, heads, query_length = lse.shape
-        rows = triton.cdiv(query_length, _STAT_ROWS) * _STAT_ROWS
-        lse_2, delta = lse.new_empty(2, batch, heads, rows)
+        plan = planned(_plan, problem, query, key, value, d_out, out, d_lse)
+        dq, dk, dv = (query.new_empty_strided(*layout) for layout in plan.gradients)
+        lse_2, delta = (lse.new_empty(plan.stats_shape) for _ in range(2))
         tensors = (query, key, value, d_out, lse_2, delta, problem.first_query, problem.last_query)
         extras = (problem.dense, problem.bias, problem.alibi_slopes, problem.seed)
         if delta.numel():
@@ -104,13 +102,15 @@ def backward(
                 plan.bias(*tensors, ranges, *extras, d_bias)
     if problem.sinks is not None:
         weight = torch.exp(problem.sinks[:, :, None] - lse).nan_to_num_(nan=0.0)
-        d_sinks = -(weight * delta[:, :, :query_length]).sum(2).sum_to_size(problem.sinks.shape)
+        d_sinks = -(weight * delta[:, :, : lse.shape[2]]).sum(2).sum_to_size(problem.sinks.shape)
     return dq, dk, dv, d_bias, d_sinks
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
     tiles: BackwardTiles
+    gradients: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    stats_shape: tuple[int, int, int]
     bulk_query: list[int] | None
     bulk_key: list[int] | None
     bulk_value: list[int] | None
@@ -129,9 +129,6 @@ def _plan(
     value: Tensor,
     d_out: Tensor,
     out: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
     d_lse: Tensor | None,
 ) -> _Plan:
     batch, heads, query_length, head_dim = query.shape
@@ -140,6 +137,8 @@ def _plan(
     flags = launch_flags(query, problem)
     flags.pop("SINKS")
     *strides, _ = strides_of(problem, batch, heads, query_length, key_length)
+    gradients = tuple(output_layout(x, x.shape[3]) for x in (query, key, value))
+    (_, dq_strides), (_, dk_strides), (_, dv_strides) = gradients
     scalars = (
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *d_out.stride()[:3],
         *strides, heads, heads // key_heads, query_length, key_length,
@@ -155,9 +154,10 @@ def _plan(
         constants = flags | {"D": head_dim, "DV": value_dim} | blocks
         return Launch(kernel, grid, (*scalars, *own_scalars), constants, block)
 
+    stat_tiles = triton.cdiv(query_length, _STAT_ROWS)
     stats = Launch(
         _stats_kernel,
-        (triton.cdiv(query_length, _STAT_ROWS), batch * heads),
+        (stat_tiles, batch * heads),
         (
             *out.stride()[:3], *d_out.stride()[:3],
             *((0, 0, 0) if d_lse is None else d_lse.stride()), heads, query_length,
@@ -169,7 +169,7 @@ def _plan(
     keys, values = (
         block and launch(
             _keys_kernel, (triton.cdiv(key_length, block.block_k) * batch * key_heads, parts),
-            block, *dk.stride()[:3], *dv.stride()[:3],
+            block, *dk_strides[:3], *dv_strides[:3],
         )
         for block in (tiles.keys, tiles.values)
     )  # fmt: skip
@@ -177,7 +177,7 @@ def _plan(
     parts = triton.cdiv(head_dim, block.block_d)
     queries = launch(
         _queries_kernel, (triton.cdiv(query_length, block.block_q) * batch * heads, parts), block,
-        *dq.stride()[:3],
+        *dq_strides[:3],
     )  # fmt: skip
     bias = None
     if problem.bias is not None:
@@ -191,7 +191,7 @@ def _plan(
     # A row is read in parts where it is wider than a tile.
     whole_rows = head_dim <= block.block_d and value_dim <= block.block_v
     return _Plan(
-        tiles,
+        tiles, gradients, (batch, heads, stat_tiles * _STAT_ROWS),
         *(bulk_strides(x, problem) if whole_rows else None for x in (query, key, value, d_out)),
         stats, keys, values, queries, bias,
     )  # fmt: skip

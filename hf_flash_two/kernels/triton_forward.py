@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_flash_two.kernels.problem import LOG2E, Problem, empty_lse, empty_output
+from hf_flash_two.kernels.problem import LOG2E, Problem, empty_lse, empty_output, output_layout
 from hf_flash_two.kernels.triton_config import (
     Tiles,
     bulk_run,
@@ -45,6 +45,7 @@ _MERGED = tl.constexpr(16)
 @dataclass(frozen=True, slots=True)
 class _Plan:
     tiles: Tiles
+    out: tuple[tuple[int, ...], tuple[int, ...]]
     bulk_key: list[int] | None
     bulk_value: list[int] | None
     attend: Launch
@@ -53,13 +54,14 @@ class _Plan:
 
 def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] in the dtype of ``query`` and lse [B, Hq, Tq] in float32."""
-    out, lse = empty_output(query, value.shape[3]), empty_lse(query)
-    if out.numel() == 0:
-        return out, lse
+    if query.numel() == 0:
+        return empty_output(query, value.shape[3]), empty_lse(query)
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     with torch.cuda.device_of(query):
-        plan = planned(_plan, problem, query, key, value, out)
+        plan = planned(_plan, problem, query, key, value)
         tiles = plan.tiles
+        out = query.new_empty_strided(*plan.out)
+        lse = query.new_empty(plan.out[0][:3], dtype=torch.float32)
         part_out, part_lse = out, lse
         if plan.merge is not None:
             part_out = query.new_empty(tiles.splits, *out.shape, dtype=torch.float32)
@@ -79,13 +81,14 @@ def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tupl
     return out, lse
 
 
-def _plan(problem: Problem, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> _Plan:
+def _plan(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> _Plan:
     batch, heads, query_length, head_dim = query.shape
     key_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
     tiles = forward_tiles(query, key, value, problem)
     row_tiles = triton.cdiv(tiles.pack * query_length, tiles.block_q)
     split = tiles.splits > 1
-    part_strides, lse_step = (0, *out.stride()), 0
+    out = output_layout(query, value_dim)
+    part_strides, lse_step = (0, *out[1]), 0
     if split:
         lse_step = batch * heads * query_length
         part_strides = tuple(
@@ -120,7 +123,7 @@ def _plan(problem: Problem, query: Tensor, key: Tensor, value: Tensor, out: Tens
             _merge_kernel,
             (batch * heads * query_length,),
             (
-                *part_strides, lse_step, *out.stride()[:3], strides[-1], heads, query_length,
+                *part_strides, lse_step, *out[1][:3], strides[-1], heads, query_length,
                 tiles.splits,
             ),
             {
@@ -133,6 +136,7 @@ def _plan(problem: Problem, query: Tensor, key: Tensor, value: Tensor, out: Tens
     whole_rows = head_dim <= tiles.block_d
     return _Plan(
         tiles,
+        out,
         bulk_strides(key, problem) if whole_rows else None,
         bulk_strides(value, problem) if whole_rows else None,
         attend,
