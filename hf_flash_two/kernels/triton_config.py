@@ -93,12 +93,17 @@ _TABLE = {
 }
 
 
+def _few_terms(problem: Problem) -> bool:
+    """Whether no tiles of a bias or a dense mask want room beside those of K and V."""
+    return problem.bias is None and problem.dense is None
+
+
 def _table_row(width: int, wide: bool, device: Device, problem: Problem):
     """The three launches; tiles of a bias or a dense mask leave room for fewer stages."""
     rows = next(rows for kib, rows in _TABLE.items() if device.shared_memory >= kib * 2**10)
     rows = rows["wide" if wide else "half"]
     row = next(row for limit, row in rows.items() if width <= limit)
-    most = 4 if problem.bias is None and problem.dense is None else 2
+    most = 4 if _few_terms(problem) else 2
     return [(*sizes, min(stages, most)) for *sizes, stages in row]
 
 
@@ -147,11 +152,16 @@ def forward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -
     if group * query_length <= _DECODE_ROWS:
         block_q = _padded(group * query_length)
         widest = max(block_d, block_v)
-        block_k = 128 if widest <= 64 else 64 if widest <= 128 or not wide else 32
+        block_k, stages, resident = 128 if widest <= 64 else 64, 2, 2
+        if wide and widest > 128:
+            block_k = 32
+        elif not wide and device.shared_memory >= 200 * 2**10 and _few_terms(problem):
+            # Three tiles of 32 KiB of K and of V on their way: a processor holds no second program.
+            block_k, stages, resident = min(2**14 // widest, 2**13 // block_q), 3, 1
         blocks = triton.cdiv(key_length, max(block_k, _SPLIT_KEYS))
         programs = batch * key_heads * triton.cdiv(value_dim, block_v)
-        splits = max(1, min(blocks, 2 * device.processors // programs))
-        return Tiles(block_q, block_k, block_d, block_v, 4, 2, group, splits)
+        splits = _splits(programs, resident * device.processors, blocks)
+        return Tiles(block_q, block_k, block_d, block_v, 4, stages, group, splits)
     block_q, block_k, warps, stages = _table_row(max(block_d, block_v), wide, device, problem)[0]
     return Tiles(
         min(_cap(block_q, problem.block_q, 16), max(16, _padded(query_length))),
@@ -161,6 +171,19 @@ def forward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -
         warps,
         stages,
     )
+
+
+@lru_cache
+def _splits(programs: int, resident: int, most: int) -> int:
+    """Into how many parts to split the keys of each program.
+
+    The fewest waves of ``resident`` programs; a part more costs a fiftieth, for its merge.
+    """
+
+    def cost(splits: int) -> float:
+        return triton.cdiv(programs * splits, resident) / splits * (1 + splits / 50)
+
+    return min(range(1, max(1, most) + 1), key=cost)
 
 
 @dataclass(frozen=True, slots=True)
