@@ -6,9 +6,11 @@
     python scripts/benchmark.py --model               # training steps and generation of models
 
 Every peer runs in turn within a row, so a ratio holds when the machine's speed drifts; times are
-medians. A row is timed only if all peers agree on its result. FLOP/s count 4 * B * H * D per
-visible pair in the forward pass, 2.5 times that in the backward pass. Running out of memory
-is a row, not a gap. The last line of the output is the table as JSON.
+medians. With --graphs every peer's call is replayed from a CUDA graph: the kernels alone are timed,
+where small ones take less time than the host takes to launch them. A row is timed only if all peers
+agree on its result. FLOP/s count 4 * B * H * D per visible pair in the forward pass, 2.5 times that
+in the backward pass. Running out of memory is a row, not a gap. The last line of the output is the
+table as JSON.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ class Case:
     batch: int
     heads: int
     key_heads: int
+    graphs: bool = False
 
     @property
     def queries(self) -> int:
@@ -159,14 +162,24 @@ def _flex(case: Case, mask: AttentionMask):
 def measure(case: Case, repeats: int, wanted: list[str] | None = None) -> list[dict]:
     """One result per peer: milliseconds, FLOP/s, peak memory on a GPU, or why there is no time."""
     tensors, results, runs, reference = case.tensors(), [], {}, None
+    timed = {}
+    # A backward pass runs on the stream of its forward, and no graph takes the default one.
+    stream = torch.cuda.Stream() if case.graphs else None
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream())
     for name, attend in peers(case, wanted).items():
         row = vars(case) | {"peer": name}
         results.append(row)
         try:
-            run = _runner(case, attend, tensors)
-            out = run()
+            with torch.cuda.stream(stream):
+                run = _runner(case, attend, tensors)
+                out = run()
+            timed[name] = run if stream is None else _captured(run, stream)
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            row["failed"] = "out of memory" if "memory" in str(error) else str(error).split("\n")[0]
+            out_of_memory = "out of memory" in str(error)
+            if name == "flash_two" and not out_of_memory:
+                raise
+            row["failed"] = "out of memory" if out_of_memory else str(error).split("\n")[0]
             continue
         seen = _comparable(case, out.detach())
         reference = seen if reference is None else reference
@@ -174,18 +187,18 @@ def measure(case: Case, repeats: int, wanted: list[str] | None = None) -> list[d
         if not error < (1e-5 if case.dtype == "fp32" else 2e-2):
             raise RuntimeError(f"{name} disagrees on {case}: relative error {error:.1e}")
         runs[name] = run
+        if case.device == "cuda":
+            row["peak_mib"] = _cuda_peak(run)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
-        for name, run in runs.items():
-            times[name].append(_seconds(run, case.device))
-    base = statistics.median(times["flash_two"])
+        for name in runs:
+            times[name].append(_seconds(timed[name], case.device))
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
     for row in results:
-        if row["peer"] in times:
-            seconds = statistics.median(times[row["peer"]])
+        if seconds := medians.get(row["peer"]):
             row |= {"ms": seconds * 1e3, "gflops": case.flops() / seconds / 1e9}
-            row["ratio"] = seconds / base
-            if case.device == "cuda":
-                row["peak_mib"] = _cuda_peak(runs[row["peer"]])
+            if "flash_two" in medians:
+                row["ratio"] = seconds / medians["flash_two"]
     return results
 
 
@@ -211,6 +224,18 @@ def _runner(case: Case, attend, tensors: list[Tensor]):
         return made
 
     return backward
+
+
+def _captured(run, stream: torch.cuda.Stream) -> Callable[[], None]:
+    """``run``, which has run on ``stream``, as a CUDA graph, which the host launches as one.
+
+    A graph does not keep what it reads: ``run`` has to stay.
+    """
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        run()
+    return graph.replay
 
 
 def _comparable(case: Case, out: Tensor) -> Tensor:
@@ -293,7 +318,8 @@ def show(results: list[dict]) -> None:
             print(f"{line}  {row['failed'][:60]}")
             continue
         peak = f"{row['peak_mib']:10.0f}" if "peak_mib" in row else f"{'':10}"
-        ratio = "" if row["peer"] == "flash_two" else f"{row['ratio']:.2f}x faster"
+        compared = row["peer"] != "flash_two" and "ratio" in row
+        ratio = f"{row['ratio']:.2f}x faster" if compared else ""
         print(f"{line}{row['ms']:10.2f}{row['gflops']:10.0f}{peak}{ratio:>14}")
 
 
@@ -321,9 +347,9 @@ def cases(args: argparse.Namespace) -> list[Case]:
         shapes = list(gpu_shapes(args, workload) if gpu else cpu_shapes(args, workload))
         modes = args.modes or ["forward", "backward" if gpu else "both"]
         found += [
-            Case(workload, dtype, length, head_dim, mode, args.device, batch, heads, key_heads)
+            Case(workload, dtype, length, head_dim, mode, args.device, *sizes, args.graphs)
             for dtype in args.dtypes or (["bf16"] if gpu else ["fp32", "bf16"])
-            for length, head_dim, batch, heads, key_heads in shapes
+            for length, head_dim, *sizes in shapes
             for mode in (["forward"] if workload == "decode" else modes)
         ]
     return found
@@ -372,6 +398,9 @@ def main() -> None:
         "--modes", nargs="+", help=f"of {tuple(PRODUCTS)}, or with --model train generate"
     )
     parser.add_argument("--peers", nargs="+", help="all that there are if left out")
+    parser.add_argument(
+        "--graphs", action="store_true", help="replay CUDA graphs: the kernels without the host"
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--plot", help="write a bar chart to this file (needs matplotlib)")
@@ -387,6 +416,8 @@ def main() -> None:
     args.workloads = args.workloads or known
     if unknown := set(args.workloads) - set(known):
         parser.error(f"--workloads: expected some of {known}, got {sorted(unknown)}")
+    if args.graphs and (args.model or args.device != "cuda"):
+        parser.error("--graphs: times attention alone on a GPU; drop --model, or use --device cuda")
     torch.set_num_threads(args.threads)
     if args.weigh:
         weigh(args.weigh[0], int(args.weigh[1]), args.device)

@@ -57,3 +57,9 @@ def test_an_unknown_workload_is_refused(run, capsys) -> None:
     with pytest.raises(SystemExit):
         run("--workloads", "softcap")
     assert "expected some of" in capsys.readouterr().err
+
+
+def test_graphs_are_refused_where_there_are_none(run, capsys) -> None:
+    with pytest.raises(SystemExit):
+        run("--graphs")
+    assert "use --device cuda" in capsys.readouterr().err
