@@ -18,6 +18,8 @@ def pytest_configure(config: pytest.Config) -> None:
         "Conversion of an array with ndim > 0 to a scalar",
     ):
         config.addinivalue_line("filterwarnings", f"ignore:{message}:DeprecationWarning")
+    # Inductor advises to give up float32's precision.
+    config.addinivalue_line("filterwarnings", "ignore:TensorFloat32 tensor cores:UserWarning")
     # NumPy, which interprets Triton's kernels, warns of infinities that a GPU computes silently.
     config.addinivalue_line("filterwarnings", "ignore:.* encountered:RuntimeWarning")
 

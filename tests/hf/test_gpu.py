@@ -9,7 +9,11 @@ from models import DECODERS, Family, left_padded, named, tokens
 
 from hf_flash_two import op
 
-pytestmark = pytest.mark.skipif(not GPU, reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not GPU, reason="needs a GPU"),
+    # Inductor gives its advice as warnings.
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
 
 STEPS = 5
 DENSE = ("llama", "gemma2", "gemma3")
