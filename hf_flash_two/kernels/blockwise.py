@@ -52,7 +52,7 @@ def backward(
     d_bias = problem.bias.new_zeros(problem.bias.shape, dtype=stats) if need_d_bias else None
     d_sinks = None if problem.sinks is None else torch.zeros_like(problem.sinks)
     with torch.autocast(query.device.type, enabled=False):
-        for lane in lanes(query, key, value, problem):
+        for lane in lanes(query, key, value, problem, gradients=True):
             dk_blocks, dv_blocks = lane.accumulators(dk), lane.accumulators(dv)
             for tile in lane.query_tiles:
                 rows = tile.rows

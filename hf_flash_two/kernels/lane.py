@@ -91,8 +91,10 @@ class Call:
     bands: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
 
 
-def lanes(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Iterator[Lane]:
-    """The lanes of one call."""
+def lanes(
+    query: Tensor, key: Tensor, value: Tensor, problem: Problem, gradients: bool = False
+) -> Iterator[Lane]:
+    """The lanes of one call; with ``gradients`` those of keys and values take room too."""
     batch, heads, query_length, _ = query.shape
     key_heads, key_length = key.shape[1:3]
     if not (batch and heads):
@@ -101,8 +103,11 @@ def lanes(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Iterat
     tile_bytes = (
         heads // key_heads * call.block_q * call.block_k * _product_dtype(query.dtype).itemsize
     )
-    row_bytes = (key.shape[3] + value.shape[3]) * statistics_dtype(key.dtype).itemsize
-    together = min(_TILE_BYTES // tile_bytes, _WORKSPACE_BYTES // max(1, key_length * row_bytes))
+    together = _TILE_BYTES // tile_bytes
+    if gradients or key_length > call.block_k or key.dtype != _product_dtype(key.dtype):
+        # What the lane copies of its keys and values, or adds up for them.
+        row_bytes = (key.shape[3] + value.shape[3]) * statistics_dtype(key.dtype).itemsize
+        together = min(together, _WORKSPACE_BYTES // max(1, key_length * row_bytes))
     together = max(1, together)
     rows = 1 if problem.dropout_p else max(1, min(together // key_heads, batch))
     if key_length > _BLOCK_K and not (_rows_are_heads(key) and _rows_are_heads(value)):
