@@ -204,8 +204,8 @@ def _check_softcap(softcap: float | None) -> float:
 
 
 def _check_bucket(name: str, size: int | None) -> int | None:
-    if size is not None and size < 1:
-        raise ValueError(f"{name}: expected None or at least 1, got {size}")
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise ValueError(f"{name}: expected None or an integer of at least 1, got {size!r}")
     return size
 
 

@@ -37,7 +37,7 @@ def candidates(walk: str) -> list[Candidate]:
     """(block_q, block_k, warps, stages)"""
     stages = (2, 3, 4) if walk == "forward" else (1, 2, 3)
     found = [(*size, n) for size in SIZES for n in stages]
-    return [(k, q, w, n) for q, k, w, n in found] if walk == "keys" else found
+    return [(k, q, w, n) for q, k, w, n in found] if walk in ("keys", "values") else found
 
 
 def use(walk: str, candidate: Candidate) -> None:
@@ -55,7 +55,8 @@ def use(walk: str, candidate: Candidate) -> None:
 
         def backward_tiles(*args):
             tiles = triton_config.backward_tiles(*args)
-            return replace(tiles, **{walk: replace(getattr(tiles, walk), **chosen)})
+            # A walk for values alone begins as the one that it shares with keys.
+            return replace(tiles, **{walk: replace(getattr(tiles, walk) or tiles.keys, **chosen)})
 
         triton_backward.backward_tiles = backward_tiles
 
@@ -120,8 +121,8 @@ def measure(walk: str, head_dim: int, mask: str, length: int) -> list[tuple[floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    walks = ["forward", "keys", "queries"]
-    parser.add_argument("--passes", nargs="+", choices=walks, default=walks)
+    walks = ["forward", "keys", "queries", "values"]
+    parser.add_argument("--passes", nargs="+", choices=walks, default=walks[:3])
     parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128, 256])
     parser.add_argument(
         "--masks",

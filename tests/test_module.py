@@ -455,8 +455,15 @@ def test_constructor_refuses(settings: dict, message: str) -> None:
         ({"mask": torch.tensor([[1, 1, 2, 2]])}, "^mask: .*from_documents"),
         ({"mask": torch.tensor([[1.0, 1.0, torch.nan, 1.0]])}, "^mask: expected zeros and ones"),
         ({"mask": [[1, 1, 1, 1]]}, "^mask: expected a tensor.*got list"),
-        ({"q_bucket_size": 0}, "^q_bucket_size: expected None or at least 1, got 0"),
-        ({"k_bucket_size": -1}, "^k_bucket_size: expected None or at least 1, got -1"),
+        ({"q_bucket_size": 0}, "^q_bucket_size: expected None or an integer of at least 1, got 0"),
+        (
+            {"k_bucket_size": -1},
+            "^k_bucket_size: expected None or an integer of at least 1, got -1",
+        ),
+        (
+            {"k_bucket_size": 2.5},
+            "^k_bucket_size: expected None or an integer of at least 1, got 2.5",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
