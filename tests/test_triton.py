@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -159,6 +160,49 @@ def test_few_launches_are_remembered(monkeypatch: pytest.MonkeyPatch, device: st
         expected = dense_attention(query, key, value)[0]
         torch.testing.assert_close(attend(query, key, value), expected, rtol=1e-4, atol=1e-5)
         assert 0 < len(triton_launch.plans) <= 3
+
+
+def test_a_known_launch_skips_the_jit_unless_a_profiler_watches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    class Compiled:
+        function, packed_metadata = "function", "metadata"
+
+        def run(self, *args):
+            calls.append(args)
+
+    class Kernel:
+        arg_names = ("x", "scalar", "SIZE")
+
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: calls.append("jit") or Compiled()
+
+    gpu = SimpleNamespace(
+        get_current_device=lambda: 1, get_current_stream=lambda device: 10 + device
+    )
+    hooks = SimpleNamespace(launch_enter_hook=None, launch_exit_hook=SimpleNamespace(calls=[]))
+    monkeypatch.setattr(triton_launch, "CompiledKernel", Compiled)
+    monkeypatch.setattr(triton_launch, "driver", SimpleNamespace(active=gpu))
+    monkeypatch.setattr(triton_launch, "knobs", SimpleNamespace(runtime=hooks))
+    tiles = triton_config.Tiles(16, 16, 16, 16, 4, 1)
+    launch = triton_launch.Launch(Kernel(), (7,), (5,), {"SIZE": 3}, tiles)
+    for name in ("a", "b"):
+        launch(name)
+    known = (7, 1, 1, 11, "function", "metadata", None, None, None, "b", 5, 3)
+    assert calls == ["jit", known]
+    hooks.launch_exit_hook.calls.append(print)
+    launch("c")
+    assert calls == ["jit", known, "jit"]
+
+
+@pytest.mark.parametrize("programs", [1, 8, 70, 100, 128, 133, 512, 4096])
+def test_decode_keeps_the_processors_busy(programs: int) -> None:
+    splits = triton_config._splits(programs, 132, 128)
+    waves = programs * splits / 132
+    assert waves / math.ceil(waves) > 0.85
+    assert triton_config._splits(programs, 132, 1) == triton_config._splits(programs, 132, 0) == 1
 
 
 def far_apart(length: int, heads: int, dtype: torch.dtype, device: str) -> Tensor:
