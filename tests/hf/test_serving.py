@@ -138,7 +138,8 @@ def test_one_mask_serves_all_layers_of_a_kind(name: str, monkeypatch) -> None:
     monkeypatch.setattr(interface, "flash_attention", noting)
     served(flash, prompts()[:2], SIZES["pages of 64"])
     steps = [seen[at : at + 4] for at in range(0, len(seen), 4)]
-    assert len(steps) == 1 + NEW, "a token to see who asks the cache, then the answers"
+    # A token to see who asks the cache, then the answers, which need not begin in the same step.
+    assert len(steps) in (1 + NEW, 2 + NEW)
     for step in steps[1:]:
         assert len({id(mask) for mask in step}) == (1 if name == "llama" else 2)
 
