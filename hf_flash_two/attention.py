@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -151,6 +152,7 @@ def _settle_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     if autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
+    # Small calls notice a `to` that has nothing to do.
     query, key, value = (x if x.dtype == dtype else x.to(dtype) for x in (query, key, value))
     return query, key, value
 
@@ -204,7 +206,7 @@ def _check_softcap(softcap: float | None) -> float:
 
 
 def _check_bucket(name: str, size: int | None) -> int | None:
-    if size is not None and (not isinstance(size, int) or size < 1):
+    if size is not None and (not isinstance(size, Integral) or size < 1):
         raise ValueError(f"{name}: expected None or an integer of at least 1, got {size!r}")
     return size
 

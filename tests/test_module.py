@@ -7,6 +7,7 @@ import inspect
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -471,3 +472,9 @@ def test_forward_refuses(arguments: dict, message: str) -> None:
     model = FlashAttentionTwo(dim=16, heads=2, dim_head=8)
     with pytest.raises(ValueError, match=message):
         model(**({"x": torch.randn(2, 4, 16)} | arguments))
+
+
+def test_bucket_sizes_of_numpy_are_integers() -> None:
+    model = FlashAttentionTwo(dim=32, heads=2, dim_head=16, q_bucket_size=np.int64(16))
+    x = torch.randn(1, 40, 32)
+    torch.testing.assert_close(model(x), model(x, k_bucket_size=np.int32(8)))
