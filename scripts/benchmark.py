@@ -32,7 +32,7 @@ from importlib.util import find_spec
 import benchmark_model
 import torch
 import torch.nn.functional as F
-from benchmark_model import DTYPES
+from benchmark_model import DTYPES, OUT_OF_MEMORY, failure
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -176,10 +176,9 @@ def measure(case: Case, repeats: int, wanted: list[str] | None = None) -> list[d
                 out = run()
             timed[name] = run if stream is None else _captured(run, stream)
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            out_of_memory = "out of memory" in str(error)
-            if name == "flash_two" and not out_of_memory:
+            row["failed"] = failure(error)
+            if name == "flash_two" and row["failed"] != OUT_OF_MEMORY:
                 raise
-            row["failed"] = "out of memory" if out_of_memory else str(error).split("\n")[0]
             continue
         seen = _comparable(case, out.detach())
         reference = seen if reference is None else reference

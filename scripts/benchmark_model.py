@@ -21,6 +21,7 @@ WORKLOADS = ("plain", "padded", "packed", "window", "softcap", "sinks")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PEERS = ("flash_two", "sdpa", "flex_attention", "eager")
 WINDOW = DOCUMENT = 512
+OUT_OF_MEMORY = "out of memory"
 _FAMILIES = {
     "window": "MistralConfig", "softcap": "Gemma2Config", "sinks": "GptOssConfig",
 }  # fmt: skip
@@ -130,8 +131,7 @@ def measure(case: Case, repeats: int, wanted: list[str] | None = None) -> list[d
         except Exception as error:  # whatever a peer cannot do is a row
             if name == PEERS[0]:
                 raise
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            results[-1]["failed"] = "out of memory" if "out of memory" in reason else reason
+            results[-1]["failed"] = failure(error)
             gc.collect()
             continue
         expected = got if expected is None else expected
@@ -154,6 +154,14 @@ def measure(case: Case, repeats: int, wanted: list[str] | None = None) -> list[d
                 runs[result["peer"]]()
                 result["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
     return results
+
+
+def failure(error: Exception) -> str:
+    """Why an implementation has no time, in a line; "out of memory" of a GPU and of a CPU."""
+    text = str(error).strip()
+    if "out of memory" in text or "allocate memory" in text:
+        return OUT_OF_MEMORY
+    return text.split("\n")[0] or type(error).__name__
 
 
 def _runner(case: Case, model, inputs, optimizer, name: str) -> Callable[[], Tensor]:
