@@ -10,6 +10,9 @@ from torch import Tensor
 LOG2E = 1.4426950408889634
 """Kernels work in base 2: exp2 is the cheaper exponential on every device."""
 
+Layout = tuple[tuple[int, ...], tuple[int, ...]]
+"""Shape and strides of a tensor."""
+
 
 class Problem(NamedTuple):
     """Settings of one call, already validated; the fields are the op's arguments in order.
@@ -50,7 +53,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def output_layout(query: Tensor, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def output_layout(query: Tensor, head_dim: int) -> Layout:
     """Shape [B, H, Tq, head_dim], and strides that order its axes in memory as ``query``'s are."""
     batch, heads, length, _ = query.shape
     row, head = head_dim, length * head_dim

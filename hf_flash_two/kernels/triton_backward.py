@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_flash_two.kernels.problem import LOG2E, Problem, output_layout
+from hf_flash_two.kernels.problem import LOG2E, Layout, Problem, output_layout
 from hf_flash_two.kernels.triton_config import (
     BackwardTiles,
     Tiles,
@@ -109,7 +109,7 @@ def backward(
 @dataclass(frozen=True, slots=True)
 class _Plan:
     tiles: BackwardTiles
-    gradients: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    gradients: tuple[Layout, Layout, Layout]
     stats_shape: tuple[int, int, int]
     bulk_query: list[int] | None
     bulk_key: list[int] | None

@@ -14,7 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_flash_two.kernels.problem import LOG2E, Problem, empty_lse, empty_output, output_layout
+from hf_flash_two.kernels.problem import (
+    LOG2E,
+    Layout,
+    Problem,
+    empty_lse,
+    empty_output,
+    output_layout,
+)
 from hf_flash_two.kernels.triton_config import (
     Tiles,
     bulk_run,
@@ -45,7 +52,7 @@ _MERGED = tl.constexpr(16)
 @dataclass(frozen=True, slots=True)
 class _Plan:
     tiles: Tiles
-    out: tuple[tuple[int, ...], tuple[int, ...]]
+    out: Layout
     bulk_key: list[int] | None
     bulk_value: list[int] | None
     attend: Launch
