@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import gc
 import hashlib
 import importlib.util
 import inspect
@@ -627,6 +628,11 @@ def main() -> None:
     if accelerator.is_main_process:
         model = accelerator.unwrap_model(model, keep_fp32_wrapper=False, keep_torch_compile=False)
         finish(args, model, tokenizer, held_out, accelerator.device)
+    # DDP must not outlive the process group: were it the last to hold it, it would wait for
+    # Gloo's threads while holding the interpreter's lock, which they may be waiting for.
+    del model, optimizer
+    accelerator.free_memory()
+    gc.collect()
     accelerator.end_training()
 
 
