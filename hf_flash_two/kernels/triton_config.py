@@ -92,19 +92,32 @@ _TABLE = {
     },
 }
 
+# Decoding: (block_k, stages, programs resident in a processor), by shared memory in KiB at least
+# and padded head dim at most. Hopper has three tiles of 32 KiB of K and of V on their way.
+_DECODE_TABLE = {
+    200: {64: (256, 3, 1), 128: (128, 3, 1), 256: (64, 3, 1)},
+    0: {64: (128, 2, 2), 256: (64, 2, 2)},
+}
+
 
 def _few_terms(problem: Problem) -> bool:
     """Whether no tiles of a bias or a dense mask want room beside those of K and V."""
     return problem.bias is None and problem.dense is None
 
 
+def _of_memory(table: dict[int, dict], size: int) -> dict:
+    return next(rows for kib, rows in table.items() if size >= kib * 2**10)
+
+
+def _of_width(rows: dict[int, tuple], width: int) -> tuple:
+    return next(row for limit, row in rows.items() if width <= limit)
+
+
 def _table_row(width: int, wide: bool, device: Device, problem: Problem):
     """The three launches; tiles of a bias or a dense mask leave room for fewer stages."""
-    rows = next(rows for kib, rows in _TABLE.items() if device.shared_memory >= kib * 2**10)
-    rows = rows["wide" if wide else "half"]
-    row = next(row for limit, row in rows.items() if width <= limit)
+    rows = _of_memory(_TABLE, device.shared_memory)["wide" if wide else "half"]
     most = 4 if _few_terms(problem) else 2
-    return [(*sizes, min(stages, most)) for *sizes, stages in row]
+    return [(*sizes, min(stages, most)) for *sizes, stages in _of_width(rows, width)]
 
 
 @lru_cache
@@ -151,13 +164,10 @@ def forward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -
         block_d = 64
     if group * query_length <= _DECODE_ROWS:
         block_q = _padded(group * query_length)
-        widest = max(block_d, block_v)
-        block_k, stages, resident = 128 if widest <= 64 else 64, 2, 2
-        if wide and widest > 128:
-            block_k = 32
-        elif not wide and device.shared_memory >= 200 * 2**10 and _few_terms(problem):
-            # Three tiles of 32 KiB of K and of V on their way: a processor holds no second program.
-            block_k, stages, resident = min(2**14 // widest, 2**13 // block_q), 3, 1
+        memory = 0 if wide or not _few_terms(problem) else device.shared_memory
+        rows = _of_memory(_DECODE_TABLE, memory)
+        block_k, stages, resident = _of_width(rows, max(block_d, block_v))
+        block_k = min(block_k, 2**13 // block_q)  # 32 KiB of scores
         blocks = triton.cdiv(key_length, max(block_k, _SPLIT_KEYS))
         programs = batch * key_heads * triton.cdiv(value_dim, block_v)
         splits = _splits(programs, resident * device.processors, blocks)
