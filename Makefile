@@ -29,9 +29,10 @@ test-sweep: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(JOBS) -m sweep
 
 # The same tests on a GPU: the kernels run on it instead of in Triton's interpreter.
+# Most of the time they are compiled, on the CPU: make test-gpu JOBS=16
 test-gpu: $(INSTALLED)
 	$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("error: PyTorch sees no GPU")'
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # The lowest supported versions, in an environment of their own.
 test-lowest:
