@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +16,7 @@ from test_attention import BATCH, check, inputs
 from torch import Tensor
 
 from hf_flash_two import AttentionMask, flash_attention
+from hf_flash_two.kernels.problem import Problem
 from hf_flash_two.masks import KEY_GRANULE
 
 if not (INTERPRETED or GPU):
@@ -151,6 +154,29 @@ def test_remembered_launches_take_new_values(device: str) -> None:
         visible = keep.cpu()[:, None, None] & causal
         check("triton", *tensors, mask=mask, visible=visible, softcap=float(seed + 1))
     assert triton_launch.plans
+
+
+@pytest.fixture(params=["backends", "backends.cuda.matmul"])
+def precision(request: pytest.FixtureRequest) -> Iterator[Callable[[str], None]]:
+    """Sets what float32 products may use, in either of PyTorch's ways."""
+    owner = operator.attrgetter(request.param)(torch)
+    yield lambda value: setattr(owner, "fp32_precision", value)
+    owner.fp32_precision = "none"
+
+
+def test_tf32_is_used_where_pytorch_uses_it(device: str, precision: Callable[[str], None]) -> None:
+    """One of the two ways makes PyTorch's older switch raise when it is read."""
+    tensors = inputs(20, 70, device=device)
+    upstream = torch.ones_like(tensors[0])
+    query = SimpleNamespace(dtype=torch.float32, is_cuda=True)
+    problem = SimpleNamespace(**dict.fromkeys(Problem._fields, 0))
+    exact = results(tensors, upstream)
+    assert triton_config.launch_flags(query, problem)["PRECISION"] == "ieee"
+    precision("tf32")
+    wanted = "ieee" if torch.version.hip else "tf32"
+    assert triton_config.launch_flags(query, problem)["PRECISION"] == wanted
+    for got, want in zip(results(tensors, upstream), exact, strict=True):
+        torch.testing.assert_close(got, want, rtol=2**-8, atol=2**-8)
 
 
 def test_few_launches_are_remembered(monkeypatch: pytest.MonkeyPatch, device: str) -> None:

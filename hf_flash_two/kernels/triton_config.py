@@ -275,12 +275,17 @@ def bulk_run(
     return TensorDescriptor(tensor, [tensor.numel()], [1], [length])
 
 
+def _tf32(query: Tensor) -> bool:
+    """Whether PyTorch's own switch gives float32 products to TF32; only some of AMD's have it."""
+    # The switch of old, allow_tf32, cannot be read once this one was set.
+    asked = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return asked and query.dtype == torch.float32 and query.is_cuda and not torch.version.hip
+
+
 def launch_flags(query: Tensor, problem: Problem) -> dict:
     """The compile-time flags every kernel takes."""
     band = problem.window_left is not None or problem.window_right is not None
     intervals = problem.first_query is not None
-    wide = query.dtype == torch.float32
-    tf32 = wide and query.is_cuda and torch.backends.cuda.matmul.allow_tf32
     return {
         "MASK": (INTERVALS if intervals else BAND if band else NO_MASK).value,
         "LEFT": problem.window_left is not None,
@@ -295,7 +300,7 @@ def launch_flags(query: Tensor, problem: Problem) -> dict:
         and problem.alibi_slopes is None
         and not problem.softcap
         and problem.scale > 0,
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": "tf32" if _tf32(query) else "ieee",
     }
 
 

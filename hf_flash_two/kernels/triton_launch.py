@@ -38,7 +38,7 @@ def planned(make: Callable[..., Plan], problem: Problem, *tensors: Tensor | None
     )  # fmt: skip
     index = tensors[0].device.index
     key = (
-        make, layouts, index, device_of(index), torch.backends.cuda.matmul.allow_tf32,
+        make, layouts, index, device_of(index), torch.backends.cuda.matmul.fp32_precision,
         problem.query_offset, problem.window_left, problem.window_right, problem.scale,
         problem.softcap, problem.dropout_p, problem.block_q, problem.block_k,
     )  # fmt: skip
