@@ -48,7 +48,22 @@ class Recorder:
         self.kernel, self.launches = kernel, launches
 
     def __getitem__(self, grid):
-        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+        return lambda *args, **kwargs: self.launches.append((self.kernel, grid, args, kwargs))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The kernels that are launched, with their grids and arguments, instead of running them."""
+    launches: list = []
+    for module, names in (
+        (triton_forward, ("_forward_kernel", "_merge_kernel")),
+        (triton_ranges, ("_ranges_kernel",)),
+        (triton_backward, ("_keys_kernel", "_queries_kernel", "_bias_kernel", "_stats_kernel")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, Recorder(getattr(module, name), launches))
+    monkeypatch.setattr(triton_launch, "plans", {})
+    return launches
 
 
 def compile_launch(kernel, args, kwargs, target):
@@ -103,20 +118,11 @@ ALWAYS = {
         for pair in itertools.product(TARGETS, FEATURES)
     ],
 )
-def test_compiles(monkeypatch, target, feature):
+def test_compiles(monkeypatch, launches, target, feature):
     gpu, shared_memory = TARGETS[target]
     device = triton_config.Device(132, shared_memory, bulk_copy=target == "hopper")
     for module in (triton_config, triton_launch):
         monkeypatch.setattr(module, "device_of", lambda index: device)
-    monkeypatch.setattr(triton_launch, "plans", {})
-    launches: list = []
-    for module, names in (
-        (triton_forward, ("_forward_kernel", "_merge_kernel")),
-        (triton_ranges, ("_ranges_kernel",)),
-        (triton_backward, ("_keys_kernel", "_queries_kernel", "_bias_kernel", "_stats_kernel")),
-    ):
-        for name in names:
-            monkeypatch.setattr(module, name, Recorder(getattr(module, name), launches))
     length, head_dim = 512, {"wide": 320}.get(feature, 128)
     # Turing has no bfloat16.
     dtype = torch.float16 if target == "turing" else torch.bfloat16
@@ -142,6 +148,23 @@ def test_compiles(monkeypatch, target, feature):
         need_d_bias = described.bias is not None
         triton_backward.backward(out, None, query, key, value, out, lse, described, need_d_bias)
     assert launches
-    for kernel, args, kwargs in launches:
+    for kernel, _, args, kwargs in launches:
         compiled = compile_launch(kernel, args, kwargs, gpu)
         assert compiled.metadata.shared <= shared_memory, kernel.__name__
+
+
+def test_any_number_of_heads_fits_the_grid(launches):
+    """The second and third axis of a CUDA grid end at 65535: windows of images are many rows."""
+    batch, length = 70000, 4
+    query, key, value = (torch.empty(batch, 2, length, 16) for _ in range(3))
+    mask = AttentionMask.causal() & AttentionMask.from_padding(torch.ones(batch, length))
+    bias = torch.empty(batch, 2, length, length)
+    described = problem(mask, length, bias=bias)
+    out, lse = triton_forward.forward(query, key, value, described)
+    triton_backward.backward(out, None, query, key, value, out, lse, described, True)
+    assert {kernel.__name__ for kernel, *_ in launches} == {
+        "_ranges_kernel", "_forward_kernel", "_stats_kernel", "_keys_kernel", "_queries_kernel",
+        "_bias_kernel",
+    }  # fmt: skip
+    for kernel, (_, *others), *_ in launches:
+        assert max(others, default=1) < 2**16, kernel.__name__

@@ -157,7 +157,7 @@ def _plan(
     stat_tiles = triton.cdiv(query_length, _STAT_ROWS)
     stats = Launch(
         _stats_kernel,
-        (stat_tiles, batch * heads),
+        (stat_tiles * batch * heads,),
         (
             *out.stride()[:3], *d_out.stride()[:3],
             *((0, 0, 0) if d_lse is None else d_lse.stride()), heads, query_length,
@@ -182,12 +182,13 @@ def _plan(
     bias = None
     if problem.bias is not None:
         bias_batch, bias_heads, bias_queries, bias_keys = problem.bias.shape
-        grid = (
-            triton.cdiv(bias_keys, block.block_k),
-            triton.cdiv(bias_queries, block.block_q),
-            bias_batch * bias_heads,
+        programs = (
+            triton.cdiv(bias_keys, block.block_k)
+            * triton.cdiv(bias_queries, block.block_q)
+            * bias_batch
+            * bias_heads
         )
-        bias = launch(_bias_kernel, grid, block, batch, *problem.bias.shape)
+        bias = launch(_bias_kernel, (programs,), block, batch, *problem.bias.shape)
     # A row is read in parts where it is wider than a tile.
     whole_rows = head_dim <= block.block_d and value_dim <= block.block_v
     return _Plan(
@@ -210,9 +211,11 @@ def _stats_kernel(
     DV: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """What the backward needs of each row: lse in base 2, 0 for empty rows, and delta."""
-    head = (tl.program_id(1) % heads).to(tl.int64)
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    tiles = tl.cdiv(length, ROWS)
+    program = tl.program_id(0)
+    head = (program // tiles % heads).to(tl.int64)
+    batch = (program // tiles // heads).to(tl.int64)
+    row = (program % tiles * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     dv = tl.arange(0, BLOCK_V)
     inside = (row < length)[:, None] & (dv < DV)[None, :]
     out_at = out_ptr + batch * o_sb + head * o_sh + row[:, None] * o_st + dv[None, :]
@@ -554,14 +557,15 @@ def _bias_kernel(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one tile of the bias, summed over every axis where the bias has size 1."""
-    at_batch = tl.program_id(2) // bias_heads
-    at_head = tl.program_id(2) % bias_heads
-    batch_end, head_end, row_end, col_end = (
-        at_batch + 1,
-        at_head + 1,
-        tl.program_id(1) + 1,
-        tl.program_id(0) + 1,
-    )
+    col_tiles = tl.cdiv(bias_keys, BLOCK_K)
+    row_tiles = tl.cdiv(bias_queries, BLOCK_Q)
+    program = tl.program_id(0)
+    at_col = program % col_tiles
+    at_row = program // col_tiles % row_tiles
+    bias_row = program // col_tiles // row_tiles
+    at_batch = bias_row // bias_heads
+    at_head = bias_row % bias_heads
+    batch_end, head_end, row_end, col_end = at_batch + 1, at_head + 1, at_row + 1, at_col + 1
     if bias_batch == 1:
         batch_end = batch_size
     if bias_heads == 1:
@@ -588,7 +592,7 @@ def _bias_kernel(
             slope = 0.0
             if ALIBI:
                 slope = tl.load(slopes_ptr + batch * slopes_sb + head)
-            for row_tile in range(tl.program_id(1), row_end):
+            for row_tile in range(at_row, row_end):
                 row = row_tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
                 row_inside = row < query_length
                 position = row + offset
@@ -601,7 +605,7 @@ def _bias_kernel(
                     ranges_at, row_tile, start, stop, key_length, left, right,
                     MASK, LEFT, RIGHT, DENSE, BLOCK_K,
                 )  # fmt: skip
-                from_tile = tl.maximum(first, tl.program_id(0))
+                from_tile = tl.maximum(first, at_col)
                 to_tile = tl.minimum(last, col_end)
                 for key_tile in range(from_tile, to_tile):
                     col = key_tile * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -632,13 +636,13 @@ def _bias_kernel(
                         keep = kept(seed_ptr, batch, head, row[:, None], col[None, :], threshold)
                         dp = tl.where(keep, dp * keep_scale, 0.0)
                     total += p * (dp - delta[:, None])
-    out_row = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    out_col = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    out_row = at_row * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    out_col = at_col * BLOCK_K + tl.arange(0, BLOCK_K)
     if bias_queries == 1:
         total = tl.where((out_row == 0)[:, None], tl.sum(total, 0)[None, :], 0.0)
     if bias_keys == 1:
         total = tl.where((out_col == 0)[None, :], tl.sum(total, 1)[:, None], 0.0)
-    at = tl.program_id(2).to(tl.int64) * bias_queries + out_row.to(tl.int64)
+    at = bias_row.to(tl.int64) * bias_queries + out_row.to(tl.int64)
     tl.store(
         d_bias_ptr + at[:, None] * bias_keys + out_col[None, :],
         total.to(d_bias_ptr.dtype.element_ty),

@@ -30,7 +30,7 @@ def key_ranges(problem: Problem, tiles: Tiles, query_length: int, key_length: in
     if key not in known:
         count = triton.cdiv(tiles.pack * query_length, tiles.block_q)
         ranges = bounds.new_empty(bounds.shape[0], count, 4, dtype=torch.int32)
-        _ranges_kernel[(count, bounds.shape[0])](
+        _ranges_kernel[(count * bounds.shape[0],)](
             bounds, ranges, bounds.stride(0), count, query_length, key_length, problem.query_offset,
             PACK=tiles.pack, BLOCK_Q=tiles.block_q, BLOCK_K=tiles.block_k, num_warps=1,
         )  # fmt: skip
@@ -43,8 +43,9 @@ def _ranges_kernel(
     bounds_ptr, ranges_ptr, bounds_sb, count, query_length, key_length, offset,
     PACK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
-    bounds_ptr += tl.program_id(1) * bounds_sb
+    program = tl.program_id(0)
+    tile = program % count
+    bounds_ptr += (program // count).to(tl.int64) * bounds_sb
     start = tile * BLOCK_Q // PACK + offset
     stop = tl.minimum((tile * BLOCK_Q + BLOCK_Q - 1) // PACK + 1, query_length) + offset
     groups = tl.cdiv(key_length, _GRANULE)
@@ -61,7 +62,7 @@ def _ranges_kernel(
         seen, complete = _classify(bounds_ptr, group, groups, start, stop)
         gap = (group >= whole) & (complete == 0) & (group < groups)
         broken = tl.minimum(broken, tl.min(tl.where(gap, group, groups)))
-    at = ranges_ptr + (tl.program_id(1) * count + tile) * 4
+    at = ranges_ptr + program.to(tl.int64) * 4
     tl.store(at, low * _GRANULE // BLOCK_K)
     tl.store(at + 1, tl.minimum(tl.cdiv(high * _GRANULE, BLOCK_K), tl.cdiv(key_length, BLOCK_K)))
     tl.store(at + 2, tl.cdiv(whole * _GRANULE, BLOCK_K))
