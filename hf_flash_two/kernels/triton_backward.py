@@ -65,7 +65,7 @@ def backward(
         x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value, d_out)
     )
     with torch.cuda.device_of(query):
-        plan = planned(_plan, problem, query, key, value, d_out, out, d_lse)
+        plan = planned(_plan, problem, query, key, value, d_out, out, lse, d_lse)
         dq, dk, dv = (query.new_empty_strided(*layout) for layout in plan.gradients)
         lse_2, delta = (lse.new_empty(plan.stats_shape) for _ in range(2))
         tensors = (query, key, value, d_out, lse_2, delta, problem.first_query, problem.last_query)
@@ -129,6 +129,7 @@ def _plan(
     value: Tensor,
     d_out: Tensor,
     out: Tensor,
+    lse: Tensor,
     d_lse: Tensor | None,
 ) -> _Plan:
     batch, heads, query_length, head_dim = query.shape
