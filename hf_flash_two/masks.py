@@ -392,7 +392,12 @@ class AttentionMask:
         if torch.compiler.is_compiling():
             return _group_bounds(self.first_query, self.last_query)
         if not self._bounds:
-            self._bounds.append(_group_bounds(self.first_query, self.last_query))
+            # What is made in inference mode cannot be saved for a later backward.
+            with torch.inference_mode(False):
+                bounds = _group_bounds(self.first_query, self.last_query)
+            if not lasts(bounds):
+                return bounds
+            self._bounds.append(bounds)
         return self._bounds[0]
 
     def tiles(
@@ -500,6 +505,11 @@ def _runs(starts: Tensor) -> tuple[Tensor, Tensor]:
     next_start[:, :-1] = torch.where(starts[:, 1:], index[:, 1:], length)
     end = next_start.flip(1).cummin(1).values.flip(1)
     return begin, end
+
+
+def lasts(tensor: Tensor) -> bool:
+    """Whether ``tensor``, just made, may be kept: a CUDA graph's exist only as it is replayed."""
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _group_bounds(first: Tensor, last: Tensor) -> Tensor:

@@ -917,6 +917,17 @@ def test_auto_is_a_kernel_by_name() -> None:
     assert torch.equal(flash_attention(*tensors), flash_attention(*tensors, kernel="blockwise"))
 
 
+def test_a_mask_first_used_in_inference_mode_trains(kernel: str, device: str) -> None:
+    """What it works out at its first use is kept for the others."""
+    keep = torch.arange(65) >= torch.tensor([[3], [40]])
+    mask = AttentionMask.causal() & AttentionMask.from_padding(keep.to(device))
+    tensors = inputs(65, 65, device=device)
+    with torch.inference_mode():
+        attend(kernel, *tensors, mask=mask)
+    causal = dense_mask(BATCH, 65, 65, lambda b, i, j: j <= i)
+    check(kernel, *tensors, mask=mask, visible=causal & keep[:, None, None])
+
+
 def test_bool_mask_broadcasts(kernel: str, device: str) -> None:
     tensors = inputs(9, 20, device=device)
     for shape in ((20,), (9, 20), (1, 9, 20), (BATCH, 1, 1, 20), (BATCH, 6, 9, 20)):

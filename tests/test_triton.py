@@ -270,6 +270,21 @@ def test_one_row_past_32_bits(device: str) -> None:
         torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
 
 
+def test_a_mask_keeps_nothing_made_while_a_graph_is_captured(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """The graph's memory holds it only once the graph was replayed."""
+    tensors = inputs(33, 70, device=device)
+    mask = masks(70, device)["padded"]
+    monkeypatch.setattr("hf_flash_two.kernels.triton_ranges.lasts", lambda tensor: False)
+    attend(*tensors, mask=mask)
+    assert vars(mask.key_bounds())["_key_ranges"] == {}
+    fresh = masks(70, device)["padded"]
+    monkeypatch.setattr("hf_flash_two.masks.lasts", lambda tensor: False)
+    assert torch.equal(attend(*tensors, mask=fresh), attend(*tensors, mask=mask))
+    assert fresh.key_bounds() is not fresh.key_bounds()
+
+
 @needs_gpu
 @pytest.mark.parametrize("query_length", [1, 64])
 def test_cuda_graph(device: str, query_length: int) -> None:
