@@ -257,9 +257,9 @@ def patch_at_load(
     @functools.wraps(end)
     def post_init(self, *args, **kwargs):
         end(self, *args, **kwargs)
-        module = sys.modules[type(self).__module__]
-        if module.__name__.rpartition("modeling_")[2] in _TURN_TO_SDPA:
-            _hide_flash_in_name(module)
+        name = type(self).__module__
+        if name.rpartition("modeling_")[2] in _TURN_TO_SDPA:
+            _hide_flash_in_name(sys.modules[name])
         if not _is_part_of_another(self):
             built(self)
 
@@ -300,7 +300,9 @@ def check_before_serving(check: Callable[[PreTrainedModel], None]) -> str | None
 
 def _enter_in_tables(model: type[PreTrainedModel]) -> None:
     """Let our names stand for "eager" where a family picks attention classes by name."""
-    module = sys.modules[model.__module__]
+    module = sys.modules.get(model.__module__)
+    if module is None:  # loaded from a file, by hand
+        return
     tables = [table for name, table in vars(module).items() if name.endswith(_TABLES)]
     for table in tables:
         for name in (FLASH_TWO, FA_TWO):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -11,6 +9,7 @@ from hf_flash_two.attention import flash_attention
 from hf_flash_two.hf import compat
 from hf_flash_two.hf.mask_carrier import MaskCarrier, documents
 from hf_flash_two.hf.mask_function import from_tiles
+from hf_flash_two.hf.memo import once
 from hf_flash_two.hf.packing import falls, may_be_packed
 from hf_flash_two.masks import AttentionMask
 
@@ -34,7 +33,6 @@ _INFORMATIONAL = frozenset(
         "read_index", "write_index", "logits_processor_args",
     }
 )  # fmt: skip
-_MEMO = "_flash_two_memo"
 
 
 def attention_forward(
@@ -197,7 +195,7 @@ def _settle_mask(
     if may_be_packed(position_ids, batch, queries, keys):
         if carried:
             return attention_mask.packed(position_ids), None
-        return mask & _once(position_ids, "documents", lambda: _from_positions(position_ids)), None
+        return mask & once(position_ids, "documents", lambda: _from_positions(position_ids)), None
     return mask, None
 
 
@@ -239,7 +237,7 @@ def _from_tensor(
                 f"attention_mask: expected [batch, keys] = [{batch}, {keys}], got "
                 f"{list(mask.shape)}"
             )
-        padding = _once(mask, "padding", lambda: AttentionMask.from_padding(mask))
+        padding = once(mask, "padding", lambda: AttentionMask.from_padding(mask))
         return (padding & AttentionMask.causal() if causal and queries > 1 else padding), None
     if mask.dim() != 4 or any(
         got not in (1, want) for got, want in zip(mask.shape, shape, strict=True)
@@ -249,7 +247,7 @@ def _from_tensor(
             f"queries, keys] = {list(shape)}, got {list(mask.shape)}"
         )
     if mask.dtype == torch.bool:
-        return _once(mask, "dense", lambda: _from_dense(mask, queries)), None
+        return once(mask, ("dense", queries, keys), lambda: _from_dense(mask, queries, keys)), None
     if not mask.is_floating_point():
         raise ValueError(
             "attention_mask: expected bool (True may attend) or float (added to the scores) in "
@@ -257,11 +255,13 @@ def _from_tensor(
         )
     visible = None
     if mask.shape[1] == 1 and not mask.requires_grad and not torch.compiler.is_compiling():
-        visible = _once(mask, "additive", lambda: _from_additive(mask, queries))
+        key = ("additive", queries, keys)
+        visible = once(mask, key, lambda: _from_additive(mask, queries, keys))
     return (AttentionMask.full(), mask) if visible is None else (visible, None)
 
 
-def _from_dense(visible: Tensor, queries: int) -> AttentionMask:
+def _from_dense(visible: Tensor, queries: int, keys: int) -> AttentionMask:
+    visible = visible.expand(*visible.shape[:3], keys)
     if visible.shape[1] != 1 or torch.compiler.is_compiling():
         return AttentionMask.from_dense(visible)
     if visible.shape[2] == 1 and queries != 1:
@@ -269,12 +269,12 @@ def _from_dense(visible: Tensor, queries: int) -> AttentionMask:
     return from_tiles(lambda i, j: visible[:, :, i:j], queries, visible[:, :, 0].numel())
 
 
-def _from_additive(mask: Tensor, queries: int) -> AttentionMask | None:
+def _from_additive(mask: Tensor, queries: int, keys: int) -> AttentionMask | None:
     """The mask that a float one of 0 and the smallest number (or -inf) is; None of any other."""
     visible = mask == 0
     if not bool((visible | (mask <= torch.finfo(mask.dtype).min)).all()):
         return None
-    return _from_dense(visible, queries)
+    return _from_dense(visible, queries, keys)
 
 
 def _from_positions(position_ids: Tensor) -> AttentionMask:
@@ -295,7 +295,7 @@ def _from_cu_seqlens(
     def build() -> AttentionMask:
         return AttentionMask.from_documents(key_ends, query_cu_seqlens=query_ends, key_length=keys)
 
-    return _once(key_ends, ("cu_seqlens", query_ends.data_ptr(), queries, keys), build)
+    return once(key_ends, ("cu_seqlens", queries, keys), build, query_ends)
 
 
 def _check_paged(module: torch.nn.Module, attention_mask) -> None:
@@ -330,7 +330,7 @@ def _from_paged_cache(
             key_ends, query_cu_seqlens=query_ends, key_length=keys, causal=True, window=window
         )
 
-    return key, value, _once(key_ends, ("paged", query_ends.data_ptr(), keys, window), build)
+    return key, value, once(key_ends, ("paged", keys, window), build, query_ends)
 
 
 def _from_indices(
@@ -375,22 +375,6 @@ def _weights(
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias
-    visible = mask.to_dense(query.shape[2], key.shape[2], device=query.device)
+    visible = mask.to(query.device).to_dense(query.shape[2], key.shape[2], device=query.device)
     scores = scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]
     return torch.where(visible, scores, -torch.inf).exp().to(query.dtype)
-
-
-def _once(tensor: Tensor, key, build: Callable[[], AttentionMask]) -> AttentionMask:
-    """``build()``, kept on ``tensor`` while it stays unchanged, so that layers share one mask."""
-    if torch.compiler.is_compiling() or tensor.is_inference() or _capturing():
-        return build()
-    kept = getattr(tensor, _MEMO, None)
-    state = (key, tensor._version)
-    if kept is None or kept[0] != state:
-        kept = (state, build())
-        setattr(tensor, _MEMO, kept)
-    return kept[1]
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -115,10 +115,14 @@ class MaskCarrier(BlockMask):
         for like in (x for x in options if isinstance(x, Tensor)):
             options += [like.device, like.dtype]
         dtypes = [x for x in options if isinstance(x, torch.dtype) and x != self.dtype]
-        devices = [x for x in options if isinstance(x, (torch.device, str))]
+        devices = [
+            torch.device(x)
+            for x in options
+            if isinstance(x, (torch.device, str, int)) and not isinstance(x, bool)
+        ]
         moved = self
-        if devices and torch.device(devices[0]) != self.device:
-            moved = self._replace(self.mask.to(devices[0]), device=torch.device(devices[0]))
+        if devices and devices[0] != self.device:
+            moved = self._replace(self.mask.to(devices[0]), device=devices[0])
         return moved.as_tensor(dtypes[0]) if dtypes else moved
 
     def float(self) -> Tensor:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from hf_flash_two.attention import flash_attention
-from hf_flash_two.hf.interface import _from_dense, _once
+from hf_flash_two.hf.interface import _from_dense
 from hf_flash_two.hf.leading import Lead, Leading
 from hf_flash_two.hf.mask_carrier import MaskCarrier
+from hf_flash_two.hf.memo import once
 from hf_flash_two.masks import AttentionMask
 
 HIDDEN = -1e4
@@ -251,7 +252,7 @@ class Scores(Lazy):
         for (_, seen), whole in zip(visible, spread, strict=True):
             made_for = (leading.ends, place, queries, keys)
             whole = leading.fold(whole, place)
-            found = _once(seen, made_for, partial(_from_visible, whole, queries, keys))
+            found = once(seen, made_for, partial(_from_dense, whole, queries, keys))
             mask = mask & _moved(found, mask, queries, keys)
         query, key, value = self._folded(value, leading, place)
         dropout_p, seed = self.dropout or (0.0, None)
@@ -344,15 +345,11 @@ def _parted(term: Tensor) -> tuple[Tensor | None, Tensor | None]:
         return found.logical_not_() if found.any() else None
 
     with torch.no_grad():
-        visible = _once(term, "hidden", hidden)
+        visible = once(term, "hidden", hidden)
     if visible is None:
         return term, None
     bias = torch.where(visible, term, 0)
     return (bias if term.requires_grad or bias.any() else None), visible
-
-
-def _from_visible(visible: Tensor, queries: int, keys: int) -> AttentionMask:
-    return _from_dense(visible.expand(*visible.shape[:3], keys), queries)
 
 
 def _moved(seen: AttentionMask, mask: AttentionMask, queries: int, keys: int) -> AttentionMask:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -259,6 +260,44 @@ def test_a_mask_with_runs_skips_tiles(monkeypatch) -> None:
     assert not made[2].to_dense(12, 12)[:, :, 5].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+def test_a_mask_of_keys_serves_any_number_of_queries(dtype: torch.dtype) -> None:
+    keep = left_padded(2, 13, 4).bool()[:, None, None]
+    low = torch.finfo(torch.float32).min
+    mask = keep if dtype == torch.bool else torch.zeros(keep.shape).masked_fill(~keep, low)
+    for queries in (1, 4, 2):
+        states = qkv(queries, 13)
+        visible = keep.expand(2, 1, queries, 13)
+        check(attention_forward(Layer(), *states, mask), expected(*states, visible))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 1, 13, 1), (2, HEADS, 1, 1)], ids=str)
+def test_a_mask_broadcasts_over_keys(shape: tuple[int, ...]) -> None:
+    visible, states = torch.ones(shape, dtype=torch.bool), qkv(13)
+    visible[0, 0, -1] = len(shape) == shape.count(1)
+    check(attention_forward(Layer(), *states, visible), expected(*states, visible))
+
+
+@pytest.mark.parametrize("kind", user_masks())
+def test_a_mask_is_not_kept_alive_nor_written_to(kind: str) -> None:
+    mask = user_masks()[kind].clone()
+    attention_forward(Layer(), *qkv(13), mask)
+    assert not vars(mask)
+    gone = weakref.ref(mask)
+    del mask
+    assert gone() is None
+
+
+@pytest.mark.parametrize("kind", user_masks())
+def test_a_mask_first_used_in_inference_mode_trains(kind: str) -> None:
+    mask, states = user_masks()[kind], qkv(13)
+    with torch.inference_mode():
+        attention_forward(Layer(), *states, mask)
+    states[0].requires_grad_()
+    attention_forward(Layer(), *states, mask)[0].sum().backward()
+    assert states[0].grad.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_mask_of_two_dimensions(is_causal: bool, dtype: torch.dtype) -> None:
@@ -388,6 +427,12 @@ def test_cu_seq_lens_are_read_again_after_a_change() -> None:
     assert torch.equal(first, attention_forward(layer, *states, None, **given)[0])
     ends[1] = 3
     visible = torch.block_diag(*[torch.ones(3, 3)] * 2).bool()
+    check(attention_forward(layer, *states, None, **given), expected(*states, visible))
+    given["cu_seq_lens_q"] = other = torch.tensor([0, 1, 6], dtype=torch.int32)
+    visible = torch.block_diag(torch.ones(1, 3), torch.ones(5, 3)).bool()
+    check(attention_forward(layer, *states, None, **given), expected(*states, visible))
+    other[1] = 4
+    visible = torch.block_diag(torch.ones(4, 3), torch.ones(2, 3)).bool()
     check(attention_forward(layer, *states, None, **given), expected(*states, visible))
 
 
