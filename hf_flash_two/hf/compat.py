@@ -36,7 +36,7 @@ from packaging.version import Version
 from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.utils import output_capturing
 
-from hf_flash_two.hf.packing import all_visible, document_ids, falls, may_be_packed
+from hf_flash_two.hf.packing import all_visible, document_ids, falls, may_be_packed, recording
 
 FLASH_TWO = "flash_two"
 FA_TWO = "fa_two"
@@ -219,7 +219,7 @@ def _finding_documents(prepare: Callable) -> Callable:
             return prepared
         if not may_be_packed(position_ids, inputs_embeds.shape[0], queries, keys):
             return prepared
-        if torch.compiler.is_compiling() or (falls(position_ids) and all_visible(mask)):
+        if recording() or (falls(position_ids) and all_visible(mask)):
             ids = document_ids(position_ids, all_visible(mask))
         return early_exit, mask, ids, queries, keys, offset, *rest
 

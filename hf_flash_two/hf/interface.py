@@ -10,7 +10,7 @@ from hf_flash_two.hf import compat
 from hf_flash_two.hf.mask_carrier import MaskCarrier, documents
 from hf_flash_two.hf.mask_function import from_tiles
 from hf_flash_two.hf.memo import once
-from hf_flash_two.hf.packing import falls, may_be_packed
+from hf_flash_two.hf.packing import falls, may_be_packed, recording
 from hf_flash_two.masks import AttentionMask
 
 # What models and trainers send along and attention has no use for.
@@ -254,7 +254,7 @@ def _from_tensor(
             f"four dimensions, got {mask.dtype}"
         )
     visible = None
-    if mask.shape[1] == 1 and not mask.requires_grad and not torch.compiler.is_compiling():
+    if mask.shape[1] == 1 and not mask.requires_grad and not recording():
         key = ("additive", queries, keys)
         visible = once(mask, key, lambda: _from_additive(mask, queries, keys))
     return (AttentionMask.full(), mask) if visible is None else (visible, None)
@@ -262,7 +262,7 @@ def _from_tensor(
 
 def _from_dense(visible: Tensor, queries: int, keys: int) -> AttentionMask:
     visible = visible.expand(*visible.shape[:3], keys)
-    if visible.shape[1] != 1 or torch.compiler.is_compiling():
+    if visible.shape[1] != 1 or recording():
         return AttentionMask.from_dense(visible)
     if visible.shape[2] == 1 and queries != 1:
         return AttentionMask.from_padding(visible[:, 0, 0])
@@ -278,7 +278,7 @@ def _from_additive(mask: Tensor, queries: int, keys: int) -> AttentionMask | Non
 
 
 def _from_positions(position_ids: Tensor) -> AttentionMask:
-    if not torch.compiler.is_compiling() and not falls(position_ids):
+    if not recording() and not falls(position_ids):
         return AttentionMask.full()
     return documents(position_ids)
 

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._pytree import tree_map
 from transformers.utils import logging
 
-from hf_flash_two.hf.packing import document_ids, falls
+from hf_flash_two.hf.packing import document_ids, falls, recording
 from hf_flash_two.masks import AttentionMask
 
 logger = logging.get_logger(__name__)
@@ -69,7 +69,7 @@ class MaskCarrier(BlockMask):
         """The mask within the documents that ``position_ids`` [1 or B, T] tell of."""
         if self.may_pack is False or self._shape[2] != self._shape[3]:
             return self.mask
-        if torch.compiler.is_compiling():
+        if recording():
             return self.mask & documents(position_ids, self.may_pack)
         if self._packed is None or self._packed[0] is not position_ids:
             restarts = documents(position_ids, self.may_pack) if falls(position_ids) else None

@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from hf_flash_two.hf import compat
 from hf_flash_two.hf.mask_carrier import MaskCarrier
-from hf_flash_two.hf.packing import all_visible
+from hf_flash_two.hf.packing import all_visible, recording
 from hf_flash_two.masks import FAR, AttentionMask
 
 logger = logging.get_logger(__name__)
@@ -142,7 +142,7 @@ def from_tiles(
         row_elements: how many elements one row of ``visible`` has, over the whole batch.
     """
     step = max(1, _TILE_ELEMENTS // max(1, row_elements))
-    if torch.compiler.is_compiling() and q_length != 1:
+    if recording() and q_length != 1:
         return AttentionMask.from_dense(visible(0, q_length))
     starts = range(0, q_length, step)
     first = last = count = None
@@ -296,7 +296,7 @@ def _chunks(size: int, left_padding: Tensor, place: _Place, position) -> Attenti
 
 def _equal_ids(ids: Tensor, place: _Place, hidden: Tensor | None = None) -> AttentionMask | None:
     """A query sees the keys of its own id, [B, L]; None unless each id is one run of positions."""
-    if torch.compiler.is_compiling():
+    if recording():
         return None  # whether an id comes back later is not to be known
     visible = torch.ones_like(ids, dtype=torch.bool) if hidden is None else ~hidden
     starts = pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True) & visible

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from hf_flash_two.hf.packing import recording
 from hf_flash_two.masks import AttentionMask
 
 Found = TypeVar("Found")
@@ -30,7 +31,7 @@ def once(tensor: Tensor, key, build: Callable[[], Found], *others: Tensor) -> Fo
     One result is kept per ``tensor``, as long as it lives. What is not written by PyTorch's own
     operations goes unseen.
     """
-    if torch.compiler.is_compiling() or tensor.is_inference() or _capturing():
+    if recording() or tensor.is_inference():
         return build()
     kept = _kept.get(tensor)
     state = (key, tensor._version, *(other._version for other in others))
@@ -52,7 +53,3 @@ def once(tensor: Tensor, key, build: Callable[[], Found], *others: Tensor) -> Fo
 def _is_view_of(found: AttentionMask | Tensor | None, tensor: Tensor) -> bool:
     seen = found.dense if isinstance(found, AttentionMask) else found
     return seen is not None and (seen is tensor or seen._base is tensor)
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

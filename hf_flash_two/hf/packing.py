@@ -7,6 +7,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
+def recording() -> bool:
+    """Whether operations are recorded, to run on other values: then no value decides anything.
+
+    By torch.compile, torch.export, torch.jit.trace or a CUDA graph.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    )
+
+
 def falls(position_ids: Tensor) -> bool:
     """Whether positions fall anywhere, so that they tell of several documents (a device sync)."""
     return bool((position_ids[..., 1:] < position_ids[..., :-1]).any())
@@ -41,8 +53,8 @@ def may_be_packed(position_ids: Tensor | None, batch: int, queries: int, keys: i
 
 
 def all_visible(attention_mask: Tensor | None) -> bool | Tensor:
-    """Whether [B, T] hides nothing; a bool tensor [] while torch.compile traces."""
+    """Whether [B, T] hides nothing; a bool tensor [] while recording."""
     if attention_mask is None:
         return True
     unpadded = (attention_mask != 0).all()
-    return unpadded if torch.compiler.is_compiling() else bool(unpadded)
+    return unpadded if recording() else bool(unpadded)

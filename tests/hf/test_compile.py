@@ -267,3 +267,30 @@ def test_generate_compiles_by_itself_on_a_gpu(name: str) -> None:
         made = flash.generate(**inputs, **options, cache_implementation="static")
         assert made.tolist() == expected.tolist()
     assert counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+@pytest.mark.filterwarnings("ignore")  # of the tracer, about all that it looks at
+def test_jit_trace_bakes_in_no_mask(restarts: bool) -> None:
+    """Traced with a mask of ones and positions without documents, it takes others."""
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = DECODERS[0].build("flash_two")
+
+        def forward(self, ids, mask, positions):
+            given = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
+            return self.model(ids, **given).logits
+
+    logits = Logits().eval()
+    ids, ones = tokens(2, 24), torch.ones(2, 24, dtype=torch.long)
+    positions = torch.arange(24).repeat(2, 1)
+    with torch.no_grad():
+        traced = torch.jit.trace(logits, (ids, ones, positions), check_trace=False)
+        if restarts:
+            given = (ids, ones, positions % 12)
+        else:
+            given = (ids, (positions >= torch.tensor([[9], [0]])).long(), positions)
+        difference = traced(*given) - logits(*given)
+    assert difference[given[1].bool()].abs().max() < 1e-5
