@@ -195,7 +195,7 @@ def _check_per_head(name: str, tensor: Tensor | None, query: Tensor) -> Tensor |
             f"{name}: expected shape [{heads}] or [{batch}, {heads}], got {list(tensor.shape)}"
         )
     tensor = tensor[None] if tensor.dim() == 1 else tensor
-    return tensor.to(statistics_dtype(query.dtype))
+    return tensor.to(statistics_dtype(query.dtype)).contiguous()
 
 
 def _check_softcap(softcap: float | None) -> float:

@@ -397,6 +397,9 @@ class AttentionMask:
                 bounds = _group_bounds(self.first_query, self.last_query)
             if not lasts(bounds):
                 return bounds
+            # What kernels work out from them. Of bounds made in a compiled graph nothing is kept:
+            # it may write others into the same tensor.
+            bounds._key_ranges, bounds._query_tiles = {}, {}
             self._bounds.append(bounds)
         return self._bounds[0]
 

@@ -917,6 +917,12 @@ def test_auto_is_a_kernel_by_name() -> None:
     assert torch.equal(flash_attention(*tensors), flash_attention(*tensors, kernel="blockwise"))
 
 
+def test_values_per_head_may_be_strided(kernel: str, device: str) -> None:
+    tensors = inputs(9, 20, device=device)
+    slopes, sinks = torch.rand(12, device=device)[::2], torch.randn(6, 3, device=device)[:, 1]
+    check(kernel, *tensors, alibi_slopes=slopes, sinks=sinks)
+
+
 def test_a_mask_first_used_in_inference_mode_trains(kernel: str, device: str) -> None:
     """What it works out at its first use is kept for the others."""
     keep = torch.arange(65) >= torch.tensor([[3], [40]])

@@ -466,3 +466,20 @@ def test_meta_tensors_give_shapes() -> None:
     out, lse = flash_attention(query, key, value, mask=AttentionMask.causal(), return_lse=True)
     assert out.shape == (2, 6, 9, 24) and lse.shape == (2, 6, 9)
     assert out.device.type == "meta"
+
+
+def test_masks_of_one_compiled_graph_are_not_taken_for_each_other() -> None:
+    """The compiler may write the bounds of the second into the memory of the first."""
+    query, key, value = (torch.randn(2, 2, 100, 16) for _ in range(3))
+    first, second = (
+        torch.arange(100) >= torch.tensor(starts)[:, None] for starts in ([0, 90], [60, 3])
+    )
+
+    def attend(query, key, value, first, second):
+        for keep in (first, second):
+            mask = AttentionMask.causal() & AttentionMask.from_padding(keep)
+            query = flash_attention(query, key, value, mask=mask)
+        return query
+
+    given = (query, key, value, first, second)
+    torch.testing.assert_close(torch.compile(attend, fullgraph=True)(*given), attend(*given))

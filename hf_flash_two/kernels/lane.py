@@ -150,7 +150,7 @@ def _query_tiles(call: Call, rows: int) -> list[list[QueryTile]]:
     if bounds is None:
         return _tiles_of_band(problem.window_left, problem.window_right, *settings, dense)
     # The mask owns the bounds, and all layers share the mask.
-    known = vars(bounds).setdefault("_query_tiles", {})
+    known = vars(bounds).get("_query_tiles", {})
     key = (*settings, dense, rows)
     if key not in known:
         offset, query_length, key_length, block_q, block_k = settings

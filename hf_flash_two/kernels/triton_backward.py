@@ -64,6 +64,7 @@ def backward(
     query, key, value, d_out = (
         x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value, d_out)
     )
+    lse = lse.contiguous()
     with torch.cuda.device_of(query):
         plan = planned(_plan, problem, query, key, value, d_out, out, lse, d_lse)
         dq, dk, dv = (query.new_empty_strided(*layout) for layout in plan.gradients)
@@ -166,7 +167,9 @@ def _plan(
         {"DV": value_dim, "BLOCK_V": triton.next_power_of_2(value_dim), "ROWS": _STAT_ROWS},
         tiles.queries,
     )  # fmt: skip
-    parts = triton.cdiv(max(head_dim, value_dim), tiles.keys.block_d)
+    parts = max(
+        triton.cdiv(head_dim, tiles.keys.block_d), triton.cdiv(value_dim, tiles.keys.block_v)
+    )
     keys, values = (
         block and launch(
             _keys_kernel, (triton.cdiv(key_length, block.block_k) * batch * key_heads, parts),
@@ -374,7 +377,7 @@ def _keys_kernel(
                 position = row + offset
                 if phase == 1:
                     seen = seen & visible(
-                        row[None, :], position[None, :], col[:, None], key_length,
+                        row[None, :], position[None, :], col[:, None], query_length, key_length,
                         first_query[:, None], last_query[:, None], dense_head, dense_sq, dense_sk,
                         left, right, MASK, LEFT, RIGHT, DENSE,
                     )  # fmt: skip
@@ -515,7 +518,7 @@ def _queries_kernel(
                     batch * mask_sb, key_tile * BLOCK_K, key_length, MASK, BLOCK_K,
                 )  # fmt: skip
                 seen = seen & visible(
-                    row[:, None], position[:, None], col[None, :], key_length,
+                    row[:, None], position[:, None], col[None, :], query_length, key_length,
                     first_query[None, :], last_query[None, :], dense_ptr, dense_sq, dense_sk,
                     left, right, MASK, LEFT, RIGHT, DENSE,
                 )  # fmt: skip
@@ -624,7 +627,7 @@ def _bias_kernel(
                         batch * mask_sb, key_tile * BLOCK_K, key_length, MASK, BLOCK_K,
                     )  # fmt: skip
                     seen = (row_inside[:, None] & col_inside[None, :]) & visible(
-                        row[:, None], position[:, None], col[None, :], key_length,
+                        row[:, None], position[:, None], col[None, :], query_length, key_length,
                         first_query[None, :], last_query[None, :], dense_at, dense_sq, dense_sk,
                         left, right, MASK, LEFT, RIGHT, DENSE,
                     )  # fmt: skip

@@ -96,7 +96,8 @@ _TABLE = {
 # and padded head dim at most. Hopper has three tiles of 32 KiB of K and of V on their way.
 _DECODE_TABLE = {
     200: {64: (256, 3, 1), 128: (128, 3, 1), 256: (64, 3, 1)},
-    0: {64: (128, 2, 2), 256: (64, 2, 2)},
+    128: {64: (128, 2, 2), 256: (64, 2, 2)},
+    0: {64: (128, 2, 2), 128: (64, 2, 2), 256: (32, 2, 2)},
 }
 
 
@@ -162,11 +163,16 @@ def forward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -
     block_v = min(_columns(value_dim, wide, device), most)
     if head_dim > _MOST_COLUMNS:
         block_d = 64
-    if group * query_length <= _DECODE_ROWS:
+    widest = max(block_d, block_v)
+    narrow = device.shared_memory < 96 * 2**10 and widest > 128
+    if group * query_length <= (_DECODE_ROWS // 2 if narrow else _DECODE_ROWS):
         block_q = _padded(group * query_length)
-        memory = 0 if wide or not _few_terms(problem) else device.shared_memory
+        simple = not wide and _few_terms(problem)
+        memory = device.shared_memory if simple else min(device.shared_memory, 128 * 2**10)
         rows = _of_memory(_DECODE_TABLE, memory)
-        block_k, stages, resident = _of_width(rows, max(block_d, block_v))
+        block_k, stages, resident = _of_width(rows, widest)
+        if wide and device.shared_memory < 128 * 2**10:
+            block_k //= 2
         block_k = min(block_k, 2**13 // block_q)  # 32 KiB of scores
         blocks = triton.cdiv(key_length, max(block_k, _SPLIT_KEYS))
         programs = batch * key_heads * triton.cdiv(value_dim, block_v)

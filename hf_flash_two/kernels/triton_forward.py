@@ -274,7 +274,7 @@ def _forward_kernel(
                     batch * mask_sb, key_tile * BLOCK_K, key_length, MASK, BLOCK_K,
                 )  # fmt: skip
                 seen = seen & visible(
-                    row[:, None], position[:, None], col[None, :], key_length,
+                    row[:, None], position[:, None], col[None, :], query_length, key_length,
                     first_query[None, :], last_query[None, :], dense_ptr, dense_sq, dense_sk,
                     left, right, MASK, LEFT, RIGHT, DENSE,
                 )  # fmt: skip

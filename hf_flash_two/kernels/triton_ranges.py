@@ -23,7 +23,7 @@ def key_ranges(problem: Problem, tiles: Tiles, query_length: int, key_length: in
     bounds = problem.key_bounds
     if bounds is None:
         return None
-    known = vars(bounds).setdefault("_key_ranges", {})
+    known = vars(bounds).get("_key_ranges", {})
     key = (
         problem.query_offset, query_length, key_length, tiles.block_q, tiles.block_k, tiles.pack,
     )  # fmt: skip

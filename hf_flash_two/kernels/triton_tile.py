@@ -138,11 +138,12 @@ def nth_tile(n, first, full, full_end):
 
 @triton.jit
 def visible(
-    row, position, col, key_length, first, last, dense_ptr, dense_sq, dense_sk, left, right,
+    row, position, col, query_length, key_length, first, last,
+    dense_ptr, dense_sq, dense_sk, left, right,
     MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
     """Mask of one tile; whatever it is given broadcasts to it, in either orientation."""
-    seen = (col < key_length) & (row >= 0)
+    seen = (col < key_length) & (row < query_length)
     if MASK == BAND:
         if LEFT:
             seen = seen & (position - col <= left)
