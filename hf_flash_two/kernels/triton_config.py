@@ -92,12 +92,21 @@ _TABLE = {
     },
 }
 
-# Decoding: (block_k, stages, programs resident in a processor), by shared memory in KiB at least
-# and padded head dim at most. Hopper has three tiles of 32 KiB of K and of V on their way.
+# Decoding: (block_k, stages, programs resident in a processor), chosen in the same way. Hopper has
+# three tiles of 32 KiB of K and of V on their way.
 _DECODE_TABLE = {
-    200: {64: (256, 3, 1), 128: (128, 3, 1), 256: (64, 3, 1)},
-    128: {64: (128, 2, 2), 256: (64, 2, 2)},
-    0: {64: (128, 2, 2), 128: (64, 2, 2), 256: (32, 2, 2)},
+    200: {
+        "half": {64: (256, 3, 1), 128: (128, 3, 1), 256: (64, 3, 1)},
+        "wide": {64: (128, 2, 2), 256: (64, 2, 2)},
+    },
+    128: {
+        "half": {64: (128, 2, 2), 256: (64, 2, 2)},
+        "wide": {64: (128, 2, 2), 256: (64, 2, 2)},
+    },
+    0: {
+        "half": {64: (128, 2, 2), 128: (64, 2, 2), 256: (32, 2, 2)},
+        "wide": {64: (64, 2, 2), 256: (32, 2, 2)},
+    },
 }
 
 
@@ -106,19 +115,17 @@ def _few_terms(problem: Problem) -> bool:
     return problem.bias is None and problem.dense is None
 
 
-def _of_memory(table: dict[int, dict], size: int) -> dict:
-    return next(rows for kib, rows in table.items() if size >= kib * 2**10)
-
-
-def _of_width(rows: dict[int, tuple], width: int) -> tuple:
+def _look_up(table: dict[int, dict], shared_memory: int, wide: bool, width: int) -> tuple:
+    rows = next(rows for kib, rows in table.items() if shared_memory >= kib * 2**10)
+    rows = rows["wide" if wide else "half"]
     return next(row for limit, row in rows.items() if width <= limit)
 
 
 def _table_row(width: int, wide: bool, device: Device, problem: Problem):
     """The three launches; tiles of a bias or a dense mask leave room for fewer stages."""
-    rows = _of_memory(_TABLE, device.shared_memory)["wide" if wide else "half"]
+    row = _look_up(_TABLE, device.shared_memory, wide, width)
     most = 4 if _few_terms(problem) else 2
-    return [(*sizes, min(stages, most)) for *sizes, stages in _of_width(rows, width)]
+    return [(*sizes, min(stages, most)) for *sizes, stages in row]
 
 
 @lru_cache
@@ -167,12 +174,10 @@ def forward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -
     narrow = device.shared_memory < 96 * 2**10 and widest > 128
     if group * query_length <= (_DECODE_ROWS // 2 if narrow else _DECODE_ROWS):
         block_q = _padded(group * query_length)
-        simple = not wide and _few_terms(problem)
-        memory = device.shared_memory if simple else min(device.shared_memory, 128 * 2**10)
-        rows = _of_memory(_DECODE_TABLE, memory)
-        block_k, stages, resident = _of_width(rows, widest)
-        if wide and device.shared_memory < 128 * 2**10:
-            block_k //= 2
+        memory = device.shared_memory
+        if not _few_terms(problem):
+            memory = min(memory, 128 * 2**10)
+        block_k, stages, resident = _look_up(_DECODE_TABLE, memory, wide, widest)
         block_k = min(block_k, 2**13 // block_q)  # 32 KiB of scores
         blocks = triton.cdiv(key_length, max(block_k, _SPLIT_KEYS))
         programs = batch * key_heads * triton.cdiv(value_dim, block_v)
