@@ -74,9 +74,11 @@ _TABLES = "_ATTENTION_CLASSES"
 _SERVING = "init_continuous_batching"
 
 _PREPARE = "_preprocess_mask_arguments"
+# The fourth is the cache: "past_key_values" up to 5.23, "cache" since.
 _PREPARE_ARGUMENTS = [
-    "config", "inputs_embeds", "attention_mask", "past_key_values", "position_ids",
-]  # fmt: skip
+    ["config", "inputs_embeds", "attention_mask", cache, "position_ids"]
+    for cache in ("past_key_values", "cache")
+]
 
 # Families that ask whether the mask is a tensor, by model_type: bool where they know it.
 WANTS_BOOL_TENSOR = frozenset({"doge"})
@@ -197,7 +199,7 @@ def isolate_packed_documents() -> str | None:
     prepare = getattr(masking_utils, _PREPARE, None)
     if prepare is None:
         return f"transformers.masking_utils.{_PREPARE} is missing"
-    if list(inspect.signature(prepare).parameters)[:5] != _PREPARE_ARGUMENTS:
+    if list(inspect.signature(prepare).parameters)[:5] not in _PREPARE_ARGUMENTS:
         return f"{_PREPARE} takes other arguments: {inspect.signature(prepare)}"
     if not hasattr(prepare, FLASH_TWO):
         setattr(masking_utils, _PREPARE, _finding_documents(prepare))
@@ -207,10 +209,10 @@ def isolate_packed_documents() -> str | None:
 def _finding_documents(prepare: Callable) -> Callable:
     @functools.wraps(prepare)
     def preprocess_mask_arguments(
-        config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs
+        config, inputs_embeds, attention_mask, cache, position_ids, *args, **kwargs
     ):
         prepared = prepare(
-            config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs
+            config, inputs_embeds, attention_mask, cache, position_ids, *args, **kwargs
         )
         early_exit, mask, ids, queries, keys, offset, *rest = prepared
         if early_exit or ids is not None or not is_ours(config._attn_implementation):
