@@ -188,12 +188,21 @@ def why_not(layer: nn.Module) -> str | None:
 def attention_kind(cls: type[nn.Module]) -> str | None:
     """ "interface", "own" or None for a class that is no attention layer."""
     name = key(cls)
+    text = "" if issubclass(cls, PreTrainedModel) else _source(cls)
+    # Before the lists: some classes in them use the interface in newer versions.
+    if "ALL_ATTENTION_FUNCTIONS" in text:
+        return "interface"
     if name in OWN_ATTENTION or name in NOT_POSSIBLE:
         return "own"
-    if issubclass(cls, PreTrainedModel) or not cls.__module__.startswith("transformers.models."):
-        return None
+    softmax = re.search("softmax|scaled_dot_product_attention", text, re.IGNORECASE)
+    named = re.search("att(ention|n)", cls.__name__, re.IGNORECASE)
+    return "own" if named and softmax and _PRODUCT.search(text) else None
+
+
+def _source(cls: type[nn.Module]) -> str:
+    """The methods of a class of Transformers' models; empty of others, and where it is missing."""
     try:
-        text = "\n".join(
+        return "\n".join(
             inspect.getsource(member)
             for owner in cls.__mro__
             if owner.__module__.startswith("transformers.models.")
@@ -201,12 +210,7 @@ def attention_kind(cls: type[nn.Module]) -> str | None:
             if inspect.isfunction(member)
         )
     except OSError:
-        return None
-    if "ALL_ATTENTION_FUNCTIONS" in text:
-        return "interface"
-    softmax = re.search("softmax|scaled_dot_product_attention", text, re.IGNORECASE)
-    named = re.search("att(ention|n)", cls.__name__, re.IGNORECASE)
-    return "own" if named and softmax and _PRODUCT.search(text) else None
+        return ""
 
 
 def key(cls: type) -> str:
