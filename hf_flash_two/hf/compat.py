@@ -1,6 +1,6 @@
 """Every name of Transformers that is no public interface, in one place, and checked before use.
 
-Tested with transformers 5.4 to 5.23; what differs there:
+Tested with transformers 5.4 to 5.24; what differs there:
 
 * 5.4 alone: assisted decoding and prompt lookup fail without an end token.
 * up to 5.12 caches with windows take no tokens back, which those two need.
@@ -12,6 +12,9 @@ Tested with transformers 5.4 to 5.23; what differs there:
   gives other shapes; from 5.19 it calls the ordinary one, if that has "flash" in its name.
 * up to 5.22 masks of packed documents come without their positions: chunks count from the start of
   the row.
+* up to 5.23 the attention function writes to the paged cache, and caches are ``past_key_values``;
+  from 5.24 the layers do, and caches are ``cache``. GPT-J, CodeGen and LayoutLMv3 compute attention
+  themselves, from 5.24 they use the interface.
 
 "flash" in a name makes Transformers take it for Tri Dao's package: three library modules then load
 a kernel, re-route models that list the kernels they like, and refuse chunked attention and
@@ -34,6 +37,7 @@ import torch
 import transformers
 from packaging.version import Version
 from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
+from transformers.generation import continuous_batching
 from transformers.utils import output_capturing
 
 from hf_flash_two.hf.packing import all_visible, document_ids, falls, may_be_packed, recording
@@ -72,6 +76,9 @@ _LOADING = {
 }
 _TABLES = "_ATTENTION_CLASSES"
 _SERVING = "init_continuous_batching"
+
+# The class of the cache of continuous batching.
+PagedCache: type = getattr(continuous_batching, "PagedAttentionCache", object)
 
 _PREPARE = "_preprocess_mask_arguments"
 # The fourth is the cache: "past_key_values" up to 5.23, "cache" since.
@@ -115,12 +122,14 @@ def with_paged_names(names: list[str]) -> list[str]:
 
 
 def update_paged_cache(
-    cache, key: torch.Tensor, value: torch.Tensor, layer: int, paged: dict[str, Any]
+    cache, key: torch.Tensor, value: torch.Tensor, module: torch.nn.Module, paged: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int | None]:
     """Write to the cache of continuous batching and read all that this layer's queries may need.
 
     Args:
-        key, value: [1, Hk, Tq, D or Dv], of all requests of this step end to end.
+        cache: None where the layer has done so itself.
+        key, value: [1, Hk, Tq, D or Dv], of all requests of this step end to end; all that is
+            read, without ``cache``.
         paged: ``cu_seq_lens_k``, ``max_length_k``, ``read_index`` and ``write_index``; changed.
 
     Returns:
@@ -128,8 +137,18 @@ def update_paged_cache(
         layer's window in tokens, None if it has none.
 
     Raises:
-        NotImplementedError: the layer has a window, and this cache gives it the wrong tokens.
+        NotImplementedError: the layer does not use the cache; or it has a window, and this cache
+            gives it the wrong tokens.
     """
+    if cache is None:
+        ends = paged["cu_seq_lens_k"]
+        if isinstance(ends, dict):  # the cache puts those of the layer's kind in their place
+            raise NotImplementedError(
+                f"continuous batching: {type(module).__name__} does not use the paged cache; use "
+                "`generate`"
+            )
+        return key, value, ends, _paged_window(module)
+    layer: int = module.layer_idx
     states = {"key_states": key, "value_states": value, "layer_idx": layer}
     allocators = getattr(cache, "layer_to_allocator", None)
     if allocators is not None:
@@ -151,6 +170,14 @@ def update_paged_cache(
         ends = ends["full_attention" if window == 1 else "sliding_attention"]
     key, value = (x.transpose(0, 1)[None] for x in (key, value))
     return key, value, ends, None if window == 1 else window
+
+
+def _paged_window(module: torch.nn.Module) -> int | None:
+    """The window that the paged cache keeps for a layer: it reads the same of the config."""
+    kinds = getattr(module.config, "layer_types", None)
+    if kinds is not None and kinds[module.layer_idx] != "sliding_attention":
+        return None
+    return getattr(module.config, "sliding_window", None)
 
 
 def allow_flash_two() -> str | None:

@@ -75,7 +75,7 @@ def attention_forward(
         cu_seq_lens_q, cu_seq_lens_k: [N + 1], boundaries of documents laid end to end (batch 1).
         indices: [B, Tq, n], the keys each query may see; block_indices: the same by blocks of
             ``module.indexer.block_size`` keys, [B, groups, Tq, n], negative for none.
-        cache: the paged cache of continuous batching.
+        cache: the paged cache of continuous batching; None where the layer has written to it.
 
     Returns:
         out [B, Tq, Hq, Dv], contiguous, and the attention weights [B, Hq, Tq, Tk] if
@@ -92,7 +92,7 @@ def attention_forward(
                 f"{name}: flash_two does not know this argument and will not ignore it; drop it "
                 "from the call of the model, or use attn_implementation='eager'"
             )
-    if cache is not None:
+    if cache is not None or kwargs.get("write_index") is not None:
         _check_paged(module, attention_mask)
         paged = dict(kwargs, cu_seq_lens_k=cu_seq_lens_k)
         key, value, mask = _from_paged_cache(module, key, value, cache, cu_seq_lens_q, paged)
@@ -320,9 +320,7 @@ def _from_paged_cache(
     paged: dict,
 ) -> tuple[Tensor, Tensor, AttentionMask]:
     """The keys and values of all requests end to end, and the mask that keeps these apart."""
-    key, value, key_ends, window = compat.update_paged_cache(
-        cache, key, value, module.layer_idx, paged
-    )
+    key, value, key_ends, window = compat.update_paged_cache(cache, key, value, module, paged)
     keys = key.shape[2]
 
     def build() -> AttentionMask:
