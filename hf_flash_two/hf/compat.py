@@ -90,6 +90,8 @@ _PREPARE_ARGUMENTS = [
 # Families that ask whether the mask is a tensor, by model_type: bool where they know it.
 WANTS_BOOL_TENSOR = frozenset({"doge"})
 WANTS_FLOAT_TENSOR = frozenset({"deepseek_v4", "gemma4_audio", "glm_moe_dsa", "informer"})
+# Families that read the mask as additive, without a look at its dtype: to route tokens to experts.
+READS_ADDITIVE = frozenset({"nllb-moe"})
 # Families with bidirectional layers that say is_causal, or nothing, which no mask bears out.
 NOT_CAUSAL_WITHOUT_MASK = frozenset(
     {

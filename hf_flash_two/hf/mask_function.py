@@ -122,7 +122,7 @@ def make_mask(
         mask,
         shape,
         device,
-        dtype if own_attention else torch.bool,
+        dtype if own_attention or family in compat.READS_ADDITIVE else torch.bool,
         causal="causal" in kinds,
         may_pack=False
         if "packed_sequence_mask_function" in kinds or q_length != kv_length
