@@ -157,6 +157,12 @@ def update_paged_cache(
         key, value = cache.update(**states, kwargs=paged)
         window = getattr(allocators[layer], "sliding_window", None)
         return key, value, paged["cu_seq_lens_k"], window
+    if not hasattr(cache, "sliding_windows"):
+        raise TypeError(
+            "cache: expected the paged cache of continuous batching, got "
+            f"{type(cache).__name__}, which {type(module).__name__} does not use; a model takes "
+            "its cache as `cache` from transformers 5.24, as `past_key_values` before"
+        )
     window = cache.sliding_windows[layer]
     if window != 1 and Version(transformers.__version__) < RIGHT_PAGED_WINDOWS:
         raise NotImplementedError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from checks import assert_close, assert_same_gradients, backward, error
-from models import DECODERS, MULTIMODAL, Family, named, tokens
+from models import CACHE, DECODERS, MULTIMODAL, Family, named, tokens
 from transformers import masking_utils
 
 from hf_flash_two import op
@@ -197,7 +197,7 @@ def test_a_user_s_numbers_that_come_back_while_compiling() -> None:
             config=model.config,
             inputs_embeds=embeds,
             attention_mask=None,
-            past_key_values=None,
+            **{CACHE: None},
             and_mask_function=masking_utils.packed_sequence_mask_function(numbers),
         )
         return model(inputs_embeds=embeds, attention_mask=mask).logits
