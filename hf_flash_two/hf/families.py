@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 _BY_FAMILY = {
     "aimv2": "Aimv2AttentionPoolingHead",
+    "apertus1p5": "Apertus1p5VisionTokenizerAttnBlock",
     "bark": "BarkSelfAttention",
     "big_bird": "BigBirdSelfAttention",
     "bigbird_pegasus": "BigBirdPegasusSelfAttention",
@@ -108,6 +109,7 @@ _BY_FAMILY = {
     "visual_bert": "VisualBertSelfAttention",
     "vitdet": "VitDetAttention",
     "wavlm": "WavLMAttention",
+    "wavtokenizer": "WavTokenizerVocosAttention",
     "xglm": "XGLMAttention",
     "xlm": "MultiHeadAttention",
     "xlnet": "XLNetRelativeAttention",
