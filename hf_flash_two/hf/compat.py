@@ -40,8 +40,6 @@ from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.generation import continuous_batching
 from transformers.utils import output_capturing
 
-from hf_flash_two.hf.packing import all_visible, document_ids, falls, may_be_packed, recording
-
 FLASH_TWO = "flash_two"
 FA_TWO = "fa_two"
 PAGED = "paged|"
@@ -55,6 +53,8 @@ _FLASH_TEST_MODULES = (
     "transformers.generation.utils",
 )
 _DESCRIPTION = "flash_two_description"
+# Those of Transformers that need nothing installed.
+_IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flex_attention")
 # The functions that make mask functions, and the variables that those close over.
 _BUILDERS = {
     "and_masks": ("mask_functions",),
@@ -80,18 +80,13 @@ _SERVING = "init_continuous_batching"
 # The class of the cache of continuous batching.
 PagedCache: type = getattr(continuous_batching, "PagedAttentionCache", object)
 
-_PREPARE = "_preprocess_mask_arguments"
-# The fourth is the cache: "past_key_values" up to 5.23, "cache" since.
-_PREPARE_ARGUMENTS = [
-    ["config", "inputs_embeds", "attention_mask", cache, "position_ids"]
-    for cache in ("past_key_values", "cache")
-]
-
 # Families that ask whether the mask is a tensor, by model_type: bool where they know it.
 WANTS_BOOL_TENSOR = frozenset({"doge"})
 WANTS_FLOAT_TENSOR = frozenset({"deepseek_v4", "gemma4_audio", "glm_moe_dsa", "informer"})
 # Families that read the mask as additive, without a look at its dtype: to route tokens to experts.
 READS_ADDITIVE = frozenset({"nllb-moe"})
+# Families whose masks are causal though their configs do not say so.
+CAUSAL = frozenset({"openai-gpt"})
 # Families with bidirectional layers that say is_causal, or nothing, which no mask bears out.
 NOT_CAUSAL_WITHOUT_MASK = frozenset(
     {
@@ -115,6 +110,11 @@ NO_WINDOW_WITHOUT_MASK = frozenset({"diffusion_gemma_text"})
 def is_ours(implementation: str | None) -> bool:
     """Whether this is one of our names, for continuous batching or not."""
     return (implementation or "").removeprefix(PAGED) in (FLASH_TWO, FA_TWO)
+
+
+def uses_ours(config: transformers.PreTrainedConfig) -> bool:
+    """Whether the layers of a watched model with this config use flash_two."""
+    return is_ours(implementation(config)) or needs_its_sdpa(config)
 
 
 def with_paged_names(names: list[str]) -> list[str]:
@@ -225,45 +225,6 @@ def _false_for_flash_two(test: Callable) -> Callable:
     return is_flash_attention_requested
 
 
-def isolate_packed_documents() -> str | None:
-    """Let masks under our names separate packed documents in every case; the reason if impossible.
-
-    Transformers looks for them only without a cache and without an attention mask, though a cache
-    is made by default and a mask of ones is what many collators send.
-    """
-    prepare = getattr(masking_utils, _PREPARE, None)
-    if prepare is None:
-        return f"transformers.masking_utils.{_PREPARE} is missing"
-    if list(inspect.signature(prepare).parameters)[:5] not in _PREPARE_ARGUMENTS:
-        return f"{_PREPARE} takes other arguments: {inspect.signature(prepare)}"
-    if not hasattr(prepare, FLASH_TWO):
-        setattr(masking_utils, _PREPARE, _finding_documents(prepare))
-    return None
-
-
-def _finding_documents(prepare: Callable) -> Callable:
-    @functools.wraps(prepare)
-    def preprocess_mask_arguments(
-        config, inputs_embeds, attention_mask, cache, position_ids, *args, **kwargs
-    ):
-        prepared = prepare(
-            config, inputs_embeds, attention_mask, cache, position_ids, *args, **kwargs
-        )
-        early_exit, mask, ids, queries, keys, offset, *rest = prepared
-        if early_exit or ids is not None or not is_ours(config._attn_implementation):
-            return prepared
-        if isinstance(offset, torch.Tensor) or offset != 0:
-            return prepared
-        if not may_be_packed(position_ids, inputs_embeds.shape[0], queries, keys):
-            return prepared
-        if recording() or (falls(position_ids) and all_visible(mask)):
-            ids = document_ids(position_ids, all_visible(mask))
-        return early_exit, mask, ids, queries, keys, offset, *rest
-
-    setattr(preprocess_mask_arguments, FLASH_TWO, True)
-    return preprocess_mask_arguments
-
-
 def patch_at_load(
     built: Callable[[PreTrainedModel], None],
     asked: Callable[[PreTrainedModel, dict[int | None, str]], None],
@@ -369,6 +330,59 @@ def _is_part_of_another(model: PreTrainedModel) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def transforms_by_vmap() -> bool:
+    """Whether `torch.func.vmap` maps what runs, so that no value can be looked at."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+
+
+def has_cross_attention(model: transformers.PreTrainedModel) -> bool:
+    """Whether a bidirectional mask of this model may be one from a decoder to an encoder."""
+    names = ("is_decoder", "is_encoder_decoder", "add_cross_attention")
+    return any(getattr(model.config, name, False) for name in names)
+
+
+def is_causal_model(model: transformers.PreTrainedModel) -> bool:
+    """Whether a model that makes its own masks makes causal ones."""
+    config = model.config
+    return config.model_type in CAUSAL or any(
+        getattr(config, name, False) for name in ("is_decoder", "causal")
+    )
+
+
+@torch.compiler.assume_constant_result
+def is_read_by_attention(name: str, modeling: str) -> bool:
+    """Whether an attention function of Transformers reads the argument ``name``.
+
+    Args:
+        modeling: name of a layer's Python module, whose own attention functions count as well.
+    """
+    return name in _arguments_of_attention(modeling)
+
+
+@functools.cache
+def _arguments_of_attention(modeling: str) -> frozenset[str]:
+    functions = [transformers.AttentionInterface()[name] for name in _IMPLEMENTATIONS]
+    for module, pattern in (
+        (modeling, "attention_forward"),
+        ("transformers.modeling_flash_attention_utils", "_flash_attention"),
+    ):
+        members = vars(importlib.import_module(module)).items()
+        functions += [f for n, f in members if pattern in n and inspect.isfunction(f)]
+    return frozenset().union(*map(_read_by, functions))
+
+
+def _read_by(function: Callable) -> set[str]:
+    """The names that a function takes, or looks up among its keyword arguments."""
+    function = inspect.unwrap(function)
+    named = inspect.signature(function).parameters.values()
+    return {p.name for p in named if p.kind is not p.VAR_KEYWORD} | {
+        text for text in function.__code__.co_consts if isinstance(text, str)
+    }
 
 
 def remaps_positions() -> bool:

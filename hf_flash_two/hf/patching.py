@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from hf_flash_two.hf import compat
 from hf_flash_two.hf.families import ALWAYS_ASKED, attention_kind, key, why_not
+from hf_flash_two.hf.forward_pass import unwatch, watch
 from hf_flash_two.hf.own_attention import own_attention
 from hf_flash_two.hf.scores import Lazy
 
@@ -193,6 +194,8 @@ def _patch_part(part: PreTrainedModel, name: str = compat.FLASH_TWO) -> None:
     for config in configs:
         if config is not None:
             _switch(part, config, "sdpa" if ours and compat.needs_its_sdpa(config) else name)
+    if configs:
+        watch(part)
     asked = _Asked(_position_of_output_attentions(type(part)))
     for at, layer in ours:
         if key(type(layer)) not in ALWAYS_ASKED:
@@ -284,10 +287,13 @@ def _restore(modules: Iterable[nn.Module]) -> None:
                 setattr(module, slot, previous or type(module).forward.__get__(module))
         for config, before in reversed(module.__dict__.pop(_UNDO, ())):
             compat.set_implementation(config, before)
+        if isinstance(module, PreTrainedModel) and not compat.uses_ours(module.config):
+            unwatch(module)
 
 
 def _restore_part(part: PreTrainedModel) -> None:
     _restore([part, *(layer for _, layer in _layers_of(part))])
+    unwatch(part)
 
 
 def _patched_modules(model: nn.Module) -> frozenset[int]:

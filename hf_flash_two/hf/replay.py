@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig
 
 from hf_flash_two.hf import compat, patching
-from hf_flash_two.hf.packing import all_visible, document_ids, falls, may_be_packed
+from hf_flash_two.hf.packing import document_ids, may_be_packed
 from hf_flash_two.kernels import select
 
 Slot = tuple[str, int, str | int]
@@ -246,11 +246,9 @@ def _documents(batch: dict) -> Tensor | None:
     else:
         if position_ids is not None and position_ids.dim() == 3 and len(position_ids) == 4:
             position_ids = position_ids[0]  # the text's, before those of the rotary embedding
-        if not may_be_packed(position_ids, *shape, shape[1]) or not falls(position_ids):
+        if not may_be_packed(position_ids, *shape):
             return None
-        if not all_visible(batch.get("attention_mask")):
-            return None
-        numbers = document_ids(position_ids).expand(shape)
+        numbers = document_ids(position_ids, batch.get("attention_mask")).expand(shape)
     return numbers if numbers.any() else None
 
 

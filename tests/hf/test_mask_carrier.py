@@ -33,7 +33,7 @@ def carrier(kind: str, dtype: torch.dtype = torch.bool) -> MaskCarrier:
         ),
     }
     shape = (3, 1, QUERIES, KEYS)
-    return MaskCarrier(masks[kind], shape, "cpu", dtype, causal=kind != "dense", may_pack=False)
+    return MaskCarrier(masks[kind], shape, "cpu", dtype, causal=kind != "dense", packed=True)
 
 
 KINDS = pytest.mark.parametrize("kind", ["band", "intervals", "dense"])

@@ -142,12 +142,6 @@ for names in (AttentionInterface(), AttentionMaskInterface()):
     subprocess.run([sys.executable, "-c", script], check=True, timeout=240)
 
 
-def test_packing_that_cannot_be_found_is_told(monkeypatch) -> None:
-    monkeypatch.delattr(masking_utils, "_preprocess_mask_arguments")
-    with pytest.warns(UserWarning, match="packed documents are not kept apart in all models"):
-        hf_flash_two.hf.register()
-
-
 def test_serving_that_cannot_be_checked_is_told(monkeypatch) -> None:
     monkeypatch.setattr(compat.transformers, "GenerationMixin", object)
     with pytest.warns(UserWarning, match="continuous batching is not checked"):
