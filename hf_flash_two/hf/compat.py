@@ -340,6 +340,12 @@ def transforms_by_vmap() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
 
 
+def only_inlined(function: Callable) -> Callable:
+    """Let torch.compile trace into ``function`` from what it compiles, but not start with it."""
+    torch._dynamo.eval_frame.skip_code(function.__code__)
+    return function
+
+
 def has_cross_attention(model: transformers.PreTrainedModel) -> bool:
     """Whether a bidirectional mask of this model may be one from a decoder to an encoder."""
     names = ("is_decoder", "is_encoder_decoder", "add_cross_attention")

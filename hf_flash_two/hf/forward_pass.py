@@ -17,7 +17,7 @@ from types import FrameType
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_flash_two.hf import compat
@@ -33,6 +33,7 @@ Derived = TypeVar("Derived")
 
 _local = threading.local()
 _HOOKS = "_flash_two_hooks"
+_MODULES = nn.Module.__call__.__code__.co_filename
 
 
 class Said(NamedTuple):
@@ -246,10 +247,21 @@ def _passes() -> list[ForwardPass]:
     return _local.passes
 
 
-def _open(places: tuple[int, ...], model: PreTrainedModel, args: tuple, kwargs: dict):
+@compat.only_inlined
+def _open(*arguments):
+    """The hook: compiled inside a model that is, and run as it is around one."""
+    return (_open_pass if torch.compiler.is_compiling() else _open_in_eager)(*arguments)
+
+
+@compat.only_inlined
+def _close(*arguments) -> None:
+    (_close_pass if torch.compiler.is_compiling() else _close_in_eager)(*arguments)
+
+
+def _open_pass(places: tuple[int, ...], model: PreTrainedModel, args: tuple, kwargs: dict):
     passes, frame = _passes(), None
     if not recording():
-        frame = sys._getframe(1)
+        frame = next(f for f in _callers(sys._getframe()) if f.f_code.co_filename == _MODULES)
         # What interrupts a forward from outside, as Ctrl-C does, leaves its pass behind.
         while passes and passes[-1].frame not in (None, *_callers(frame)):
             passes.pop()
@@ -259,7 +271,9 @@ def _open(places: tuple[int, ...], model: PreTrainedModel, args: tuple, kwargs: 
     ]
     around = passes[-1] if passes else None
     if around is not None and around.model.config is model.config:
-        given = [b if a is None else a for a, b in zip(given, around.said, strict=True)]
+        for at, name in enumerate(Said._fields):
+            # Fields that are not needed are not looked at: the compiler would guard each tensor.
+            given[at] = getattr(around.said, name) if given[at] is None else given[at]
     elif frame is not None and around is None:
         for name, value in _said_past_hooks(model, frame).items():
             at = Said._fields.index(name)
@@ -272,11 +286,14 @@ def _open(places: tuple[int, ...], model: PreTrainedModel, args: tuple, kwargs: 
     return passes[-1].with_ones(places, args, kwargs) if passes[-1].ones is not None else None
 
 
-def _close(model: PreTrainedModel, args: tuple, output) -> None:
+def _close_pass(model: PreTrainedModel, args: tuple, output) -> None:
     passes = _passes()
     ending = passes.pop()
     if output is not None:  # None: an error is on its way
         ending.close()
+
+
+_open_in_eager, _close_in_eager = map(torch.compiler.disable, (_open_pass, _close_pass))
 
 
 def _callers(frame: FrameType | None) -> Iterator[FrameType]:

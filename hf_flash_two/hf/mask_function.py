@@ -221,8 +221,10 @@ def _over_keys(documents: Tensor, place: _Place) -> Tensor:
     Raises:
         ValueError: the cache holds earlier tokens, and of which document is not known.
     """
-    unused = place.kv_length - documents.shape[1]
-    over_keys = pad(documents, (0, unused), value=documents.shape[1])
+    over_keys, queries = documents, documents.shape[1]
+    if place.kv_length != queries:
+        unused = documents.new_full((documents.shape[0], place.kv_length - queries), -1)
+        over_keys = torch.cat([documents, unused], dim=1)
     at_start = (place.q_offset == 0) & (place.kv_offset == 0)
     message = (
         "position_ids: documents start among these tokens, but the cache holds earlier ones, and "
