@@ -29,7 +29,11 @@ Slot = tuple[str, int, str | int]
 
 OUTPUT, GRADIENT = "output", "gradient at the first attention layer"
 # What patching puts on a module.
-_PATCHED = ("forward", "_old_forward", patching._UNDO)
+_PATCHED = ("forward", "_old_forward", patching._UNDO, patching._LISTENS)
+_HOOKS = tuple(
+    f"_forward_{kind}"
+    for kind in ("pre_hooks", "pre_hooks_with_kwargs", "hooks", "hooks_always_called")
+)
 # Describe packed documents, and are dropped where each document runs by itself.
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
@@ -41,7 +45,13 @@ _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
 def as_it_was(model: nn.Module, configs: list[PreTrainedConfig]) -> Iterator[None]:
     """Unpatched, in evaluation mode, all weights trained; at the end everything as it was."""
     modules = [
-        (m, m.training, {k: vars(m)[k] for k in _PATCHED if k in vars(m)}) for m in model.modules()
+        (
+            module,
+            module.training,
+            {k: vars(module)[k] for k in _PATCHED if k in vars(module)},
+            {k: dict(vars(module)[k]) for k in _HOOKS},
+        )
+        for module in model.modules()
     ]
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     with _implementations(configs):
@@ -54,9 +64,12 @@ def as_it_was(model: nn.Module, configs: list[PreTrainedConfig]) -> Iterator[Non
         finally:
             for parameter, was in trained.items():
                 parameter.requires_grad_(was)
-            for module, training, patch in modules:
+            for module, training, patch, hooks in modules:
                 module.training = training
                 vars(module).update(patch)
+                for kind, had in hooks.items():
+                    vars(module)[kind].clear()
+                    vars(module)[kind].update(had)
 
 
 @contextmanager
