@@ -100,6 +100,13 @@ _TURN_TO_SDPA = frozenset(
 # Families whose bidirectional layers name a window that only their cache keeps.
 NO_WINDOW_WITHOUT_MASK = frozenset({"diffusion_gemma_text"})
 
+# Families of which some models collect the weights their layers return, and do not ask for them.
+COLLECTS_UNTOLD = frozenset({"bridgetower", "pix2struct_vision_model"})
+# Families whose models return the weights of layers that are no decoder's in every call.
+RETURNS_WEIGHTS = frozenset({"kosmos_2_text_model", "kosmos_2_5_text_model"})
+# Families whose weights leave out what goes to the sinks.
+WEIGHTS_WITHOUT_SINKS = frozenset({"granite_swa", "granitemoe_swa"})
+
 
 def is_ours(implementation: str | None) -> bool:
     """Whether this is one of our names, for continuous batching or not."""
@@ -398,6 +405,21 @@ def has_window_without_mask(module: torch.nn.Module) -> bool:
     return _family(module) not in NO_WINDOW_WITHOUT_MASK
 
 
+def collects_untold(model: PreTrainedModel) -> bool:
+    """Whether layers of ``model`` return weights that it was asked for, and they were not."""
+    return model.config.model_type in COLLECTS_UNTOLD
+
+
+def returns_weights(module: torch.nn.Module) -> bool:
+    """Whether the model returns the weights of this layer whoever calls it."""
+    return _family(module) in RETURNS_WEIGHTS and not getattr(module, "is_decoder", True)
+
+
+def weights_without_sinks(module: torch.nn.Module) -> bool:
+    """Whether eager weights of this layer sum to 1, though it has sinks."""
+    return _family(module) in WEIGHTS_WITHOUT_SINKS
+
+
 def _family(module: torch.nn.Module) -> str | None:
     return getattr(getattr(module, "config", None), "model_type", None)
 
@@ -428,7 +450,10 @@ def needs_its_sdpa(config: transformers.PretrainedConfig) -> bool:
 def records_attentions() -> bool:
     """Whether a model is collecting the attention weights that its layers return."""
     collector = getattr(output_capturing, "_active_collector", None)
-    collected = collector.get() if collector is not None else None
+    if collector is None:
+        return False
+    compiling = torch.compiler.is_compiling()  # the compiler cannot read context variables
+    collected = getattr(collector, "global_var", None) if compiling else collector.get()
     return any("attentions" in name for name in collected or ())
 
 

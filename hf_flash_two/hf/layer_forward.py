@@ -9,7 +9,6 @@ is given the layer that was called, hands it over.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from functools import partial
 
 import torch

@@ -197,13 +197,14 @@ def _patch_part(part: PreTrainedModel, name: str = compat.FLASH_TWO) -> None:
 
 
 def _let_listen(model: nn.Module) -> None:
-    """Let layers that have a forward of ours know what the callers of models they are in ask for.
+    """Let layers that are not told know what the callers of models they are in ask for.
 
     PyTorch's own layer is asked for its weights by name, and must not break a compiled model.
     """
     for part in _parts(model):
         layers = (m for m in part.modules() if not isinstance(m, nn.MultiheadAttention))
-        if _LISTENS not in vars(part) and any(map(layer_forward.of, layers)):
+        untold = compat.is_ours(compat.implementation(part.config)) and compat.collects_untold(part)
+        if _LISTENS not in vars(part) and (untold or any(map(layer_forward.of, layers))):
             vars(part)[_LISTENS] = weights_asked.listen(part)
 
 

@@ -28,8 +28,12 @@ def asked(said: bool | None) -> bool:
     Args:
         said: the ``output_attentions`` that the layer itself was given.
     """
+    if said or compat.records_attentions():
+        return True
+    if torch.compiler.is_compiling():
+        return False
     models = getattr(_running, "asked", None)
-    return bool(said or (models and models[-1])) or compat.records_attentions()
+    return bool(models and models[-1])
 
 
 def said(cls: type[nn.Module], args: tuple, kwargs: dict) -> bool | None:
