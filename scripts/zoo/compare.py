@@ -214,8 +214,8 @@ def outputs(result, mask: Tensor | None) -> dict[str, Tensor]:
 def attention_weights(result, name: str = "") -> dict[str, Tensor]:
     """What a model's result holds of attention weights, by name."""
     found: dict[str, Tensor] = {}
-    for key, part in result.items() if isinstance(result, dict) else enumerate(result):
-        at = f"{name}.{key}".lstrip(".")
+    for part_name, part in result.items() if isinstance(result, dict) else enumerate(result):
+        at = f"{name}.{part_name}".lstrip(".")
         if isinstance(part, (dict, list, tuple)):
             found |= attention_weights(part, at)
         elif isinstance(part, Tensor) and "attentions" in at:

@@ -1,4 +1,4 @@
-"""``output_attentions=True`` under flash_two: whatever eager returns, whichever way it is recorded."""
+"""``output_attentions=True`` under flash_two: whatever eager returns, however it is recorded."""
 
 from __future__ import annotations
 
