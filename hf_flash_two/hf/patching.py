@@ -7,6 +7,7 @@ own that calls the class's. No class is edited; modules and state_dict stay as t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,8 +76,10 @@ def patch(model: nn.Module) -> PatchReport:
         model: a Transformers model, bare or inside PEFT, DDP, FSDP or any other module.
 
     Raises:
+        TypeError: not a module.
         ValueError: there is no Transformers model in it, or nothing in it can be switched.
     """
+    check_model(model)
     parts = list(_parts(model))
     if not parts:
         raise ValueError(
@@ -96,18 +99,40 @@ def patch(model: nn.Module) -> PatchReport:
 
 def unpatch(model: nn.Module) -> None:
     """Undo `patch` to the letter; a model that is not patched stays as it is."""
+    check_model(model)
     _restore(model.modules())
 
 
 @contextmanager
 def patched(model: nn.Module) -> Iterator[PatchReport]:
     """`patch` for the length of a block, yielding the report; undone also after an exception."""
+    check_model(model)
     before = _patched_modules(model)
     report = patch(model)
     try:
         yield report
     finally:
         _restore(module for module in model.modules() if id(module) not in before)
+
+
+def check_model(model: object) -> None:
+    """Refuse what is no loaded model, with a word on how to come by one.
+
+    Raises:
+        TypeError: not a module.
+    """
+    if isinstance(model, nn.Module):
+        return
+    got, instead = type(model).__name__, "pass the model"
+    if isinstance(model, str):
+        got, instead = repr(model), "load it: AutoModelForCausalLM.from_pretrained(...)"
+    elif isinstance(model, PreTrainedConfig):
+        instead = "build the model: AutoModelForCausalLM.from_config(config)"
+    elif inspect.isclass(model):
+        got, instead = f"the class {model.__name__}", "load or build a model of it"
+    elif isinstance(getattr(model, "model", None), nn.Module):
+        instead = "pass its `.model`"
+    raise TypeError(f"model: expected a loaded model (torch.nn.Module), got {got}; {instead}")
 
 
 def patch_built(model: PreTrainedModel) -> None:

@@ -140,6 +140,35 @@ def has_precision(x: Tensor) -> bool:
 
 # The batch
 
+# What must be a tensor, and at least so many dimensions of it.
+_DIMENSIONS = {"input_ids": 2, "inputs_embeds": 3, "attention_mask": 2, "position_ids": 1}
+
+
+def check_batch(batch: object) -> None:
+    """Refuse what is not the arguments of a model's forward by name.
+
+    Raises:
+        TypeError: no mapping, or an entry that must be a tensor is none.
+        ValueError: tokens without a batch dimension.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            "batch: expected the arguments of the model's forward by name, as a tokenizer or a "
+            f"collator returns them ({{'input_ids': ids, ...}}), got {type(batch).__name__}"
+        )
+    for name, x in batch.items():
+        ending = str(name).removeprefix("decoder_")
+        if ending not in _DIMENSIONS or x is None or isinstance(x, dict):
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"batch[{name!r}]: expected a tensor, got {type(x).__name__}; a tokenizer returns "
+                "tensors with return_tensors='pt'"
+            )
+        if x.dim() < _DIMENSIONS[ending]:
+            shape = ["batch", "tokens", "hidden size"][: _DIMENSIONS[ending]]
+            raise ValueError(f"batch[{name!r}]: expected [{', '.join(shape)}], got {list(x.shape)}")
+
 
 class Batch:
     """The user's batch, whole and with each packed document by itself.

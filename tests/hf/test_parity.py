@@ -38,6 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprec
 FAMILIES = {f.name: f for f in DECODERS + SEQUENCE_MODELS + ENCODERS + MULTIMODAL}
 LENGTHS = (7, 1, 11, 8)
 LENGTH = sum(LENGTHS)
+IDS = tokens(2, 7)
 PARITY = Path(__file__).parents[2] / "scripts" / "parity.py"
 
 
@@ -321,6 +322,35 @@ def partly_patched(left_alone: str):
 
     whole = patching.patched
     return patched
+
+
+@pytest.mark.parametrize(
+    "batch, error, message",
+    [
+        (IDS, TypeError, r"^batch: expected the arguments of .* by name.*, got Tensor$"),
+        ([1, 2], TypeError, r"^batch: expected .*, got list$"),
+        (
+            {"input_ids": IDS.tolist()},
+            TypeError,
+            r"^batch\['input_ids'\]: expected a tensor, got list",
+        ),
+        ({"input_ids": IDS.numpy()}, TypeError, "got ndarray; .*return_tensors='pt'"),
+        ({"input_ids": IDS[0]}, ValueError, r"expected \[batch, tokens\], got \[7\]"),
+        (
+            {"inputs_embeds": torch.ones(2, 7)},
+            ValueError,
+            r"expected \[batch, tokens, hidden size\], got \[2, 7\]",
+        ),
+    ],
+)
+def test_says_what_a_batch_is(batch, error, message):
+    with pytest.raises(error, match=message):
+        check_parity(FAMILIES["llama"].build("eager"), batch)
+
+
+def test_says_how_to_come_by_a_model():
+    with pytest.raises(TypeError, match="^model: expected a loaded model.*got 'org/name'; load it"):
+        check_parity("org/name", {"input_ids": IDS})
 
 
 def test_what_cannot_be_checked_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 
 import peft
 import pytest
@@ -295,6 +296,21 @@ def test_refuses_what_it_cannot_patch():
     config = transformers.FNetConfig(hidden_size=16, num_hidden_layers=1, intermediate_size=16)
     with pytest.raises(ValueError, match="has no layer for flash_two"):
         patch(transformers.FNetModel(config))
+
+
+@pytest.mark.parametrize("call", [patch, unpatch, lambda x: patched(x).__enter__()])
+def test_says_how_to_come_by_a_model(call):
+    config = transformers.LlamaConfig()
+    for given, message in (
+        ("org/name", r"got 'org/name'; load it: AutoModelForCausalLM\.from_pretrained"),
+        (config, r"got LlamaConfig; build the model: AutoModelForCausalLM\.from_config"),
+        (transformers.LlamaForCausalLM, "got the class LlamaForCausalLM; load or build"),
+        (types.SimpleNamespace(model=nn.Linear(1, 1)), r"got SimpleNamespace; pass its `\.model`"),
+        ([build("llama")], "got list; pass the model"),
+        (None, "got NoneType"),
+    ):
+        with pytest.raises(TypeError, match=rf"^model: expected a loaded model.*{message}"):
+            call(given)
 
 
 @pytest.mark.parametrize("family", OWN)
