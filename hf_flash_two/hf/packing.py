@@ -41,6 +41,36 @@ def document_ids(position_ids: Tensor, condition: bool | Tensor = True) -> Tenso
     return pad(((falls | stays) & condition).cumsum(1), (1, 0))
 
 
+def documents_of(position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+    """The number of the document that each token belongs to, int64 [B, T]; -1 in padding.
+
+    Each row is read by itself, from one visible token to the next: a document starts where
+    positions fall or stay at the row's lowest, and where a mask that numbers documents changes.
+
+    Args:
+        position_ids: [1 or B, T]; None: only the mask tells.
+        attention_mask: [B, T], 0 for padding; None: all are visible.
+    """
+    given = position_ids if attention_mask is None else attention_mask
+    visible = given.new_ones(given.shape, dtype=torch.bool)
+    if attention_mask is not None:
+        visible = attention_mask != 0
+    places = torch.arange(given.shape[1], device=given.device)
+    before = pad(torch.where(visible, places, -1).cummax(1)[0][:, :-1], (1, 0), value=-1)
+    follows, before = before >= 0, before.clamp_min(0)
+    starts = torch.zeros_like(visible)
+    if position_ids is not None:
+        position_ids = position_ids.expand(given.shape)
+        previous = position_ids.gather(1, before)
+        lowest = position_ids.masked_fill(~visible, torch.iinfo(position_ids.dtype).max)
+        stays = (position_ids == previous) & (position_ids == lowest.amin(1, keepdim=True))
+        starts = (position_ids < previous) | stays
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        starts = starts | (attention_mask != attention_mask.gather(1, before))
+    numbers = (starts & follows & visible).cumsum(1)
+    return numbers.masked_fill(~visible, -1)
+
+
 def may_be_packed(position_ids: Tensor | None, batch: int, queries: int, keys: int) -> bool:
     """Whether the shapes allow it: self-attention without a past, one position per token."""
     return (

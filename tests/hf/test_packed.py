@@ -10,7 +10,7 @@ from transformers import masking_utils
 
 from hf_flash_two import op
 from hf_flash_two.hf import compat
-from hf_flash_two.hf.packing import document_ids
+from hf_flash_two.hf.packing import document_ids, documents_of
 
 LENGTHS = (7, 1, 11, 8)
 LENGTH = sum(LENGTHS)
@@ -211,3 +211,33 @@ def test_a_user_s_numbers_that_come_back_while_compiling() -> None:
         with pytest.raises(RuntimeError, match="document ids that fall"):
             compiled(flash)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "positions, mask, numbers",
+    [
+        # Documents of one token first, amid and last; of rows each by itself.
+        ([[0, 1, 2, 0, 1, 0]], None, [[0, 0, 0, 1, 1, 2]]),
+        ([[0, 0, 1, 2]], None, [[0, 1, 1, 1]]),
+        ([[0, 1, 2, 3], [0, 1, 0, 1]], None, [[0, 0, 0, 0], [0, 0, 1, 1]]),
+        # Padding at the end, at the start and between, whatever its positions.
+        ([[0, 1, 0, 1, 0, 0]], [[1, 1, 1, 1, 0, 0]], [[0, 0, 1, 1, -1, -1]]),
+        ([[0, 1, 0, 1, 2, 3]], [[1, 1, 1, 1, 0, 0]], [[0, 0, 1, 1, -1, -1]]),
+        ([[1, 1, 0, 1, 0, 1]], [[0, 0, 1, 1, 1, 1]], [[-1, -1, 0, 0, 1, 1]]),
+        ([[0, 1, 9, 2, 0, 1]], [[1, 1, 0, 1, 1, 1]], [[0, 0, -1, 0, 1, 1]]),
+        ([[1, 1, 0, 1, 2, 3]], [[0, 0, 1, 1, 1, 1]], [[-1, -1, 0, 0, 0, 0]]),
+        # A mask that numbers documents, with positions and without; one that only hides.
+        ([[0, 1, 0, 1, 0]], [[1, 1, 2, 2, 0]], [[0, 0, 1, 1, -1]]),
+        (None, [[1, 1, 2, 2, 0], [3, 3, 3, 0, 0]], [[0, 0, 1, 1, -1], [0, 0, 0, -1, -1]]),
+        (None, [[1, 1, 1, 0]], [[0, 0, 0, -1]]),
+        # One line of positions for all rows.
+        ([[0, 1, 0]], [[1, 1, 1], [1, 1, 0]], [[0, 0, 1], [0, 0, -1]]),
+        # Tokens of an image share a position, and those after it go on further up.
+        ([[0, 1, 1, 1, 4, 5]], None, [[0, 0, 0, 0, 0, 0]]),
+    ],
+)
+def test_which_tokens_belong_together(positions, mask, numbers):
+    positions, mask = (None if x is None else torch.tensor(x) for x in (positions, mask))
+    assert documents_of(positions, mask).tolist() == numbers
+    if mask is not None and mask.max() == 1:
+        assert documents_of(positions, mask.bool()).tolist() == numbers

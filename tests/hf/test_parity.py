@@ -31,6 +31,7 @@ from transformers import ByT5Tokenizer
 
 from hf_flash_two import AttentionMask, check_parity, patch
 from hf_flash_two.hf import interface, patching
+from hf_flash_two.hf.packing import documents_of
 from hf_flash_two.hf.patching import PatchReport
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
@@ -63,6 +64,18 @@ def rows_packed_differently() -> dict[str, torch.Tensor]:
     return {"input_ids": tokens(3, LENGTH), "position_ids": torch.cat(rows)}
 
 
+def padded(numbered: bool = False) -> dict[str, torch.Tensor]:
+    """Packed rows of one length: three documents and padding, and two documents."""
+    rows = [positions(7, 1, 11, 8), positions(20, 7)]
+    mask = [[1] * 7 + [2] + [3] * 11 + [0] * 8, [1] * 20 + [2] * 7]
+    mask = torch.tensor(mask)
+    return {
+        "input_ids": tokens(2, LENGTH),
+        "position_ids": torch.cat(rows),
+        "attention_mask": mask if numbered else (mask != 0).long(),
+    }
+
+
 def boundaries() -> dict[str, torch.Tensor]:
     """Documents by cu_seq_lens alone."""
     ends = torch.tensor((0, *LENGTHS)).cumsum(0).to(torch.int32)
@@ -93,6 +106,32 @@ def test_sound_decoders_pass(family: Family, batch: Callable, dtype: torch.dtype
     tested = {True: None, False: True}[batch is packed]
     assert verdicts(report)["padding unseen"] is tested
     assert verdicts(report)["documents apart"] is (None if tested else True)
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+@pytest.mark.parametrize("leaks", [False, True])
+def test_packed_and_padded(leaks: bool, numbered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents beside padding are told apart by the check itself, whatever the model does."""
+    batch = padded(numbered)
+    documents = documents_of(batch["position_ids"], batch["attention_mask"])
+    same = (documents[:, None, :, None] == documents[:, None, None]) & (documents >= 0)[
+        :, None, None
+    ]
+    seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    if leaks:
+        same = (batch["attention_mask"] != 0)[:, None, None]
+    attention = interface.flash_attention
+
+    def attend(*args, mask, **kwargs):
+        return attention(*args, mask=AttentionMask.from_dense(same & seen), **kwargs)
+
+    monkeypatch.setattr(interface, "flash_attention", attend)
+    report = check_parity(FAMILIES["llama"].build("eager"), batch)
+    assert report.ok is not leaks, report
+    assert verdicts(report)["documents apart"] is not leaks
+    assert verdicts(report)["padding unseen"]
+    check = next(check for check in report.checks if check.name == "documents apart")
+    assert "5 documents" in check.detail
 
 
 @pytest.mark.parametrize(
