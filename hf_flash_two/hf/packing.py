@@ -4,14 +4,34 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad
 
 
 def recording() -> bool:
-    """Whether operations are recorded, to run on other values: then no value decides anything.
+    """Whether no value may decide anything: there is none, or what runs is for others as well.
 
-    By torch.compile, torch.export, torch.jit.trace or a CUDA graph.
+    Operations are recorded by torch.compile, torch.export, torch.jit.trace or a CUDA graph; they
+    have shapes alone in a `FakeTensorMode`, and many values under torch.func's transforms.
     """
+    return _recorded() or _are_functorch_transforms_active() or active_fake_mode() is not None
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the values of this very tensor may decide: constants may under torch.func.vmap."""
+    if _recorded() or x.is_meta or isinstance(x, FakeTensor):
+        return False
+    while is_functorch_wrapped_tensor(x):
+        if is_batchedtensor(x):
+            return False
+        x = get_unwrapped(x)
+    return True
+
+
+def _recorded() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
