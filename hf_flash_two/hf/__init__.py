@@ -33,13 +33,6 @@ def register() -> None:
             "'fa_two', the same attention under a name that Transformers does not treat specially.",
             stacklevel=2,
         )
-    reason = compat.isolate_packed_documents()
-    if reason is not None:
-        warnings.warn(
-            f"packed documents are not kept apart in all models with {version}: {reason}. Pass "
-            "use_cache=False and no attention_mask with packed data.",
-            stacklevel=2,
-        )
     reason = compat.patch_at_load(patch_built, patch_asked)
     if reason is not None:
         warnings.warn(

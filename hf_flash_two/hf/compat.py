@@ -1,6 +1,6 @@
 """Every name of Transformers that is no public interface, in one place, and checked before use.
 
-Tested with transformers 5.4 to 5.23; what differs there:
+Tested with transformers 5.4 to 5.24; what differs there:
 
 * 5.4 alone: assisted decoding and prompt lookup fail without an end token.
 * up to 5.12 caches with windows take no tokens back, which those two need.
@@ -12,6 +12,9 @@ Tested with transformers 5.4 to 5.23; what differs there:
   gives other shapes; from 5.19 it calls the ordinary one, if that has "flash" in its name.
 * up to 5.22 masks of packed documents come without their positions: chunks count from the start of
   the row.
+* up to 5.23 the attention function writes to the paged cache, and caches are ``past_key_values``;
+  from 5.24 the layers do, and caches are ``cache``. GPT-J, CodeGen and LayoutLMv3 compute attention
+  themselves, from 5.24 they use the interface.
 
 "flash" in a name makes Transformers take it for Tri Dao's package: three library modules then load
 a kernel, re-route models that list the kernels they like, and refuse chunked attention and
@@ -34,9 +37,8 @@ import torch
 import transformers
 from packaging.version import Version
 from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
+from transformers.generation import continuous_batching
 from transformers.utils import output_capturing
-
-from hf_flash_two.hf.packing import all_visible, document_ids, falls, may_be_packed, recording
 
 FLASH_TWO = "flash_two"
 FA_TWO = "fa_two"
@@ -51,6 +53,8 @@ _FLASH_TEST_MODULES = (
     "transformers.generation.utils",
 )
 _DESCRIPTION = "flash_two_description"
+# Those of Transformers that need nothing installed.
+_IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flex_attention")
 # The functions that make mask functions, and the variables that those close over.
 _BUILDERS = {
     "and_masks": ("mask_functions",),
@@ -73,14 +77,16 @@ _LOADING = {
 _TABLES = "_ATTENTION_CLASSES"
 _SERVING = "init_continuous_batching"
 
-_PREPARE = "_preprocess_mask_arguments"
-_PREPARE_ARGUMENTS = [
-    "config", "inputs_embeds", "attention_mask", "past_key_values", "position_ids",
-]  # fmt: skip
+# The class of the cache of continuous batching.
+PagedCache: type = getattr(continuous_batching, "PagedAttentionCache", object)
 
 # Families that ask whether the mask is a tensor, by model_type: bool where they know it.
 WANTS_BOOL_TENSOR = frozenset({"doge"})
 WANTS_FLOAT_TENSOR = frozenset({"deepseek_v4", "gemma4_audio", "glm_moe_dsa", "informer"})
+# Families that read the mask as additive, without a look at its dtype: to route tokens to experts.
+READS_ADDITIVE = frozenset({"nllb-moe"})
+# Families whose masks are causal though their configs do not say so.
+CAUSAL = frozenset({"openai-gpt"})
 # Families with bidirectional layers that say is_causal, or nothing, which no mask bears out.
 NOT_CAUSAL_WITHOUT_MASK = frozenset(
     {
@@ -100,8 +106,6 @@ _TURN_TO_SDPA = frozenset(
 # Families whose bidirectional layers name a window that only their cache keeps.
 NO_WINDOW_WITHOUT_MASK = frozenset({"diffusion_gemma_text"})
 
-# Families of which some models collect the weights their layers return, and do not ask for them.
-COLLECTS_UNTOLD = frozenset({"bridgetower", "pix2struct_vision_model"})
 # Families whose models return the weights of layers that are no decoder's in every call.
 RETURNS_WEIGHTS = frozenset({"kosmos_2_text_model", "kosmos_2_5_text_model"})
 # Families whose weights leave out what goes to the sinks.
@@ -113,6 +117,11 @@ def is_ours(implementation: str | None) -> bool:
     return (implementation or "").removeprefix(PAGED) in (FLASH_TWO, FA_TWO)
 
 
+def uses_ours(config: transformers.PreTrainedConfig) -> bool:
+    """Whether the layers of a watched model with this config use flash_two."""
+    return is_ours(implementation(config)) or needs_its_sdpa(config)
+
+
 def with_paged_names(names: list[str]) -> list[str]:
     """Also the names under which continuous batching calls them, where it has its own."""
     paged = PAGED + "sdpa" in transformers.AttentionInterface()
@@ -120,12 +129,14 @@ def with_paged_names(names: list[str]) -> list[str]:
 
 
 def update_paged_cache(
-    cache, key: torch.Tensor, value: torch.Tensor, layer: int, paged: dict[str, Any]
+    cache, key: torch.Tensor, value: torch.Tensor, module: torch.nn.Module, paged: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int | None]:
     """Write to the cache of continuous batching and read all that this layer's queries may need.
 
     Args:
-        key, value: [1, Hk, Tq, D or Dv], of all requests of this step end to end.
+        cache: None where the layer has done so itself.
+        key, value: [1, Hk, Tq, D or Dv], of all requests of this step end to end; all that is
+            read, without ``cache``.
         paged: ``cu_seq_lens_k``, ``max_length_k``, ``read_index`` and ``write_index``; changed.
 
     Returns:
@@ -133,14 +144,30 @@ def update_paged_cache(
         layer's window in tokens, None if it has none.
 
     Raises:
-        NotImplementedError: the layer has a window, and this cache gives it the wrong tokens.
+        NotImplementedError: the layer does not use the cache; or it has a window, and this cache
+            gives it the wrong tokens.
     """
+    if cache is None:
+        ends = paged["cu_seq_lens_k"]
+        if isinstance(ends, dict):  # the cache puts those of the layer's kind in their place
+            raise NotImplementedError(
+                f"continuous batching: {type(module).__name__} does not use the paged cache; use "
+                "`generate`"
+            )
+        return key, value, ends, _paged_window(module)
+    layer: int = module.layer_idx
     states = {"key_states": key, "value_states": value, "layer_idx": layer}
     allocators = getattr(cache, "layer_to_allocator", None)
     if allocators is not None:
         key, value = cache.update(**states, kwargs=paged)
         window = getattr(allocators[layer], "sliding_window", None)
         return key, value, paged["cu_seq_lens_k"], window
+    if not hasattr(cache, "sliding_windows"):
+        raise TypeError(
+            "cache: expected the paged cache of continuous batching, got "
+            f"{type(cache).__name__}, which {type(module).__name__} does not use; a model takes "
+            "its cache as `cache` from transformers 5.24, as `past_key_values` before"
+        )
     window = cache.sliding_windows[layer]
     if window != 1 and Version(transformers.__version__) < RIGHT_PAGED_WINDOWS:
         raise NotImplementedError(
@@ -156,6 +183,14 @@ def update_paged_cache(
         ends = ends["full_attention" if window == 1 else "sliding_attention"]
     key, value = (x.transpose(0, 1)[None] for x in (key, value))
     return key, value, ends, None if window == 1 else window
+
+
+def _paged_window(module: torch.nn.Module) -> int | None:
+    """The window that the paged cache keeps for a layer: it reads the same of the config."""
+    kinds = getattr(module.config, "layer_types", None)
+    if kinds is not None and kinds[module.layer_idx] != "sliding_attention":
+        return None
+    return getattr(module.config, "sliding_window", None)
 
 
 def allow_flash_two() -> str | None:
@@ -193,45 +228,6 @@ def _false_for_flash_two(test: Callable) -> Callable:
 
     setattr(is_flash_attention_requested, FLASH_TWO, True)
     return is_flash_attention_requested
-
-
-def isolate_packed_documents() -> str | None:
-    """Let masks under our names separate packed documents in every case; the reason if impossible.
-
-    Transformers looks for them only without a cache and without an attention mask, though a cache
-    is made by default and a mask of ones is what many collators send.
-    """
-    prepare = getattr(masking_utils, _PREPARE, None)
-    if prepare is None:
-        return f"transformers.masking_utils.{_PREPARE} is missing"
-    if list(inspect.signature(prepare).parameters)[:5] != _PREPARE_ARGUMENTS:
-        return f"{_PREPARE} takes other arguments: {inspect.signature(prepare)}"
-    if not hasattr(prepare, FLASH_TWO):
-        setattr(masking_utils, _PREPARE, _finding_documents(prepare))
-    return None
-
-
-def _finding_documents(prepare: Callable) -> Callable:
-    @functools.wraps(prepare)
-    def preprocess_mask_arguments(
-        config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs
-    ):
-        prepared = prepare(
-            config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs
-        )
-        early_exit, mask, ids, queries, keys, offset, *rest = prepared
-        if early_exit or ids is not None or not is_ours(config._attn_implementation):
-            return prepared
-        if isinstance(offset, torch.Tensor) or offset != 0:
-            return prepared
-        if not may_be_packed(position_ids, inputs_embeds.shape[0], queries, keys):
-            return prepared
-        if recording() or (falls(position_ids) and all_visible(mask)):
-            ids = document_ids(position_ids, all_visible(mask))
-        return early_exit, mask, ids, queries, keys, offset, *rest
-
-    setattr(preprocess_mask_arguments, FLASH_TWO, True)
-    return preprocess_mask_arguments
 
 
 def patch_at_load(
@@ -341,6 +337,59 @@ def _is_part_of_another(model: PreTrainedModel) -> bool:
     return False
 
 
+def transforms_by_vmap() -> bool:
+    """Whether `torch.func.vmap` maps what runs, so that no value can be looked at."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+
+
+def has_cross_attention(model: transformers.PreTrainedModel) -> bool:
+    """Whether a bidirectional mask of this model may be one from a decoder to an encoder."""
+    names = ("is_decoder", "is_encoder_decoder", "add_cross_attention")
+    return any(getattr(model.config, name, False) for name in names)
+
+
+def is_causal_model(model: transformers.PreTrainedModel) -> bool:
+    """Whether a model that makes its own masks makes causal ones."""
+    config = model.config
+    return config.model_type in CAUSAL or any(
+        getattr(config, name, False) for name in ("is_decoder", "causal")
+    )
+
+
+@torch.compiler.assume_constant_result
+def is_read_by_attention(name: str, modeling: str) -> bool:
+    """Whether an attention function of Transformers reads the argument ``name``.
+
+    Args:
+        modeling: name of a layer's Python module, whose own attention functions count as well.
+    """
+    return name in _arguments_of_attention(modeling)
+
+
+@functools.cache
+def _arguments_of_attention(modeling: str) -> frozenset[str]:
+    functions = [transformers.AttentionInterface()[name] for name in _IMPLEMENTATIONS]
+    for module, pattern in (
+        (modeling, "attention_forward"),
+        ("transformers.modeling_flash_attention_utils", "_flash_attention"),
+    ):
+        members = vars(importlib.import_module(module)).items()
+        functions += [f for n, f in members if pattern in n and inspect.isfunction(f)]
+    return frozenset().union(*map(_read_by, functions))
+
+
+def _read_by(function: Callable) -> set[str]:
+    """The names that a function takes, or looks up among its keyword arguments."""
+    function = inspect.unwrap(function)
+    named = inspect.signature(function).parameters.values()
+    return {p.name for p in named if p.kind is not p.VAR_KEYWORD} | {
+        text for text in function.__code__.co_consts if isinstance(text, str)
+    }
+
+
 def remaps_positions() -> bool:
     """Whether masks of packed documents come with their positions, as in newer versions."""
     return hasattr(masking_utils, "remap_positions_for_packed_sequence")
@@ -403,11 +452,6 @@ def leaves_causality_to_mask(module: torch.nn.Module) -> bool:
 def has_window_without_mask(module: torch.nn.Module) -> bool:
     """Whether a bidirectional layer that names a window hides keys where no mask came."""
     return _family(module) not in NO_WINDOW_WITHOUT_MASK
-
-
-def collects_untold(model: PreTrainedModel) -> bool:
-    """Whether layers of ``model`` return weights that it was asked for, and they were not."""
-    return model.config.model_type in COLLECTS_UNTOLD
 
 
 def returns_weights(module: torch.nn.Module) -> bool:

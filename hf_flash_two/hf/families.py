@@ -22,6 +22,7 @@ Module = TypeVar("Module", bound=type[nn.Module])
 
 _BY_FAMILY = {
     "aimv2": "Aimv2AttentionPoolingHead",
+    "apertus1p5": "Apertus1p5VisionTokenizerAttnBlock",
     "bark": "BarkSelfAttention",
     "big_bird": "BigBirdSelfAttention",
     "bigbird_pegasus": "BigBirdPegasusSelfAttention",
@@ -115,6 +116,7 @@ _BY_FAMILY = {
     "visual_bert": "VisualBertSelfAttention",
     "vitdet": "VitDetAttention",
     "wavlm": "WavLMAttention",
+    "wavtokenizer": "WavTokenizerVocosAttention",
     "xglm": "XGLMAttention",
     "xlm": "MultiHeadAttention",
     "xlnet": "XLNetRelativeAttention",
@@ -234,25 +236,25 @@ def why_not(layer: nn.Module) -> str | None:
 def attention_kind(cls: type[nn.Module]) -> str | None:
     """ "interface", "own" or None for a class that is no attention layer."""
     name, owner = key(cls), _defines_forward(cls)
+    functions = [] if issubclass(cls, PreTrainedModel) else _functions(cls)
+    names = {name for function in functions for name in _names(function.__code__)}
+    # Before the lists: some classes in them use the interface in newer versions.
+    if "ALL_ATTENTION_FUNCTIONS" in names:
+        return "interface"
     if name in OWN_ATTENTION or name in NOT_POSSIBLE or owner in _registered:
         return "own"
     if issubclass(cls, PreTrainedModel) or owner.__module__.startswith("torch."):
         return None
-    named = _NAMED.search(cls.__name__)
-    functions = _functions(cls)
-    if not functions:
-        return "own" if named else None  # compiled: nothing but the name tells
-    names = {name for function in functions for name in _names(function.__code__)}
-    if "ALL_ATTENTION_FUNCTIONS" in names:
-        return "interface"
 
     def uses(what: re.Pattern[str]) -> bool:
         return any(map(what.search, names))
 
+    named = _NAMED.search(cls.__name__)
     if ":" in name:
         named = named or uses(_WHOLE) or uses(_QUERY)
     attends = uses(_WHOLE) or any("softmax" in name.lower() for name in names) and uses(_PRODUCT)
-    return "own" if named and attends else None
+    # Of a class that is compiled nothing but the name tells.
+    return "own" if named and (attends or not functions) else None
 
 
 def key(cls: type) -> str:

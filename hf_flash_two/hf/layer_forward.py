@@ -9,13 +9,13 @@ is given the layer that was called, hands it over.
 from __future__ import annotations
 
 import inspect
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from hf_flash_two.hf import weights_asked
+from hf_flash_two.hf.forward_pass import asks_for_weights
 from hf_flash_two.hf.own_attention import own_attention
 from hf_flash_two.hf.scores import Lazy
 
@@ -50,11 +50,10 @@ class LayerForward:
             return unpatched(*args, **kwargs)  # PyTorch's own is compiled whole, and as thrifty
         return self._traced(unpatched, args, kwargs)
 
-    @torch.compiler.disable(reason=weights_asked.UNCOMPILED)
+    @torch.compiler.disable(reason="attention that a layer writes out itself runs uncompiled")
     def _traced(self, unpatched: partial, args: tuple, kwargs: dict):
         layer, forward = unpatched.args[0], self.previous or unpatched
-        said = weights_asked.said(type(layer), args, kwargs) if self.believed else None
-        if weights_asked.asked(said):
+        if self.believed and _asked(type(layer), args, kwargs) or asks_for_weights():
             return forward(*args, **kwargs)  # the caller wants what is saved here
         with own_attention(self.name):
             outputs = forward(*args, **kwargs)
@@ -87,3 +86,17 @@ def _slot(layer: nn.Module) -> str | None:
 
 def _hand_over(layer: nn.Module, args: tuple, kwargs: dict[str, object]):
     return args, {**kwargs, _UNPATCHED: partial(type(layer).forward, layer)}
+
+
+def _asked(cls: type[nn.Module], args: tuple, kwargs: dict) -> bool:
+    """The ``output_attentions`` among the arguments of a ``cls``'s forward."""
+    position = _position(cls)
+    if position is not None and position < len(args):
+        return bool(args[position])
+    return bool(kwargs.get("output_attentions"))
+
+
+@cache
+def _position(cls: type[nn.Module]) -> int | None:
+    names = list(inspect.signature(cls.forward).parameters)
+    return names.index("output_attentions") - 1 if "output_attentions" in names else None

@@ -1,101 +1,91 @@
-"""Packed documents: which tokens belong together, read off position_ids that restart."""
+"""Packed documents: which tokens of a row belong together.
+
+A caller says so in three ways: by boundaries (``cu_seq_lens_q``), by positions that restart, and by
+a 2-D mask that numbers the documents. Each row is read by itself, and of each row only the visible
+tokens: padding has positions of its own, which tell nothing.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active
-from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
-from torch._guards import active_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad
+
+from hf_flash_two.hf import compat
 
 
 def recording() -> bool:
-    """Whether no value may decide anything: there is none, or what runs is for others as well.
+    """Whether operations are recorded, to run on other values: then no value decides anything.
 
-    Operations are recorded by torch.compile, torch.export, torch.jit.trace or a CUDA graph; they
-    have shapes alone in a `FakeTensorMode`, and many values under torch.func's transforms.
+    By torch.compile, torch.export, torch.jit.trace, a transform of torch.func or a CUDA graph.
     """
-    return _recorded() or _are_functorch_transforms_active() or active_fake_mode() is not None
-
-
-def readable(x: Tensor) -> bool:
-    """Whether the values of this very tensor may decide: constants may under torch.func.vmap."""
-    if _recorded() or x.is_meta or isinstance(x, FakeTensor):
-        return False
-    while is_functorch_wrapped_tensor(x):
-        if is_batchedtensor(x):
-            return False
-        x = get_unwrapped(x)
-    return True
-
-
-def _recorded() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
+        or compat.transforms_by_vmap()
         or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
     )
 
 
-def falls(position_ids: Tensor) -> bool:
-    """Whether positions fall anywhere, so that they tell of several documents (a device sync)."""
-    return bool((position_ids[..., 1:] < position_ids[..., :-1]).any())
+def document_starts(position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+    """Where a visible token belongs to another document than the visible token before it.
 
-
-def document_ids(position_ids: Tensor, condition: bool | Tensor = True) -> Tensor:
-    """[1 or B, T] positions -> the number of the document that each token belongs to, same shape.
-
-    A document starts where positions fall; if they do so anywhere, also where they stay at the
-    row's lowest, since then the token before was a document of its own. Without a fall each row is
-    one document: the positions of an image's tokens stay, and may jump ahead.
+    It does where its position is lower, or is the row's lowest once more: the token before was a
+    document of its own. Positions that stay at a higher place are those of an image's tokens. It
+    also does where an integer mask numbers it differently.
 
     Args:
-        condition: where False, everything is one document.
+        position_ids: [1 or B, T], or None.
+        attention_mask: [B, T], nonzero for visible tokens; None if all are. Not both are None.
+
+    Returns:
+        bool [1 or B, T].
     """
-    before, after = position_ids[:, :-1], position_ids[:, 1:]
-    falls = after < before
-    lowest = position_ids.amin(1, keepdim=True)
-    stays = (after == before) & (after == lowest) & falls.any()
-    return pad(((falls | stays) & condition).cumsum(1), (1, 0))
-
-
-def documents_of(position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
-    """The number of the document that each token belongs to, int64 [B, T]; -1 in padding.
-
-    Each row is read by itself, from one visible token to the next: a document starts where
-    positions fall or stay at the row's lowest, and where a mask that numbers documents changes.
-
-    Args:
-        position_ids: [1 or B, T]; None: only the mask tells.
-        attention_mask: [B, T], 0 for padding; None: all are visible.
-    """
-    given = position_ids if attention_mask is None else attention_mask
-    visible = given.new_ones(given.shape, dtype=torch.bool)
-    if attention_mask is not None:
-        visible = attention_mask != 0
-    places = torch.arange(given.shape[1], device=given.device)
-    before = pad(torch.where(visible, places, -1).cummax(1)[0][:, :-1], (1, 0), value=-1)
-    follows, before = before >= 0, before.clamp_min(0)
-    starts = torch.zeros_like(visible)
+    visible = None if attention_mask is None else attention_mask != 0
+    starts: Tensor | bool = False
     if position_ids is not None:
-        position_ids = position_ids.expand(given.shape)
-        previous = position_ids.gather(1, before)
-        lowest = position_ids.masked_fill(~visible, torch.iinfo(position_ids.dtype).max)
-        stays = (position_ids == previous) & (position_ids == lowest.amin(1, keepdim=True))
-        starts = (position_ids < previous) | stays
-    if attention_mask is not None and attention_mask.dtype != torch.bool:
-        starts = starts | (attention_mask != attention_mask.gather(1, before))
-    numbers = (starts & follows & visible).cumsum(1)
-    return numbers.masked_fill(~visible, -1)
+        before, seen = _before(position_ids, visible), position_ids
+        if visible is not None:
+            seen = torch.where(visible, position_ids, position_ids.amax(1, keepdim=True))
+        again = (position_ids == before) & (position_ids == seen.amin(1, keepdim=True))
+        starts = (position_ids < before) | again
+    if attention_mask is not None and numbers_documents(attention_mask):
+        starts = starts | (attention_mask != _before(attention_mask, visible))
+    like = position_ids if attention_mask is None else attention_mask
+    if visible is None:
+        visible = torch.ones_like(like, dtype=torch.bool)
+    follows = pad(visible.cumsum(1)[:, :-1] > 0, (1, 0), value=False)
+    return starts & visible & follows
 
 
-def may_be_packed(position_ids: Tensor | None, batch: int, queries: int, keys: int) -> bool:
-    """Whether the shapes allow it: self-attention without a past, one position per token."""
+def numbers_documents(attention_mask: Tensor) -> bool:
+    """Whether the values of a mask may be numbers of documents: those of its dtype can be."""
+    return attention_mask.dtype != torch.bool and not attention_mask.is_floating_point()
+
+
+def document_ids(position_ids: Tensor | None, attention_mask: Tensor | None = None) -> Tensor:
+    """The number of the document that each token belongs to, [1 or B, T], from 0 in each row."""
+    return document_starts(position_ids, attention_mask).cumsum(1)
+
+
+def ids_of_boundaries(ends: Tensor, length: int) -> Tensor:
+    """The number of each token's document, [1, length], from boundaries [N + 1] in a row."""
+    token = torch.arange(length, device=ends.device, dtype=ends.dtype)
+    return torch.searchsorted(ends, token, right=True)[None] - 1
+
+
+def positions_of(ids: Tensor) -> Tensor:
+    """How far each token stands from the start of its document, [B, T] like ``ids``."""
+    index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    starts = pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
+    return index - torch.where(starts, index, 0).cummax(1).values
+
+
+def may_be_packed(position_ids: Tensor | None, batch: int, queries: int) -> bool:
+    """Whether the shapes allow it: several tokens in a row, with one position each."""
     return (
         position_ids is not None
-        and 1 < queries == keys
+        and queries > 1
         and position_ids.dim() == 2
         and position_ids.shape[1] == queries
         and position_ids.shape[0] in (1, batch)
@@ -108,3 +98,13 @@ def all_visible(attention_mask: Tensor | None) -> bool | Tensor:
         return True
     unpadded = (attention_mask != 0).all()
     return unpadded if recording() else bool(unpadded)
+
+
+def _before(x: Tensor, visible: Tensor | None) -> Tensor:
+    """The value of ``x`` [B, T] at the last visible token before each; any where there is none."""
+    if visible is None:
+        return x.roll(1, dims=1)
+    x, visible = torch.broadcast_tensors(x, visible)
+    index = torch.arange(x.shape[1], device=x.device).expand_as(x)
+    last = torch.where(visible, index, 0).cummax(1).values
+    return x.gather(1, last.roll(1, dims=1))

@@ -16,14 +16,14 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from hf_flash_two.hf import compat, layer_forward, weights_asked
+from hf_flash_two.hf import compat, layer_forward
 from hf_flash_two.hf.families import ALWAYS_ASKED, attention_kind, key, why_not
+from hf_flash_two.hf.forward_pass import unwatch, watch
 from hf_flash_two.hf.layer_forward import LayerForward
 
 logger = logging.get_logger(__name__)
 
 _UNDO = "_flash_two_before"
-_LISTENS = "_flash_two_listens"
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,6 @@ def patch(model: nn.Module) -> PatchReport:
     before = _patched_modules(model)
     for part in parts:
         _patch_part(part)
-    _let_listen(model)
     report = PatchReport(tuple(report_layers(model)))
     if not any(layer.ok for layer in report.layers):
         _restore(module for module in model.modules() if id(module) not in before)
@@ -181,7 +180,6 @@ def patch_asked(
             asking.append(part)
         elif name is not None:
             _restore_part(part)
-    _let_listen(model)
     left = tuple(
         layer for part in (*asking, *unreached) for layer in _report_part(part) if not layer.ok
     )
@@ -215,22 +213,12 @@ def _patch_part(part: PreTrainedModel, name: str = compat.FLASH_TWO) -> None:
     for config in configs:
         if config is not None:
             _switch(part, config, "sdpa" if ours and compat.needs_its_sdpa(config) else name)
+    if configs:
+        watch(part)
     for at, layer in ours:
         if layer_forward.of(layer) is None:
             believed = key(type(layer)) not in ALWAYS_ASKED
             LayerForward(layer, f"{at} ({type(layer).__name__})", believed=believed)
-
-
-def _let_listen(model: nn.Module) -> None:
-    """Let layers that are not told know what the callers of models they are in ask for.
-
-    PyTorch's own layer is asked for its weights by name, and must not break a compiled model.
-    """
-    for part in _parts(model):
-        layers = (m for m in part.modules() if not isinstance(m, nn.MultiheadAttention))
-        untold = compat.is_ours(compat.implementation(part.config)) and compat.collects_untold(part)
-        if _LISTENS not in vars(part) and (untold or any(map(layer_forward.of, layers))):
-            vars(part)[_LISTENS] = weights_asked.listen(part)
 
 
 def _switch(part: PreTrainedModel, config: PreTrainedConfig, name: str) -> None:
@@ -245,22 +233,23 @@ def _restore(modules: Iterable[nn.Module]) -> None:
         forward = layer_forward.of(module)
         if forward is not None:
             forward.remove(module)
-        for handle in vars(module).pop(_LISTENS, ()):
-            handle.remove()
         for config, before in reversed(vars(module).pop(_UNDO, ())):
             compat.set_implementation(config, before)
+        if isinstance(module, PreTrainedModel) and not compat.uses_ours(module.config):
+            unwatch(module)
 
 
 def _restore_part(part: PreTrainedModel) -> None:
     _restore([part, *(layer for _, layer in _layers_of(part))])
+    unwatch(part)
 
 
 def _patched_modules(model: nn.Module) -> frozenset[int]:
-    def patched(module: nn.Module) -> bool:
-        marks = {_UNDO, _LISTENS} & vars(module).keys()
-        return bool(marks) or layer_forward.of(module) is not None
-
-    return frozenset(id(module) for module in model.modules() if patched(module))
+    return frozenset(
+        id(module)
+        for module in model.modules()
+        if _UNDO in vars(module) or layer_forward.of(module) is not None
+    )
 
 
 def _parts(model: nn.Module) -> Iterable[PreTrainedModel]:

@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig
 
-from hf_flash_two.hf import compat, patching
-from hf_flash_two.hf.packing import documents_of, may_be_packed
+from hf_flash_two.hf import compat, forward_pass, patching
+from hf_flash_two.hf.packing import document_ids, may_be_packed
 from hf_flash_two.kernels import select
 
 Slot = tuple[str, int, str | int]
@@ -28,7 +28,7 @@ Slot = tuple[str, int, str | int]
 
 OUTPUT, GRADIENT = "output", "gradient at the first attention layer"
 # What patching puts on a module.
-_PATCHED = ("forward", "_old_forward", patching._UNDO, patching._LISTENS)
+_PATCHED = ("forward", "_old_forward", patching._UNDO, forward_pass._HOOKS)
 _HOOKS = tuple(
     f"_forward_{kind}"
     for kind in ("pre_hooks", "pre_hooks_with_kwargs", "hooks", "hooks_always_called")
@@ -287,20 +287,20 @@ def _documents(batch: dict) -> Tensor | None:
     mask = batch.get("attention_mask")
     if isinstance(positions, Tensor) and positions.dim() == 3 and len(positions) == 4:
         positions = positions[0]  # the text's, before those of the rotary embedding
-    if not may_be_packed(positions, *shape, shape[1]):
+    if not may_be_packed(positions, *shape):
         positions = None
     if ends is not None:
         numbers = torch.zeros(shape, dtype=torch.long, device=tokens.device)
         numbers[0, ends[1:-1].long()] = 1
         numbers = numbers.cumsum(1)
-        if isinstance(mask, Tensor) and mask.shape == shape:
-            numbers = numbers.masked_fill(mask == 0, -1)
     elif mask is not None and (not isinstance(mask, Tensor) or mask.shape != shape):
         return None  # it says itself who sees whom
     elif positions is None and mask is None:
         return None
     else:
-        numbers = documents_of(positions, mask).expand(shape)
+        numbers = document_ids(positions, mask).expand(shape)
+    if isinstance(mask, Tensor) and mask.shape == shape:
+        numbers = numbers.masked_fill(mask == 0, -1)
     return numbers if (numbers > 0).any() else None
 
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from hf_flash_two.attention import flash_attention
+from hf_flash_two.hf.forward_pass import once
 from hf_flash_two.hf.interface import _from_dense
 from hf_flash_two.hf.leading import Lead, Leading
 from hf_flash_two.hf.mask_carrier import MaskCarrier
-from hf_flash_two.hf.memo import once
 from hf_flash_two.masks import AttentionMask
 
 HIDDEN = -1e4
@@ -242,7 +242,7 @@ class Scores(Lazy):
                 if seen is not None:
                     visible.append((lead, seen))
             elif len(lead) == 2:
-                mask = mask & term.for_all_queries(queries).mask
+                mask = mask & term.broadcast_to(queries, keys).mask
                 batch = lead[0] if term.shape[0] > 1 else batch
             else:
                 visible.append((lead, term.as_bool()))
@@ -250,7 +250,7 @@ class Scores(Lazy):
         spread = [leading.spread(seen, lead) for lead, seen in visible]
         place = leading.place(spread if bias is None else [*spread, bias], batch)
         for (_, seen), whole in zip(visible, spread, strict=True):
-            made_for = (leading.ends, place, queries, keys)
+            made_for = (*leading.ends, place, queries, keys)
             whole = leading.fold(whole, place)
             found = once(seen, made_for, partial(_from_dense, whole, queries, keys))
             mask = mask & _moved(found, mask, queries, keys)

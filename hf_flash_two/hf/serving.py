@@ -8,18 +8,20 @@ from collections import Counter, defaultdict
 import torch
 from transformers import PreTrainedModel
 
+from hf_flash_two.hf import compat
 from hf_flash_two.hf.patching import report_layers
 
 
-class _Probe:
+class _Probe(compat.PagedCache):
     """Stands for the paged cache while a model takes one token, and counts who asks it."""
 
     def __init__(self):
         self.asked: Counter[int] = Counter()
         self.layer_to_allocator = defaultdict(lambda: None)
 
-    def update(self, key_states, value_states, layer_idx, kwargs):
-        self.asked[layer_idx] += 1
+    def update(self, key_states, value_states, layer_idx, kwargs=None):
+        # Without these the cache does not know whose tokens it is given.
+        self.asked[layer_idx] += "cu_seq_lens_k" in (kwargs or {})
         return key_states, value_states
 
 
@@ -47,9 +49,20 @@ def check_serving(model: PreTrainedModel) -> None:
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     ends = torch.tensor([0, 1], dtype=torch.int32, device=model.device)
     lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 1, "max_length_k": 1}
+    places = {"read_index": [], "write_index": []}
     probe = _Probe()
-    with torch.no_grad():
-        model(input_ids=token, position_ids=token, use_cache=False, cache=probe, **lengths)
+    try:
+        with torch.no_grad():
+            model(
+                input_ids=token,
+                position_ids=token,
+                use_cache=False,
+                cache=probe,
+                **lengths,
+                **places,
+            )
+    except AttributeError as error:
+        refuse(f"asks more of its cache than the paged one has ({error})")
     for layer in layers:
         asked = probe.asked[getattr(decoder.get_submodule(layer.name), "layer_idx", None)]
         where = f"{layer.name} ({layer.kind})"

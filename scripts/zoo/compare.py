@@ -22,6 +22,7 @@ FORWARD, GRADIENT = 2e-5, 1e-4
 WEIGHTS = 1e-4  # computed from scores, of which some models have large ones
 DOCUMENTS = (7, 1, 5, 8)
 NEW_TOKENS = 5
+_CACHES = ("cache", "past_key_values")
 # Gradients may be off by the rounding of the model's largest one, as far as float32 tells.
 _FLOOR = 4 * torch.finfo(torch.float32).eps / GRADIENT
 
@@ -201,7 +202,7 @@ def outputs(result, mask: Tensor | None) -> dict[str, Tensor]:
                 found[name] = value
         elif isinstance(value, dict):
             for key, part in value.items():
-                if key != "past_key_values" and not key.endswith("attentions"):
+                if key not in _CACHES and not key.endswith("attentions"):
                     visit(f"{name}.{key}".lstrip("."), part)
         elif isinstance(value, (list, tuple)):
             for i, part in enumerate(value):

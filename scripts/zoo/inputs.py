@@ -190,22 +190,25 @@ def _with_media_tokens(model, inputs: dict[str, Tensor], names) -> dict[str, Ten
 
 
 def _features(model, kind: str, inputs: dict[str, Tensor]) -> int:
-    name = f"get_{kind}_features"
-    function = getattr(model, name, None) or getattr(model.base_model, name, None)
-    if function is None:
-        return 0
-    accepted = inspect.signature(function).parameters
-    values = {
-        name: value
-        for name, value in inputs.items()
-        if name in accepted and name not in ("input_ids", "attention_mask")
-    }
-    if not values:
+    for owner in (model, model.base_model):  # the outer one may hand on whatever it is given
+        function = getattr(owner, f"get_{kind}_features", None)
+        accepted = inspect.signature(function).parameters if function else {}
+        values = {
+            name: value
+            for name, value in inputs.items()
+            if name in accepted and name not in ("input_ids", "attention_mask")
+        }
+        if values:
+            break
+    else:
         return 0
     with torch.no_grad():
         found = function(**values)
     pooled = getattr(found, "pooler_output", found)
-    found = found.deepstack_features[0][1] if pooled is None else pooled
+    if pooled is None:
+        deep = getattr(found, "deepstack_features", None)
+        pooled = found.last_hidden_state if deep is None else deep[0][1]
+    found = pooled
     if isinstance(found, (list, tuple)):
         return sum(x.numel() // x.shape[-1] for x in found)
     return found.numel() // found.shape[-1]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     BartConfig,
@@ -202,6 +203,13 @@ _INVERTED = {
     "reference": "sdpa",
     "remark": "compared with sdpa, since eager takes the encoder's float mask for a bool one",
 }
+_TEXT_IN_5_24 = {}
+if transformers.__version__.startswith("5.24."):
+    _TEXT_IN_5_24 = {
+        "model": "Llama4ForCausalLM",
+        "remark": "its text model: that with pictures asks for `image_outputs`, which its outputs "
+        "lack in transformers 5.24, under every implementation",
+    }
 _MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16}
 
 
@@ -342,6 +350,35 @@ _RESNET = {
 }
 
 OVERRIDES: dict[str, Override] = {
+    "apertus1p5": Override(
+        config={
+            "image_token_id": 95,
+            "audio_token_id": 96,
+            "image_token_offset": 60,
+            "audio_token_offset": 68,
+            "text_config": {"vocab_size": 99},
+            "vision_config": {"codebook_size": 8, "base_channels": 32, "num_res_blocks": 1},
+            "audio_config": {"codebook_size": 8},
+        },
+        inputs={"image_sizes": [[32, 32], [32, 32]], "input_values": None},
+    ),
+    "dory": Override(
+        config={
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "n_input_layers": 1,
+            "n_recurrent_layers": 2,
+            "n_output_layers": 1,
+        },
+    ),
+    "llama4": Override(**_TEXT_IN_5_24),
+    "hy_v4_vl": Override(
+        config={
+            "text_config": {
+                "rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [1, 1, 2]}
+            }
+        },
+    ),
     "vibevoice_asr": Override(
         config={
             "acoustic_tokenizer_encoder_config": {"num_filters": 2, "depths": [1] * 7},

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from models import CACHE
 
 ROOT = Path(__file__).parents[2]
 MODEL = "Qwen/Qwen3-0.6B"
@@ -29,4 +30,5 @@ def snippets(path: Path) -> list:
 
 
 def run(code: str) -> None:
-    exec(compile(code.replace(MODEL, "tiny"), "a snippet", "exec"), {})
+    code = code.replace(MODEL, "tiny").replace(" cache=cache", f" {CACHE}=cache")
+    exec(compile(code, "a snippet", "exec"), {})

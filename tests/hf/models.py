@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,8 +11,13 @@ import torch
 import transformers
 from packaging.version import Version
 from transformers import PreTrainedModel
+from transformers.masking_utils import create_causal_mask
 
 VOCABULARY = 89
+# What models and mask functions call the cache that they are given.
+CACHE = "cache"
+if CACHE not in inspect.signature(create_causal_mask).parameters:  # up to transformers 5.23
+    CACHE = "past_key_values"
 
 
 @dataclass(frozen=True)

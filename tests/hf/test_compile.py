@@ -6,6 +6,7 @@ import pytest
 import torch
 from checks import assert_close, assert_same_gradients, backward
 from models import (
+    CACHE,
     DECODERS,
     ENCODERS,
     SEQUENCE_MODELS,
@@ -104,7 +105,7 @@ def test_a_masked_user_function_in_one_graph() -> None:
             config=m.config,
             inputs_embeds=embeds,
             attention_mask=mask,
-            past_key_values=None,
+            **{CACHE: None},
             or_mask_function=window_of_images,
         )
         return m(inputs_embeds=embeds, attention_mask=ready).logits
@@ -123,9 +124,9 @@ def test_decoding_with_a_growing_cache_in_two_graphs() -> None:
     expected = eager(ids).logits
     cache = DynamicCache(config=flash.config)
     with torch.no_grad():
-        flash(ids[:, :8], past_key_values=cache)
+        flash(ids[:, :8], **{CACHE: cache})
         for at in range(8, 20):
-            logits = compiled(ids[:, at : at + 1], past_key_values=cache).logits
+            logits = compiled(ids[:, at : at + 1], **{CACHE: cache}).logits
             assert_close(logits[:, 0], expected[:, at])
     assert graphs() <= 2
 
@@ -140,7 +141,7 @@ def decode(step, model, cache: StaticCache, ids, mask, start: int, stop: int) ->
             config=model.config,
             inputs_embeds=torch.empty(2, 1, 0),
             attention_mask=full,
-            past_key_values=cache,
+            **{CACHE: cache},
             position_ids=position_ids,
         )
         with torch.no_grad():
@@ -149,7 +150,7 @@ def decode(step, model, cache: StaticCache, ids, mask, start: int, stop: int) ->
                     ids[:, at : at + 1],
                     attention_mask=masks,
                     position_ids=position_ids,
-                    past_key_values=cache,
+                    **{CACHE: cache},
                 ).logits[:, 0]
             )
     return made
@@ -176,7 +177,7 @@ def test_no_token_of_a_static_cache_is_compiled_again(name: str, backend: str) -
         expected = eager(ids, attention_mask=mask, position_ids=positions).logits
         flash(
             ids[:, :4], attention_mask=mask[:, :4], position_ids=positions[:, :4],
-            past_key_values=cache,
+            **{CACHE: cache},
         )  # fmt: skip
     step = torch.compile(flash, fullgraph=True, backend=backend)
     made = decode(step, flash, cache, ids, mask, 4, 9)

@@ -11,6 +11,7 @@ import torch
 import transformers
 from checks import assert_close
 from models import (
+    CACHE,
     DECODERS,
     MULTIMODAL,
     SEQUENCE_MODELS,
@@ -272,9 +273,7 @@ def test_a_conversation_continues(family: Family) -> None:
             continue  # its slopes go with the mask, which would have to be as long as the cache
         at = 0
         for stop in (6, 7, 16, 25):
-            logits = flash(
-                ids[:, at:stop], attention_mask=mask[:, :stop], past_key_values=cache
-            ).logits
+            logits = flash(ids[:, at:stop], attention_mask=mask[:, :stop], **{CACHE: cache}).logits
             real = mask[:, at:stop].bool()
             assert_close(logits[real], expected[:, at:stop][real])
             at = stop
@@ -292,7 +291,7 @@ def test_turns_of_a_chat_share_a_cache(family: Family, kind: str) -> None:
     for turn in range(3):
         inputs = {"input_ids": ids, "attention_mask": mask}
         expected = generate(eager, inputs, max_new_tokens=5)
-        ids = generate(flash, inputs, max_new_tokens=5, past_key_values=cache)
+        ids = generate(flash, inputs, max_new_tokens=5, **{CACHE: cache})
         assert ids.tolist() == expected.tolist(), f"turn {turn}"
         ids = torch.cat([ids, tokens(2, 4, seed=turn)], dim=1)
         mask = torch.nn.functional.pad(mask, (0, 9), value=1)
@@ -308,7 +307,7 @@ def test_prompts_continue_a_copied_cache(family: Family, kind: str) -> None:
     start, mask = tokens(2, 11), left_padded(2, 11, 3)
     cache = caches_of(flash)[kind]
     prompt = {"input_ids": start, "attention_mask": mask}
-    generate(flash, prompt, max_new_tokens=1, past_key_values=cache)
+    generate(flash, prompt, max_new_tokens=1, **{CACHE: cache})
     assert cache.get_seq_length() == 11
     for seed, length in ((1, 1), (2, 6)):
         ids = torch.cat([start, tokens(2, length, seed=seed)], dim=1)
@@ -316,7 +315,7 @@ def test_prompts_continue_a_copied_cache(family: Family, kind: str) -> None:
             "input_ids": ids,
             "attention_mask": torch.nn.functional.pad(mask, (0, length), value=1),
         }
-        made = generate(flash, inputs, past_key_values=copy.deepcopy(cache))
+        made = generate(flash, inputs, **{CACHE: copy.deepcopy(cache)})
         assert made.tolist() == generate(eager, inputs).tolist()
 
 
@@ -334,10 +333,10 @@ def test_a_cache_loses_its_last_tokens(name: str) -> None:
     mask = torch.nn.functional.pad(mask, (0, 13), value=1)
     cache = DynamicCache(config=flash.config)
     with torch.no_grad():
-        flash(ids, attention_mask=mask[:, :12], past_key_values=cache)
+        flash(ids, attention_mask=mask[:, :12], **{CACHE: cache})
         cache.crop(-4)
         assert cache.get_seq_length() == 8
-        logits = flash(other[:, 8:], attention_mask=mask, past_key_values=cache).logits
+        logits = flash(other[:, 8:], attention_mask=mask, **{CACHE: cache}).logits
         expected = eager(other, attention_mask=mask).logits
     assert_close(logits, expected[:, 8:])
 
@@ -348,12 +347,12 @@ def test_a_cache_changes_its_batch(family: Family) -> None:
     ids, mask = tokens(2, 15), left_padded(2, 15, 3)
     cache = DynamicCache(config=flash.config)
     with torch.no_grad():
-        flash(ids[:, :11], attention_mask=mask[:, :11], past_key_values=cache)
+        flash(ids[:, :11], attention_mask=mask[:, :11], **{CACHE: cache})
         cache.batch_repeat_interleave(3)
         cache.batch_select_indices(torch.tensor([4, 0, 3]))
         rows = torch.tensor([1, 0, 1])
         cache.reorder_cache(torch.tensor([2, 1, 0]))
-        logits = flash(ids[rows, 11:], attention_mask=mask[rows], past_key_values=cache).logits
+        logits = flash(ids[rows, 11:], attention_mask=mask[rows], **{CACHE: cache}).logits
         assert_close(logits, eager(ids, attention_mask=mask).logits[rows, 11:])
 
 
@@ -378,7 +377,7 @@ def test_a_decoder_continues_with_both_its_caches(family: Family) -> None:
         cache = EncoderDecoderCache(own, cross)
         encoded, at = None, 0
         for stop in (4, 5, 11):
-            step = dict(inputs, decoder_input_ids=ids[:, at:stop], past_key_values=cache)
+            step = dict(inputs, decoder_input_ids=ids[:, at:stop], **{CACHE: cache})
             if encoded is not None:
                 step["encoder_outputs"] = encoded
             out = flash(**step)

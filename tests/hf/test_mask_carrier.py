@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from accelerate.utils import send_to_device
+from models import CACHE
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import CanineConfig, LlamaConfig
@@ -32,7 +33,7 @@ def carrier(kind: str, dtype: torch.dtype = torch.bool) -> MaskCarrier:
         ),
     }
     shape = (3, 1, QUERIES, KEYS)
-    return MaskCarrier(masks[kind], shape, "cpu", dtype, causal=kind != "dense", may_pack=False)
+    return MaskCarrier(masks[kind], shape, "cpu", dtype, causal=kind != "dense", packed=True)
 
 
 KINDS = pytest.mark.parametrize("kind", ["band", "intervals", "dense"])
@@ -50,7 +51,7 @@ def test_looks_like_a_mask(kind: str) -> None:
     ids = torch.zeros(3, QUERIES, 8)
     config = LlamaConfig()
     config._attn_implementation = "flash_two"
-    given = {"inputs_embeds": ids, "attention_mask": mask, "past_key_values": None}
+    given = {"inputs_embeds": ids, "attention_mask": mask, CACHE: None}
     assert create_causal_mask(config=config, **given) is mask
 
 

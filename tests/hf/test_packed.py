@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from checks import assert_close, assert_same_gradients, backward, error
-from models import DECODERS, MULTIMODAL, Family, named, tokens
-from transformers import masking_utils
+from models import CACHE, DECODERS, MULTIMODAL, Family, named, tokens
+from transformers import StaticCache, masking_utils
 
 from hf_flash_two import op
 from hf_flash_two.hf import compat
-from hf_flash_two.hf.packing import document_ids, documents_of
+from hf_flash_two.hf.packing import document_ids
 
 LENGTHS = (7, 1, 11, 8)
 LENGTH = sum(LENGTHS)
-
-
-def skip_absolute_chunks(family: Family) -> None:
-    if family.name == "llama4" and not hasattr(
-        masking_utils, "remap_positions_for_packed_sequence"
-    ):
-        pytest.skip("this Transformers counts a document's chunks from the start of the row")
 
 
 def positions(*lengths: int) -> torch.Tensor:
@@ -35,7 +30,6 @@ def alone(model, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no cache"])
 @pytest.mark.parametrize("family", named(DECODERS))
 def test_documents_are_computed_as_alone(family: Family, use_cache: bool, mask: str) -> None:
-    skip_absolute_chunks(family)
     flash, eager = family.pair("flash_two")
     ids = tokens(2, LENGTH)
     given = {"attention_mask": torch.ones_like(ids)} if mask == "ones" else {}
@@ -48,7 +42,6 @@ def test_documents_are_computed_as_alone(family: Family, use_cache: bool, mask: 
 
 @pytest.mark.parametrize("family", named(DECODERS))
 def test_gradients_of_training_with_the_default_cache(family: Family) -> None:
-    skip_absolute_chunks(family)
     flash, eager = family.pair("flash_two")
     ids = tokens(2, LENGTH)
     flash.train()
@@ -57,17 +50,126 @@ def test_gradients_of_training_with_the_default_cache(family: Family) -> None:
     assert_same_gradients(flash, eager)
 
 
-@pytest.mark.parametrize("family", named([f for f in DECODERS if f.name in ("llama", "gpt-oss")]))
-def test_rows_packed_differently(family: Family) -> None:
+@dataclass(frozen=True)
+class Row:
+    """Documents in one row of a batch, and how many padded tokens stand before each and at the end.
+
+    A padded token has position 0, or any other.
+    """
+
+    lengths: tuple[int, ...]
+    holes: tuple[int, ...] = ()
+    padded_position: int = 0
+
+    def parts(self) -> list[tuple[int, int]]:
+        """(number of the document from 1, or 0; how many tokens) from the row's start to its end."""
+        holes = self.holes or (0,) * (len(self.lengths) + 1)
+        parts = [(0, holes[0])]
+        for number, (length, hole) in enumerate(zip(self.lengths, holes[1:], strict=True), 1):
+            parts += [(number, length), (0, hole)]
+        return parts
+
+    def numbers(self) -> torch.Tensor:
+        return torch.cat([torch.full((count,), number) for number, count in self.parts()])
+
+    def positions(self) -> torch.Tensor:
+        padded = self.padded_position
+        return torch.cat(
+            [torch.arange(n) if number else torch.full((n,), padded) for number, n in self.parts()]
+        )
+
+
+ROWS = [
+    Row((5, 8), (0, 0, 3)),
+    Row((16,)),
+    Row((1, 12), (0, 0, 3)),
+    Row((1, 1, 14)),
+    Row((9, 4), (3, 0, 0), padded_position=1),
+    Row((6, 1, 5), (1, 2, 0, 1), padded_position=7),
+]
+
+
+def each_alone(model, ids: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Logits of all documents of a row [T] of tokens, each run by itself, end to end."""
+    parts = [ids[numbers == number][None] for number in numbers.unique() if number]
+    return torch.cat([model(part).logits[0] for part in parts])
+
+
+@pytest.mark.parametrize("kind", ["no mask", "ones and zeros", "bool", "numbers", "numbers alone"])
+@pytest.mark.parametrize("family", named(DECODERS))
+def test_rows_of_all_kinds_in_one_batch(family: Family, kind: str) -> None:
+    """Padding anywhere, single tokens, rows that are not packed: each document as by itself."""
     flash, eager = family.pair("flash_two")
-    ids = tokens(3, 12)
-    rows = [(5, 7), (12,), (1, 1, 10)]
-    position_ids = torch.cat([positions(*row) for row in rows])
-    packed = flash(ids, position_ids=position_ids).logits
-    for row, lengths in enumerate(rows):
-        parts = ids[row : row + 1].split(lengths, dim=1)
-        expected = torch.cat([eager(part).logits for part in parts], dim=1)
-        assert_close(packed[row : row + 1], expected)
+    ids = tokens(len(ROWS), 16)
+    numbers = torch.stack([row.numbers() for row in ROWS])
+    given = {"position_ids": torch.stack([row.positions() for row in ROWS])}
+    if kind == "numbers alone":
+        given["position_ids"] = positions(16).expand(len(ROWS), -1)
+    if kind != "no mask":
+        visible = numbers != 0
+        masks = {"ones and zeros": visible.long(), "bool": visible}
+        given["attention_mask"] = masks.get(kind, numbers)
+    packed = flash(ids, **given).logits
+    for row, number, logits in zip(ids, numbers, packed, strict=True):
+        if kind == "numbers alone":  # positions go on, which rotary ones do not notice
+            if family.name == "llama4":
+                pytest.skip("this family scales by absolute positions")
+        assert_close(logits[number != 0], each_alone(eager, row, number))
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    model = DECODERS[0].build("flash_two")
+    ids = tokens(len(ROWS), 16)
+    position_ids = torch.stack([row.positions() for row in ROWS])
+    mask = torch.stack([row.numbers() for row in ROWS]).bool()
+    together = model(ids, position_ids=position_ids, attention_mask=mask).logits
+    for row in range(len(ROWS)):
+        one = slice(row, row + 1)
+        alone = model(ids[one], position_ids=position_ids[one], attention_mask=mask[one]).logits
+        assert_close(together[one][mask[one]], alone[mask[one]])
+
+
+def test_gradients_of_packed_rows_with_padding() -> None:
+    flash, eager = DECODERS[0].pair("flash_two")
+    row = ROWS[-1]
+    ids, number = tokens(1, 16), row.numbers()
+    mask = (number != 0).long()[None]
+    flash.train()
+    backward(
+        flash(ids, position_ids=row.positions()[None], attention_mask=mask).logits[0][number != 0]
+    )
+    backward(each_alone(eager, ids[0], number))
+    assert_same_gradients(flash, eager)
+
+
+@pytest.mark.parametrize("length", [LENGTH, 40])
+@pytest.mark.parametrize(
+    "family", named([f for f in DECODERS if f.name in ("llama", "gemma3", "gpt-oss", "llama4")])
+)
+def test_a_static_cache(family: Family, length: int) -> None:
+    """Longer than the row, it holds keys of no document behind those of the last."""
+    flash, eager = family.pair("flash_two")
+    ids = tokens(1, LENGTH)
+    cache = StaticCache(config=flash.config, max_cache_len=length)
+    packed = flash(ids, position_ids=positions(*LENGTHS), **{CACHE: cache}).logits
+    assert_close(packed, alone(eager, ids))
+
+
+def test_documents_behind_earlier_tokens_are_refused() -> None:
+    flash = DECODERS[0].build("flash_two")
+    first = flash(tokens(1, 5), use_cache=True)
+    given = {CACHE: first[CACHE]}
+    with pytest.raises(ValueError, match="documents start among these tokens"):
+        flash(tokens(1, 8), position_ids=positions(3, 5), **given)
+
+
+def test_more_of_one_document_behind_earlier_tokens() -> None:
+    flash, eager = DECODERS[0].pair("flash_two")
+    ids = tokens(1, 13)
+    first = flash(ids[:, :5], use_cache=True)
+    given = {CACHE: first[CACHE]}
+    rest = flash(ids[:, 5:], position_ids=torch.arange(5, 13)[None], **given).logits
+    assert_close(rest, eager(ids).logits[:, 5:])
 
 
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no cache"])
@@ -146,6 +248,7 @@ def test_packed_multimodal_positions() -> None:
         ([0, 1, 2, 3], [0, 0, 0, 0]),
         ([0, 1, 2, 0, 1], [0, 0, 0, 1, 1]),
         ([0, 0, 1, 0, 0], [0, 1, 1, 2, 3]),
+        ([0, 0, 1, 2], [0, 1, 1, 1]),
         ([2, 3, 4, 2, 2, 3], [0, 0, 0, 1, 2, 2]),
         ([5, 6, 7, 0, 1], [0, 0, 0, 1, 1]),
         ([0, 1, 1, 1, 1, 5], [0, 0, 0, 0, 0, 0]),
@@ -197,7 +300,7 @@ def test_a_user_s_numbers_that_come_back_while_compiling() -> None:
             config=model.config,
             inputs_embeds=embeds,
             attention_mask=None,
-            past_key_values=None,
+            **{CACHE: None},
             and_mask_function=masking_utils.packed_sequence_mask_function(numbers),
         )
         return model(inputs_embeds=embeds, attention_mask=mask).logits
@@ -211,33 +314,3 @@ def test_a_user_s_numbers_that_come_back_while_compiling() -> None:
         with pytest.raises(RuntimeError, match="document ids that fall"):
             compiled(flash)
     torch._dynamo.reset()
-
-
-@pytest.mark.parametrize(
-    "positions, mask, numbers",
-    [
-        # Documents of one token first, amid and last; of rows each by itself.
-        ([[0, 1, 2, 0, 1, 0]], None, [[0, 0, 0, 1, 1, 2]]),
-        ([[0, 0, 1, 2]], None, [[0, 1, 1, 1]]),
-        ([[0, 1, 2, 3], [0, 1, 0, 1]], None, [[0, 0, 0, 0], [0, 0, 1, 1]]),
-        # Padding at the end, at the start and between, whatever its positions.
-        ([[0, 1, 0, 1, 0, 0]], [[1, 1, 1, 1, 0, 0]], [[0, 0, 1, 1, -1, -1]]),
-        ([[0, 1, 0, 1, 2, 3]], [[1, 1, 1, 1, 0, 0]], [[0, 0, 1, 1, -1, -1]]),
-        ([[1, 1, 0, 1, 0, 1]], [[0, 0, 1, 1, 1, 1]], [[-1, -1, 0, 0, 1, 1]]),
-        ([[0, 1, 9, 2, 0, 1]], [[1, 1, 0, 1, 1, 1]], [[0, 0, -1, 0, 1, 1]]),
-        ([[1, 1, 0, 1, 2, 3]], [[0, 0, 1, 1, 1, 1]], [[-1, -1, 0, 0, 0, 0]]),
-        # A mask that numbers documents, with positions and without; one that only hides.
-        ([[0, 1, 0, 1, 0]], [[1, 1, 2, 2, 0]], [[0, 0, 1, 1, -1]]),
-        (None, [[1, 1, 2, 2, 0], [3, 3, 3, 0, 0]], [[0, 0, 1, 1, -1], [0, 0, 0, -1, -1]]),
-        (None, [[1, 1, 1, 0]], [[0, 0, 0, -1]]),
-        # One line of positions for all rows.
-        ([[0, 1, 0]], [[1, 1, 1], [1, 1, 0]], [[0, 0, 1], [0, 0, -1]]),
-        # Tokens of an image share a position, and those after it go on further up.
-        ([[0, 1, 1, 1, 4, 5]], None, [[0, 0, 0, 0, 0, 0]]),
-    ],
-)
-def test_which_tokens_belong_together(positions, mask, numbers):
-    positions, mask = (None if x is None else torch.tensor(x) for x in (positions, mask))
-    assert documents_of(positions, mask).tolist() == numbers
-    if mask is not None and mask.max() == 1:
-        assert documents_of(positions, mask.bool()).tolist() == numbers

@@ -31,7 +31,7 @@ from transformers import ByT5Tokenizer
 
 from hf_flash_two import AttentionMask, check_parity, patch
 from hf_flash_two.hf import interface, patching
-from hf_flash_two.hf.packing import documents_of
+from hf_flash_two.hf.packing import document_ids
 from hf_flash_two.hf.patching import PatchReport
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
@@ -113,7 +113,8 @@ def test_sound_decoders_pass(family: Family, batch: Callable, dtype: torch.dtype
 def test_packed_and_padded(leaks: bool, numbered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents beside padding are told apart by the check itself, whatever the model does."""
     batch = padded(numbered)
-    documents = documents_of(batch["position_ids"], batch["attention_mask"])
+    mask = batch["attention_mask"]
+    documents = document_ids(batch["position_ids"], mask).masked_fill(mask == 0, -1)
     same = (documents[:, None, :, None] == documents[:, None, None]) & (documents >= 0)[
         :, None, None
     ]

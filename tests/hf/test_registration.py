@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from checks import assert_close
-from models import DECODERS, MULTIMODAL, left_padded, tokens
+from models import CACHE, DECODERS, MULTIMODAL, left_padded, tokens
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.utils.generic import is_flash_attention_requested
 
@@ -106,7 +106,7 @@ def test_packed_masks_of_other_implementations_are_left_alone() -> None:
         config=FAMILIES["llama"].build("eager").config,
         inputs_embeds=torch.zeros(1, 5, 8),
         attention_mask=None,
-        past_key_values=transformers.DynamicCache(),
+        **{CACHE: transformers.DynamicCache()},
         position_ids=position_ids,
     )
     assert torch.equal(eager[0, 0] == 0, torch.ones(5, 5).tril().bool())
@@ -140,12 +140,6 @@ for names in (AttentionInterface(), AttentionMaskInterface()):
     assert "fa_two" in names and "flash_two" not in names
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=240)
-
-
-def test_packing_that_cannot_be_found_is_told(monkeypatch) -> None:
-    monkeypatch.delattr(masking_utils, "_preprocess_mask_arguments")
-    with pytest.warns(UserWarning, match="packed documents are not kept apart in all models"):
-        hf_flash_two.hf.register()
 
 
 def test_serving_that_cannot_be_checked_is_told(monkeypatch) -> None:
