@@ -36,6 +36,9 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
+from torch._C import _functorch as functorch
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.generation import continuous_batching
 from transformers.utils import output_capturing
@@ -343,6 +346,20 @@ def transforms_by_vmap() -> bool:
         return False
     levels = torch._C._functorch.get_interpreter_stack() or ()
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+
+
+def runs_on_fakes() -> bool:
+    """Whether operations yield tensors without values, as in a `FakeTensorMode`."""
+    return active_fake_mode() is not None
+
+
+def has_one_value(x: torch.Tensor) -> bool:
+    """Whether ``x`` is neither without values nor mapped by `torch.func.vmap`."""
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return False
+        x = functorch.get_unwrapped(x)
+    return not isinstance(x, FakeTensor)
 
 
 def has_cross_attention(model: transformers.PreTrainedModel) -> bool:

@@ -15,14 +15,23 @@ from hf_flash_two.hf import compat
 
 
 def recording() -> bool:
-    """Whether operations are recorded, to run on other values: then no value decides anything.
+    """Whether no value may decide anything: there is none, or what runs is for others as well.
 
-    By torch.compile, torch.export, torch.jit.trace, a transform of torch.func or a CUDA graph.
+    Operations are recorded by torch.compile, torch.export, torch.jit.trace or a CUDA graph; they
+    have many values under `torch.func.vmap`, and none in a `FakeTensorMode`.
     """
+    return _recorded() or compat.transforms_by_vmap() or compat.runs_on_fakes()
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the values of this very tensor may decide: under vmap those of a constant may."""
+    return not _recorded() and not x.is_meta and compat.has_one_value(x)
+
+
+def _recorded() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or compat.transforms_by_vmap()
         or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
     )
 
