@@ -71,6 +71,7 @@ class ForwardPass:
         said: by its caller, and by that of the model around it, if both share a config.
         around: the pass within which this one runs.
         frame: the call that opened it; None while recording.
+        ones: the mask with 1 for every visible token, where it may number documents instead.
         apart: nothing that was said of documents is left to be done.
         derived: what layers share; one for all passes within the outermost.
     """
@@ -82,9 +83,23 @@ class ForwardPass:
         around: ForwardPass | None = None,
         frame: FrameType | None = None,
     ):
-        self.model, self.said, self.around, self.frame = model, said, around, frame
-        self.apart = False
+        self.model, self.around, self.frame = model, around, frame
         self.derived: dict = {} if around is None else around.derived
+        if around is not None and said.attention_mask is around.ones:
+            # A model hands on the mask of ones that it got in place of one of numbers.
+            said = said._replace(attention_mask=around.said.attention_mask)
+        self.said = said
+        self.ones: Tensor | None = None
+        if _is_numbered(said.attention_mask):
+            self.ones = (said.attention_mask != 0).to(said.attention_mask.dtype)
+        self.apart = False
+
+    def with_ones(self, places: tuple[int, ...], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The model's arguments with the mask of ones: models compute with its values."""
+        if "attention_mask" in kwargs:
+            return args, {**kwargs, "attention_mask": self.ones}
+        at = places[Said._fields.index("attention_mask")]
+        return ((*args[:at], self.ones, *args[at + 1 :]) if at < len(args) else args), kwargs
 
     def documents(
         self, batch: int, queries: int, offset: int | Tensor, *, causal: bool
@@ -149,7 +164,9 @@ class ForwardPass:
         here, there = self.said, inner.said
         if self.model.config is inner.model.config:
             return True
-        if here.cu_seq_lens_q is not there.cu_seq_lens_q:
+        if here.cu_seq_lens_q is not there.cu_seq_lens_q or (
+            self.ones is not None and inner.ones is None
+        ):
             return False
         positions = here.position_ids, there.position_ids
         return positions[0] is None or (
@@ -249,7 +266,7 @@ def _passes() -> list[ForwardPass]:
     return _local.passes
 
 
-def _open(places: tuple[int, ...], model: PreTrainedModel, args: tuple, kwargs: dict) -> None:
+def _open(places: tuple[int, ...], model: PreTrainedModel, args: tuple, kwargs: dict):
     passes, frame = _passes(), None
     if not recording():
         frame = sys._getframe(1)
@@ -270,7 +287,9 @@ def _open(places: tuple[int, ...], model: PreTrainedModel, args: tuple, kwargs: 
     positions, *others = given
     if isinstance(positions, Tensor) and positions.dim() == 3 and positions.shape[0] == 4:
         positions = positions[0]  # the text's, before those of the rotary embedding
-    passes.append(ForwardPass(model, Said(positions, *others), around, frame))
+    said = Said(positions, *others)
+    passes.append(ForwardPass(model, said, around, frame))
+    return passes[-1].with_ones(places, args, kwargs) if passes[-1].ones is not None else None
 
 
 def _close(model: PreTrainedModel, args: tuple, output) -> None:
@@ -300,6 +319,12 @@ def _said_past_hooks(model: PreTrainedModel, frame: FrameType) -> dict:
             given = {**variables.get("kwargs", {}), **variables}
             return {name: given[name] for name in Said._fields if name in given}
     return {}
+
+
+def _is_numbered(mask) -> bool:
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] == 1:
+        return False
+    return numbers_documents(mask) and (recording() or bool((mask > 1).any()))
 
 
 def _equal(a: Tensor, b) -> bool:

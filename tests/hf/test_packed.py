@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import pytest
 import torch
 from checks import assert_close, assert_same_gradients, backward, error
 from models import CACHE, DECODERS, MULTIMODAL, Family, named, tokens
+from own_models import FAMILIES, OwnFamily, prompt
+from own_models import tokens as own_tokens
 from transformers import StaticCache, masking_utils
 
-from hf_flash_two import op
+from hf_flash_two import op, patch
 from hf_flash_two.hf import compat
 from hf_flash_two.hf.packing import document_ids
 
@@ -62,7 +65,7 @@ class Row:
     padded_position: int = 0
 
     def parts(self) -> list[tuple[int, int]]:
-        """(number of the document from 1, or 0; how many tokens) from the row's start to its end."""
+        """(number of the document from 1, 0 for padding; how many tokens), from left to right."""
         holes = self.holes or (0,) * (len(self.lengths) + 1)
         parts = [(0, holes[0])]
         for number, (length, hole) in enumerate(zip(self.lengths, holes[1:], strict=True), 1):
@@ -192,6 +195,85 @@ def test_cu_seq_lens(family: Family, use_cache: bool) -> None:
         use_cache=use_cache,
     ).logits
     assert_close(packed, alone(eager, ids))
+
+
+def boundaries(*lengths: int) -> dict[str, torch.Tensor | int]:
+    """As trainers and collators send them."""
+    ends = torch.tensor((0, *lengths)).cumsum(0).to(torch.int32)
+    longest = max(lengths)
+    return {
+        "cu_seq_lens_q": ends, "cu_seq_lens_k": ends.clone(),
+        "max_length_q": longest, "max_length_k": longest,
+    }  # fmt: skip
+
+
+def interface_family(name: str, model: str, **changes) -> OwnFamily:
+    return OwnFamily(name, model, changes, prompt)
+
+
+# Each is silent about documents in its own way: it takes no positions, or hands its mask function
+# none, or hands its layers no boundaries.
+SILENT = [family for family in FAMILIES if family.name in (
+    "bloom", "codegen", "falcon_rotary", "falcon_new", "gpt_neo", "gpt_neox_japanese", "gptj",
+    "mpt", "xglm",
+)] + [
+    interface_family("ctrl", "CTRLLMHeadModel", dff=32),
+    interface_family("gpt_bigcode", "GPTBigCodeForCausalLM"),
+    interface_family("gpt2", "GPT2LMHeadModel"),
+    interface_family("opt", "OPTForCausalLM", word_embed_proj_dim=32, ffn_dim=32),
+    interface_family("persimmon", "PersimmonForCausalLM"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("said", ["boundaries", "positions", "numbers"])
+@pytest.mark.parametrize("family", [pytest.param(f, id=f.name) for f in SILENT])
+def test_families_that_are_silent_about_documents(family: OwnFamily, said: str) -> None:
+    model = family.build()
+    ids = own_tokens(1, LENGTH)
+    expected = alone(model, ids)
+    patch(model)
+    given = boundaries(*LENGTHS) if said == "boundaries" else {}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        given["position_ids"] = positions(*LENGTHS)
+    elif said == "positions":
+        pytest.skip("takes no positions")
+    if said == "numbers":
+        given["attention_mask"] = Row(LENGTHS).numbers()[None]
+    assert_close(model(ids, **given).logits, expected)
+
+
+@pytest.mark.parametrize("said", ["boundaries", "positions", "numbers"])
+@pytest.mark.parametrize("name", ["flaubert", "openai_gpt", "xlm_causal"])
+def test_families_that_make_their_own_masks_refuse(name: str, said: str) -> None:
+    model = next(f for f in FAMILIES if f.name == name).build()
+    patch(model)
+    ids, given = own_tokens(1, LENGTH), {}
+    if said == "boundaries":
+        given = boundaries(*LENGTHS)
+    if said == "numbers":
+        given["attention_mask"] = Row(LENGTHS).numbers()[None]
+    if said == "positions":
+        if name == "flaubert":
+            pytest.skip("bidirectional: positions that restart say nothing of documents")
+        given["position_ids"] = positions(*LENGTHS)
+    with pytest.raises(NotImplementedError, match="packed documents"):
+        model(ids, **given)
+    # What is not packed runs as before, and so does what is after an error.
+    assert model(ids, position_ids=positions(LENGTH))[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["megatron_bert", "rembert", "squeezebert"])
+def test_encoders_by_boundaries(name: str) -> None:
+    """Positions that restart are not enough: an encoder's may do so for other reasons."""
+    model = next(f for f in FAMILIES if f.name == name).build()
+    ids = own_tokens(1, LENGTH)
+    parts = [model(part).last_hidden_state for part in ids.split(LENGTHS, dim=1)]
+    together = model(ids, position_ids=positions(*LENGTHS)).last_hidden_state
+    patch(model)
+    given = {"position_ids": positions(*LENGTHS)}
+    packed = model(ids, **boundaries(*LENGTHS), **given).last_hidden_state
+    assert_close(packed, torch.cat(parts, dim=1))
+    assert_close(model(ids, **given).last_hidden_state, together)
 
 
 def test_one_document_changes_and_nothing_else_moves() -> None:
