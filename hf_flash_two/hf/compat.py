@@ -362,6 +362,13 @@ def has_one_value(x: torch.Tensor) -> bool:
     return not isinstance(x, FakeTensor)
 
 
+def all_values(x: torch.Tensor) -> torch.Tensor:
+    """``x`` with a dimension for what `torch.func.vmap` maps."""
+    while functorch.is_functorch_wrapped_tensor(x):
+        x = functorch.get_unwrapped(x)
+    return x
+
+
 def has_cross_attention(model: transformers.PreTrainedModel) -> bool:
     """Whether a bidirectional mask of this model may be one from a decoder to an encoder."""
     names = ("is_decoder", "is_encoder_decoder", "add_cross_attention")

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from hf_flash_two.hf import compat
 from hf_flash_two.hf.packing import (
+    demand,
     document_starts,
     ids_of_boundaries,
     may_be_packed,
@@ -155,7 +156,7 @@ class ForwardPass:
                 return
             if not recording():
                 self._refuse("position_ids, attention_mask")
-            torch._assert_async(
+            demand(
                 (ids == 0).all(), f"{type(self.model).__name__}: packed documents need eager mode"
             )
 
@@ -333,6 +334,6 @@ def _equal(a: Tensor, b) -> bool:
     if not isinstance(b, Tensor) or a.shape != b.shape:  # continuous batching has one for each kind
         return False
     if recording():
-        torch._assert_async((a == b).all(), "cu_seq_lens_q and cu_seq_lens_k differ")
+        demand((a == b).all(), "cu_seq_lens_q and cu_seq_lens_k differ")
         return True
     return torch.equal(a, b)

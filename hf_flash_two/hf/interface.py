@@ -12,7 +12,7 @@ from hf_flash_two.hf import compat, forward_pass
 from hf_flash_two.hf.forward_pass import once
 from hf_flash_two.hf.mask_carrier import MaskCarrier
 from hf_flash_two.hf.mask_function import from_tiles
-from hf_flash_two.hf.packing import document_starts, may_be_packed, recording
+from hf_flash_two.hf.packing import demand, document_starts, may_be_packed, recording
 from hf_flash_two.masks import AttentionMask
 
 # What attention functions of Transformers read, though here it changes no result: lengths that
@@ -308,7 +308,7 @@ def _from_positions(
             )
             if not recording():
                 raise ValueError(message)
-            torch._assert_async(~starts.any(), message)
+            demand(~starts.any(), message)
             return None
         return AttentionMask.from_documents(segment_ids=starts.cumsum(1))
 

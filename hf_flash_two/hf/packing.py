@@ -28,6 +28,17 @@ def readable(x: Tensor) -> bool:
     return not _recorded() and not x.is_meta and compat.has_one_value(x)
 
 
+def demand(holds: Tensor, message: str) -> None:
+    """While recording: raise RuntimeError unless bool [] ``holds`` when what is recorded runs.
+
+    Under `torch.func.vmap`, which runs at once, of any of the values.
+    """
+    if _recorded() or not compat.transforms_by_vmap():
+        torch._assert_async(holds, message)
+    elif not compat.all_values(holds).all():
+        raise RuntimeError(message)
+
+
 def _recorded() -> bool:
     return (
         torch.compiler.is_compiling()
