@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_map
 
 from hf_flash_two.hf.forward_pass import asks_for_weights
 from hf_flash_two.hf.own_attention import own_attention
-from hf_flash_two.hf.scores import Lazy
 
 _UNPATCHED = "flash_two_unpatched"
 
@@ -55,10 +54,9 @@ class LayerForward:
         layer, forward = unpatched.args[0], self.previous or unpatched
         if self.believed and _asked(type(layer), args, kwargs) or asks_for_weights():
             return forward(*args, **kwargs)  # the caller wants what is saved here
-        with own_attention(self.name):
+        with own_attention(self.name) as tracer:
             outputs = forward(*args, **kwargs)
-        # Layers return their probabilities too: none were computed.
-        return tree_map(lambda part: None if isinstance(part, Lazy) else part, outputs)
+        return tree_map(tracer.settled, outputs)
 
     def remove(self, layer: nn.Module) -> None:
         """``layer`` is as it was; Accelerate's hooks, which wrap what they find, stay."""

@@ -38,8 +38,8 @@ from hf_flash_two.hf.scores import Lazy, Scores, version_of
 
 
 @contextmanager
-def own_attention(layer: str) -> Iterator[None]:
-    """Within the block products of queries and keys are `Scores`.
+def own_attention(layer: str) -> Iterator[OwnAttention]:
+    """Within the block products of queries and keys are `Scores`; yields what sees to it.
 
     Args:
         layer: named in errors.
@@ -50,7 +50,7 @@ def own_attention(layer: str) -> Iterator[None]:
     """
     mode = OwnAttention(layer)
     with mode:
-        yield
+        yield mode
     if mode.multiplied and not mode.attended and not recording():
         mode.refuse("what this layer does with its scores")
 
@@ -129,6 +129,16 @@ class OwnAttention(TorchFunctionMode):
             vars(first).update(vars(result))
             return first
         return result
+
+    def settled(self, part):
+        """What stands for ``part`` of the layer's result once it is through.
+
+        None for probabilities, which were not computed; of a layer that computed its attention as
+        it always did, the last product.
+        """
+        if not isinstance(part, Lazy):
+            return part
+        return None if self.attended else part.tensor("returning")
 
     @contextmanager
     def pause(self) -> Iterator[None]:
