@@ -45,10 +45,11 @@ class Written(LlamaAttention):
     """Overrides a forward that goes through the interface."""
 
     def forward(
-        self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None,
-        **kwargs,
+        self, hidden_states, position_embeddings=None, attention_mask=None, cache=None,
+        past_key_values=None, **kwargs,
     ):  # fmt: skip
-        q, k, v = heads(self, hidden_states, position_embeddings, past_key_values)
+        cache = past_key_values if cache is None else cache  # before transformers 5.24
+        q, k, v = heads(self, hidden_states, position_embeddings, cache)
         weights = (q @ k.transpose(2, 3)) * self.scaling
         if attention_mask is not None:
             weights = weights + attention_mask
@@ -61,10 +62,11 @@ class ByHelper(LlamaAttention):
     """The softmax is in a function of the module."""
 
     def forward(
-        self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None,
-        **kwargs,
+        self, hidden_states, position_embeddings=None, attention_mask=None, cache=None,
+        past_key_values=None, **kwargs,
     ):  # fmt: skip
-        q, k, v = heads(self, hidden_states, position_embeddings, past_key_values)
+        cache = past_key_values if cache is None else cache  # before transformers 5.24
+        q, k, v = heads(self, hidden_states, position_embeddings, cache)
         weights = weigh(q, k, self.scaling, attention_mask)
         return self.o_proj((weights @ v).transpose(1, 2).flatten(2)), None
 
@@ -73,10 +75,11 @@ class Mixer(LlamaAttention):
     """Its name does not say it; PyTorch's function does the whole."""
 
     def forward(
-        self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None,
-        **kwargs,
+        self, hidden_states, position_embeddings=None, attention_mask=None, cache=None,
+        past_key_values=None, **kwargs,
     ):  # fmt: skip
-        q, k, v = heads(self, hidden_states, position_embeddings, past_key_values)
+        cache = past_key_values if cache is None else cache  # before transformers 5.24
+        q, k, v = heads(self, hidden_states, position_embeddings, cache)
         out = F.scaled_dot_product_attention(q, k, v, attention_mask, scale=self.scaling)
         return self.o_proj(out.transpose(1, 2).flatten(2)), None
 
