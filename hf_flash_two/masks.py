@@ -19,6 +19,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 KEY_GRANULE = 64
 """Keys are summarised in groups of this many; every kernel's key tile is read off these groups."""
@@ -504,8 +505,7 @@ def _runs(starts: Tensor) -> tuple[Tensor, Tensor]:
     length = starts.shape[1]
     index = torch.arange(length, device=starts.device).expand_as(starts)
     begin = torch.where(starts, index, 0).cummax(1).values
-    next_start = torch.full_like(index, length)
-    next_start[:, :-1] = torch.where(starts[:, 1:], index[:, 1:], length)
+    next_start = pad(torch.where(starts[:, 1:], index[:, 1:], length), (0, 1), value=length)
     end = next_start.flip(1).cummin(1).values.flip(1)
     return begin, end
 

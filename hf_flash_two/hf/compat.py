@@ -36,6 +36,9 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
+from torch._C import _functorch as functorch
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.generation import continuous_batching
 from transformers.utils import output_capturing
@@ -105,6 +108,11 @@ _TURN_TO_SDPA = frozenset(
 )
 # Families whose bidirectional layers name a window that only their cache keeps.
 NO_WINDOW_WITHOUT_MASK = frozenset({"diffusion_gemma_text"})
+
+# Families whose models return the weights of layers that are no decoder's in every call.
+RETURNS_WEIGHTS = frozenset({"kosmos_2_text_model", "kosmos_2_5_text_model"})
+# Families whose weights leave out what goes to the sinks.
+WEIGHTS_WITHOUT_SINKS = frozenset({"granite_swa", "granitemoe_swa"})
 
 
 def is_ours(implementation: str | None) -> bool:
@@ -346,6 +354,27 @@ def only_inlined(function: Callable) -> Callable:
     return function
 
 
+def runs_on_fakes() -> bool:
+    """Whether operations yield tensors without values, as in a `FakeTensorMode`."""
+    return active_fake_mode() is not None
+
+
+def has_one_value(x: torch.Tensor) -> bool:
+    """Whether ``x`` is neither without values nor mapped by `torch.func.vmap`."""
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return False
+        x = functorch.get_unwrapped(x)
+    return not isinstance(x, FakeTensor)
+
+
+def all_values(x: torch.Tensor) -> torch.Tensor:
+    """``x`` with a dimension for what `torch.func.vmap` maps."""
+    while functorch.is_functorch_wrapped_tensor(x):
+        x = functorch.get_unwrapped(x)
+    return x
+
+
 def has_cross_attention(model: transformers.PreTrainedModel) -> bool:
     """Whether a bidirectional mask of this model may be one from a decoder to an encoder."""
     names = ("is_decoder", "is_encoder_decoder", "add_cross_attention")
@@ -455,6 +484,16 @@ def has_window_without_mask(module: torch.nn.Module) -> bool:
     return _family(module) not in NO_WINDOW_WITHOUT_MASK
 
 
+def returns_weights(module: torch.nn.Module) -> bool:
+    """Whether the model returns the weights of this layer whoever calls it."""
+    return _family(module) in RETURNS_WEIGHTS and not getattr(module, "is_decoder", True)
+
+
+def weights_without_sinks(module: torch.nn.Module) -> bool:
+    """Whether eager weights of this layer sum to 1, though it has sinks."""
+    return _family(module) in WEIGHTS_WITHOUT_SINKS
+
+
 def _family(module: torch.nn.Module) -> str | None:
     return getattr(getattr(module, "config", None), "model_type", None)
 
@@ -485,7 +524,10 @@ def needs_its_sdpa(config: transformers.PretrainedConfig) -> bool:
 def records_attentions() -> bool:
     """Whether a model is collecting the attention weights that its layers return."""
     collector = getattr(output_capturing, "_active_collector", None)
-    collected = collector.get() if collector is not None else None
+    if collector is None:
+        return False
+    compiling = torch.compiler.is_compiling()  # the compiler cannot read context variables
+    collected = getattr(collector, "global_var", None) if compiling else collector.get()
     return any("attentions" in name for name in collected or ())
 
 

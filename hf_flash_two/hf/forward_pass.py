@@ -2,7 +2,8 @@
 
 Hooks on each model that uses flash_two open a pass before its forward and close it behind. In
 between, masks take the packed documents from what the caller said, also where the model hands none
-of it on, and layers share what they derive from tensors. A pass that ends without anything having
+of it on; layers know whether the caller asked for attention weights, and share what they derive
+from tensors. A pass that ends without anything having
 kept the documents apart raises: a result with a leak does not leave the model.
 """
 
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 
 from hf_flash_two.hf import compat
 from hf_flash_two.hf.packing import (
+    demand,
     document_starts,
     ids_of_boundaries,
     may_be_packed,
@@ -37,18 +39,20 @@ _MODULES = nn.Module.__call__.__code__.co_filename
 
 
 class Said(NamedTuple):
-    """What tells of packed documents among the arguments of a model; None where nothing came.
+    """Of the arguments of a model those that layers may not be told; None where nothing came.
 
     Attributes:
         position_ids: [1 or B, T].
         attention_mask: [B, L], as the caller gave it; or anything else that came in its place.
         cu_seq_lens_q: [N + 1]; cu_seq_lens_k: the same, or a dict of them by kind of layer.
+        output_attentions: whether the caller wants attention weights.
     """
 
     position_ids: Tensor | None = None
     attention_mask: Tensor | None = None
     cu_seq_lens_q: Tensor | None = None
     cu_seq_lens_k: Tensor | dict | None = None
+    output_attentions: bool | None = None
 
     def padding(self, batch: int, queries: int, offset: int | Tensor) -> Tensor | None:
         """The mask of the tokens now passed in, [B, queries]: those from ``offset`` on."""
@@ -153,7 +157,7 @@ class ForwardPass:
                 return
             if not recording():
                 self._refuse("position_ids, attention_mask")
-            torch._assert_async(
+            demand(
                 (ids == 0).all(), f"{type(self.model).__name__}: packed documents need eager mode"
             )
 
@@ -217,6 +221,23 @@ def keep_apart() -> None:
     running = current()
     if running is not None:
         running.apart = True
+
+
+def asks_for_weights() -> bool:
+    """Whether the caller of the innermost model that was told wants attention weights.
+
+    Some families hand ``output_attentions`` down to their layers; others collect what layers
+    return, by code of their own or by Transformers' hooks, and tell them nothing.
+    """
+    if compat.records_attentions():
+        return True
+    running = current()
+    while running is not None:
+        asked = running.said.output_attentions
+        if asked is not None or running.model.config.output_attentions:
+            return asked is None or bool(asked)
+        running = running.around
+    return False
 
 
 def once(tensor: Tensor, key, build: Callable[[], Derived], *others: Tensor) -> Derived:
@@ -330,6 +351,6 @@ def _equal(a: Tensor, b) -> bool:
     if not isinstance(b, Tensor) or a.shape != b.shape:  # continuous batching has one for each kind
         return False
     if recording():
-        torch._assert_async((a == b).all(), "cu_seq_lens_q and cu_seq_lens_k differ")
+        demand((a == b).all(), "cu_seq_lens_q and cu_seq_lens_k differ")
         return True
     return torch.equal(a, b)

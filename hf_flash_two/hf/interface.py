@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from hf_flash_two.hf import compat, forward_pass
 from hf_flash_two.hf.forward_pass import once
 from hf_flash_two.hf.mask_carrier import MaskCarrier
 from hf_flash_two.hf.mask_function import from_tiles
-from hf_flash_two.hf.packing import document_starts, may_be_packed, recording
+from hf_flash_two.hf.packing import demand, document_starts, may_be_packed, recording
 from hf_flash_two.masks import AttentionMask
 
 # What attention functions of Transformers read, though here it changes no result: lengths that
@@ -47,7 +49,7 @@ def attention_forward(
     cache=None,
     output_attentions: bool | None = None,
     **kwargs,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | tuple[Tensor, ...] | None]:
     """Attention with the signature of `transformers.AttentionInterface`.
 
     Args:
@@ -68,7 +70,8 @@ def attention_forward(
 
     Returns:
         out [B, Tq, Hq, Dv], contiguous, and the attention weights [B, Hq, Tq, Tk] if
-        ``output_attentions`` (before dropout; they take the memory that attention here avoids).
+        ``output_attentions`` (before dropout; they take the memory that attention here avoids), or
+        one such tensor for each image of a tower.
         A query that sees no key gets 0, where "eager" gives it the average of all values.
 
     Raises:
@@ -108,9 +111,10 @@ def attention_forward(
     row_sinks = sinks if sinks is not None and sinks.dim() == 4 else None
     if sinks is not None and row_sinks is None:
         s_aux = sinks
-    wants_weights = output_attentions or (
-        output_attentions is None
-        and getattr(getattr(module, "config", None), "output_attentions", False)
+    if output_attentions is None:
+        output_attentions = getattr(getattr(module, "config", None), "output_attentions", False)
+    wants_weights = (
+        output_attentions or compat.returns_weights(module) or forward_pass.asks_for_weights()
     )
     out = flash_attention(
         query,
@@ -133,7 +137,11 @@ def attention_forward(
             out = out * share[..., None].to(out.dtype)
             lse = torch.logaddexp(lse, row_sinks[..., 0].to(lse.dtype))
         if wants_weights:
+            lse = None if compat.weights_without_sinks(module) else lse
             weights = _weights(query, key, mask, bias, lse, scaling, softcap)
+            if cu_seq_lens_q is not None and is_causal is False and attention_mask is None:
+                # Towers, which under "eager" attend within one image at a time.
+                weights = _blocks(weights, cu_seq_lens_q, cu_seq_lens_k)
     return out.transpose(1, 2).contiguous(), weights
 
 
@@ -300,7 +308,7 @@ def _from_positions(
             )
             if not recording():
                 raise ValueError(message)
-            torch._assert_async(~starts.any(), message)
+            demand(~starts.any(), message)
             return None
         return AttentionMask.from_documents(segment_ids=starts.cumsum(1))
 
@@ -385,20 +393,33 @@ def _weights(
     key: Tensor,
     mask: AttentionMask,
     bias: Tensor | None,
-    lse: Tensor,
+    lse: Tensor | None,
     scale: float | None,
     softcap: float | None,
 ) -> Tensor:
-    """The probabilities once more, [B, Hq, Tq, Tk] in the dtype of ``query``, from the lse."""
+    """The probabilities once more, [B, Hq, Tq, Tk] in the dtype of ``query``.
+
+    Args:
+        lse: [B, Hq, Tq], sinks included; None: of the keys alone.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
     group = query.shape[1] // key.shape[1]
-    key = key.repeat_interleave(group, dim=1).to(lse.dtype)
+    key = key.repeat_interleave(group, dim=1).to(dtype)
     scale = query.shape[3] ** -0.5 if scale is None else scale
     with torch.autocast(query.device.type, enabled=False):
-        scores = query.to(lse.dtype) @ key.transpose(2, 3) * scale
+        scores = query.to(dtype) @ key.transpose(2, 3) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias
     visible = mask.to(query.device).to_dense(query.shape[2], key.shape[2], device=query.device)
-    scores = scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]
-    return torch.where(visible, scores, -torch.inf).exp().to(query.dtype)
+    scores = torch.where(visible, scores, -torch.inf)
+    lse = scores.logsumexp(-1) if lse is None else lse
+    return (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp().to(query.dtype)
+
+
+def _blocks(weights: Tensor, query_ends: Tensor, key_ends: Tensor | None) -> tuple[Tensor, ...]:
+    """Of [1, Hq, Tq, Tk] what each document [1, Hq, its queries, its keys] has."""
+    key_ends = query_ends if key_ends is None else key_ends
+    runs = (pairwise(ends.tolist()) for ends in (query_ends, key_ends))
+    return tuple(weights[:, :, a:b, c:d] for (a, b), (c, d) in zip(*runs, strict=True))

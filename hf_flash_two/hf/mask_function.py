@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from hf_flash_two.hf import compat, forward_pass
 from hf_flash_two.hf.mask_carrier import MaskCarrier
-from hf_flash_two.hf.packing import all_visible, positions_of, recording
+from hf_flash_two.hf.packing import all_visible, demand, positions_of, recording
 from hf_flash_two.masks import FAR, AttentionMask
 
 logger = logging.get_logger(__name__)
@@ -235,7 +235,7 @@ def _over_keys(documents: Tensor, place: _Place) -> Tensor:
             raise ValueError(message)
     elif at_start is not True:
         several = (documents != documents[:, :1]).any()
-        torch._assert_async(~several | at_start, message)
+        demand(~several | at_start, message)
         return torch.where(several, over_keys, 0)
     return over_keys
 
@@ -347,7 +347,7 @@ def _combine(builder: str, functions, place: _Place, position) -> AttentionMask 
             # The library numbers documents in order, so no number comes back.
             if not remapped:  # a user's own numbers look the same
                 in_order = (arguments[0][:, 1:] >= arguments[0][:, :-1]).all()
-                torch._assert_async(in_order, "flash_two: document ids that fall need eager mode")
+                demand(in_order, "flash_two: document ids that fall need eager mode")
             runs = AttentionMask.from_documents(segment_ids=arguments[0])
             masks.append(replace(runs, query_offset=None))
         else:

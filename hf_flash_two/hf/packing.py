@@ -15,14 +15,34 @@ from hf_flash_two.hf import compat
 
 
 def recording() -> bool:
-    """Whether operations are recorded, to run on other values: then no value decides anything.
+    """Whether no value may decide anything: there is none, or what runs is for others as well.
 
-    By torch.compile, torch.export, torch.jit.trace, a transform of torch.func or a CUDA graph.
+    Operations are recorded by torch.compile, torch.export, torch.jit.trace or a CUDA graph; they
+    have many values under `torch.func.vmap`, and none in a `FakeTensorMode`.
     """
+    return _recorded() or compat.transforms_by_vmap() or compat.runs_on_fakes()
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the values of this very tensor may decide: under vmap those of a constant may."""
+    return not _recorded() and not x.is_meta and compat.has_one_value(x)
+
+
+def demand(holds: Tensor, message: str) -> None:
+    """While recording: raise RuntimeError unless bool [] ``holds`` when what is recorded runs.
+
+    Under `torch.func.vmap`, which runs at once, of any of the values.
+    """
+    if _recorded() or not compat.transforms_by_vmap():
+        torch._assert_async(holds, message)
+    elif not compat.all_values(holds).all():
+        raise RuntimeError(message)
+
+
+def _recorded() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or compat.transforms_by_vmap()
         or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
     )
 
@@ -31,8 +51,9 @@ def document_starts(position_ids: Tensor | None, attention_mask: Tensor | None) 
     """Where a visible token belongs to another document than the visible token before it.
 
     It does where its position is lower, or is the row's lowest once more: the token before was a
-    document of its own. Positions that stay at a higher place are those of an image's tokens. It
-    also does where an integer mask numbers it differently.
+    document of its own. Positions that stay at a higher place are those of an image's tokens, and
+    a row that has but one tells nothing: some models have no use for positions. It also does where
+    an integer mask numbers it differently.
 
     Args:
         position_ids: [1 or B, T], or None.
@@ -44,10 +65,14 @@ def document_starts(position_ids: Tensor | None, attention_mask: Tensor | None) 
     visible = None if attention_mask is None else attention_mask != 0
     starts: Tensor | bool = False
     if position_ids is not None:
-        before, seen = _before(position_ids, visible), position_ids
+        before = _before(position_ids, visible)
+        lowest, highest = position_ids.aminmax(dim=1, keepdim=True)
         if visible is not None:
-            seen = torch.where(visible, position_ids, position_ids.amax(1, keepdim=True))
-        again = (position_ids == before) & (position_ids == seen.amin(1, keepdim=True))
+            lowest, highest = (
+                torch.where(visible, position_ids, highest).amin(1, keepdim=True),
+                torch.where(visible, position_ids, lowest).amax(1, keepdim=True),
+            )
+        again = (position_ids == before) & (position_ids == lowest) & (lowest < highest)
         starts = (position_ids < before) | again
     if attention_mask is not None and numbers_documents(attention_mask):
         starts = starts | (attention_mask != _before(attention_mask, visible))

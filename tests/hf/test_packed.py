@@ -336,6 +336,7 @@ def test_packed_multimodal_positions() -> None:
         ([0, 1, 1, 1, 1, 5], [0, 0, 0, 0, 0, 0]),
         ([0, 1, 2, 7, 8], [0, 0, 0, 0, 0]),
         ([4, 0, 1, 1, 2, 0], [0, 1, 1, 1, 1, 2]),
+        ([0, 0, 0, 0], [0, 0, 0, 0]),  # what a model without positions hands on
     ],
 )
 def test_where_documents_start(position_ids: list[int], expected: list[int]) -> None:
@@ -396,3 +397,16 @@ def test_a_user_s_numbers_that_come_back_while_compiling() -> None:
         with pytest.raises(RuntimeError, match="document ids that fall"):
             compiled(flash)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("position_ids", "mask", "expected"),
+    [
+        ([0, 1, 0, 1, 7, 0], [1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]),
+        ([1, 1, 0, 0, 1, 2], [0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]),
+        ([5, 1, 3, 3, 3, 9], [0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0]),
+    ],
+)
+def test_padding_tells_nothing(position_ids: list[int], mask: list[int], expected: list[int]):
+    found = document_ids(torch.tensor([position_ids]), torch.tensor([mask]))
+    assert found.tolist() == [expected]

@@ -31,6 +31,7 @@ from transformers import ByT5Tokenizer
 
 from hf_flash_two import AttentionMask, check_parity, patch
 from hf_flash_two.hf import interface, patching
+from hf_flash_two.hf.packing import document_ids
 from hf_flash_two.hf.patching import PatchReport
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
@@ -38,6 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprec
 FAMILIES = {f.name: f for f in DECODERS + SEQUENCE_MODELS + ENCODERS + MULTIMODAL}
 LENGTHS = (7, 1, 11, 8)
 LENGTH = sum(LENGTHS)
+IDS = tokens(2, 7)
 PARITY = Path(__file__).parents[2] / "scripts" / "parity.py"
 
 
@@ -60,6 +62,18 @@ def packed() -> dict[str, torch.Tensor]:
 def rows_packed_differently() -> dict[str, torch.Tensor]:
     rows = [positions(*lengths) for lengths in (LENGTHS, (LENGTH,), (20, 7))]
     return {"input_ids": tokens(3, LENGTH), "position_ids": torch.cat(rows)}
+
+
+def padded(numbered: bool = False) -> dict[str, torch.Tensor]:
+    """Packed rows of one length: three documents and padding, and two documents."""
+    rows = [positions(7, 1, 11, 8), positions(20, 7)]
+    mask = [[1] * 7 + [2] + [3] * 11 + [0] * 8, [1] * 20 + [2] * 7]
+    mask = torch.tensor(mask)
+    return {
+        "input_ids": tokens(2, LENGTH),
+        "position_ids": torch.cat(rows),
+        "attention_mask": mask if numbered else (mask != 0).long(),
+    }
 
 
 def boundaries() -> dict[str, torch.Tensor]:
@@ -92,6 +106,33 @@ def test_sound_decoders_pass(family: Family, batch: Callable, dtype: torch.dtype
     tested = {True: None, False: True}[batch is packed]
     assert verdicts(report)["padding unseen"] is tested
     assert verdicts(report)["documents apart"] is (None if tested else True)
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+@pytest.mark.parametrize("leaks", [False, True])
+def test_packed_and_padded(leaks: bool, numbered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents beside padding are told apart by the check itself, whatever the model does."""
+    batch = padded(numbered)
+    mask = batch["attention_mask"]
+    documents = document_ids(batch["position_ids"], mask).masked_fill(mask == 0, -1)
+    same = (documents[:, None, :, None] == documents[:, None, None]) & (documents >= 0)[
+        :, None, None
+    ]
+    seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    if leaks:
+        same = (batch["attention_mask"] != 0)[:, None, None]
+    attention = interface.flash_attention
+
+    def attend(*args, mask, **kwargs):
+        return attention(*args, mask=AttentionMask.from_dense(same & seen), **kwargs)
+
+    monkeypatch.setattr(interface, "flash_attention", attend)
+    report = check_parity(FAMILIES["llama"].build("eager"), batch)
+    assert report.ok is not leaks, report
+    assert verdicts(report)["documents apart"] is not leaks
+    assert verdicts(report)["padding unseen"]
+    check = next(check for check in report.checks if check.name == "documents apart")
+    assert "5 documents" in check.detail
 
 
 @pytest.mark.parametrize(
@@ -321,6 +362,35 @@ def partly_patched(left_alone: str):
 
     whole = patching.patched
     return patched
+
+
+@pytest.mark.parametrize(
+    "batch, error, message",
+    [
+        (IDS, TypeError, r"^batch: expected the arguments of .* by name.*, got Tensor$"),
+        ([1, 2], TypeError, r"^batch: expected .*, got list$"),
+        (
+            {"input_ids": IDS.tolist()},
+            TypeError,
+            r"^batch\['input_ids'\]: expected a tensor, got list",
+        ),
+        ({"input_ids": IDS.numpy()}, TypeError, "got ndarray; .*return_tensors='pt'"),
+        ({"input_ids": IDS[0]}, ValueError, r"expected \[batch, tokens\], got \[7\]"),
+        (
+            {"inputs_embeds": torch.ones(2, 7)},
+            ValueError,
+            r"expected \[batch, tokens, hidden size\], got \[2, 7\]",
+        ),
+    ],
+)
+def test_says_what_a_batch_is(batch, error, message):
+    with pytest.raises(error, match=message):
+        check_parity(FAMILIES["llama"].build("eager"), batch)
+
+
+def test_says_how_to_come_by_a_model():
+    with pytest.raises(TypeError, match="^model: expected a loaded model.*got 'org/name'; load it"):
+        check_parity("org/name", {"input_ids": IDS})
 
 
 def test_what_cannot_be_checked_is_refused() -> None:
