@@ -14,11 +14,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.masking_utils import (
-    bidirectional_mask_function,
-    causal_mask_function,
-    sdpa_mask,
-)
 from transformers.utils import logging
 
 from hf_flash_two.hf import compat
@@ -58,7 +53,7 @@ def make_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable = causal_mask_function,
+    mask_function: Callable = compat.causal_mask_function,
     attention_mask: Tensor | None = None,
     allow_is_bidirectional_skip: bool = False,
     use_vmap: bool = False,
@@ -96,7 +91,8 @@ def make_mask(
     else:
 
         def visible(start: int, stop: int) -> Tensor:
-            return sdpa_mask(
+            compat.require("masks")
+            return compat.sdpa_mask(
                 batch_size=batch_size,
                 q_length=stop - start,
                 kv_length=kv_length,
@@ -194,7 +190,7 @@ def _at_queries(mask: AttentionMask, q_length: int, place: _Place) -> AttentionM
 
 def _kinds(function: Callable) -> set[str]:
     """The builders that a mask function is put together from; "causal" for the plain one."""
-    if function is causal_mask_function:
+    if function is compat.causal_mask_function:
         return {"causal"}
     builder, arguments = compat.describe(function) or ("", ())
     if builder in ("and_masks", "or_masks"):
@@ -220,9 +216,9 @@ def _convert(
     Args:
         position: [B, L], what stands for the place on the axis inside a packed document.
     """
-    if function is causal_mask_function:
+    if function is compat.causal_mask_function:
         return AttentionMask.causal()
-    if function is bidirectional_mask_function:
+    if function is compat.bidirectional_mask_function:
         return AttentionMask.full()
     builder, arguments = compat.describe(function) or ("", ())
     if builder in ("and_masks", "or_masks"):
