@@ -1,7 +1,7 @@
 # `make demo` and `make test` set up everything they need in $(VENV); see README.md.
 #
 # TORCH picks another build of PyTorch than the pinned one, in pip's words, while the environment is
-# made: make demo TORCH="torch==2.13.0 --index-url URL"
+# made: make demo TORCH="torch==2.15.0 --index-url URL"
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,15 +14,18 @@ export OMP_WAIT_POLICY ?= passive
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-sweep test-gpu test-lowest quality style bench coverage clean
+.PHONY: demo test test-sweep test-gpu test-lowest test-middle test-newest versions quality style \
+	bench coverage clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
 	$(BIN)/python scripts/finetune.py --output-dir runs/demo --compare eager
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/test_*.py
+	rm -f $(VENV)/tests-*.xml
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --junitxml=$(VENV)/tests-1.xml
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) \
+		--junitxml=$(VENV)/tests-2.xml tests/test_*.py
 
 # The combinations that `make test` only samples.
 test-sweep: $(INSTALLED)
@@ -32,11 +35,25 @@ test-sweep: $(INSTALLED)
 # Most of the time they are compiled, on the CPU: make test-gpu JOBS=16
 test-gpu: $(INSTALLED)
 	$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("error: PyTorch sees no GPU")'
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	rm -f $(VENV)/tests-*.xml
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --junitxml=$(VENV)/tests-1.xml
 
 # The lowest supported versions, in an environment of their own.
 test-lowest:
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+
+# Versions between the lowest and the newest.
+test-middle:
+	$(MAKE) test VENV=.venv-middle CONSTRAINTS=constraints-middle.txt
+
+# Whatever the package index has today: it fails where a new release needs work.
+test-newest:
+	rm -rf .venv-newest
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=/dev/null
+
+# docs/versions.md: enters the last run of the tests in VENV.
+versions: $(INSTALLED)
+	$(BIN)/python scripts/versions.py $(VENV)/tests-*.xml
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -55,14 +72,14 @@ coverage: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/coverage.py --jobs $(JOBS)
 
 clean:
-	rm -rf .venv .venv-lowest runs build dist
+	rm -rf .venv .venv-lowest .venv-middle .venv-newest runs build dist
 
 $(INSTALLED): $(CONSTRAINTS) pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 ifdef TORCH
 	$(BIN)/pip install $(TORCH)
-	grep -vE '^(torch|triton)==' $(CONSTRAINTS) > $(VENV)/constraints.txt
+	sed -E '/^(torch|triton)==/d' $(CONSTRAINTS) > $(VENV)/constraints.txt
 	$(BIN)/pip install -c $(VENV)/constraints.txt -e '.[test]'
 else
 	$(BIN)/pip install -c $(CONSTRAINTS) -e '.[test]'

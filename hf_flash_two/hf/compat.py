@@ -1,5 +1,8 @@
 """Every name of Transformers that is no public interface, in one place, and checked before use.
 
+Nothing here fails at import. What a missing or renamed name makes impossible is noted, and whoever
+needs it calls `require`, which then refuses by name.
+
 Tested with transformers 5.4 to 5.24; what differs there:
 
 * 5.4 alone: assisted decoding and prompt lookup fail without an end token.
@@ -39,9 +42,24 @@ from packaging.version import Version
 from torch._C import _functorch as functorch
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
-from transformers.generation import continuous_batching
-from transformers.utils import output_capturing
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def _module(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+masking_utils = _module("transformers.masking_utils")
+output_capturing = _module("transformers.utils.output_capturing")
+_continuous_batching = _module("transformers.generation.continuous_batching")
+
+# None stands for no function that a model may hand over.
+causal_mask_function = getattr(masking_utils, "causal_mask_function", None)
+bidirectional_mask_function = getattr(masking_utils, "bidirectional_mask_function", None)
+sdpa_mask = getattr(masking_utils, "sdpa_mask", None)
 
 FLASH_TWO = "flash_two"
 FA_TWO = "fa_two"
@@ -77,11 +95,12 @@ _LOADING = {
     "post_init": ["self"],
     "set_attn_implementation": ["self", "attn_implementation"],
 }
+_CHOOSE = "set_attn_implementation"
 _TABLES = "_ATTENTION_CLASSES"
 _SERVING = "init_continuous_batching"
 
 # The class of the cache of continuous batching.
-PagedCache: type = getattr(continuous_batching, "PagedAttentionCache", object)
+PagedCache: type = getattr(_continuous_batching, "PagedAttentionCache", object)
 
 # Families that ask whether the mask is a tensor, by model_type: bool where they know it.
 WANTS_BOOL_TENSOR = frozenset({"doge"})
@@ -113,6 +132,62 @@ NO_WINDOW_WITHOUT_MASK = frozenset({"diffusion_gemma_text"})
 RETURNS_WEIGHTS = frozenset({"kosmos_2_text_model", "kosmos_2_5_text_model"})
 # Families whose weights leave out what goes to the sinks.
 WEIGHTS_WITHOUT_SINKS = frozenset({"granite_swa", "granitemoe_swa"})
+
+
+# What needs names of Transformers that are no public interface, and what does without.
+_FEATURES = {
+    "configs": (
+        "switching the attention of a model",
+        "use a version of transformers that docs/versions.md lists",
+    ),
+    "flash_two": (
+        "attn_implementation='flash_two'",
+        "use 'fa_two', the same attention under a name that Transformers does not treat specially",
+    ),
+    "loading": (
+        "attn_implementation of a model that computes attention itself",
+        "load it as it is and call hf_flash_two.patch(model)",
+    ),
+    "masks": ("an attention mask of this kind", "load the model with attn_implementation='eager'"),
+    "serving": ("continuous batching", "use `generate`"),
+}
+_missing: dict[str, str] = {}
+
+
+def note(feature: str, reason: str | None) -> None:
+    """Remember why ``feature`` is impossible with this version of Transformers; None if it is not.
+
+    Args:
+        feature: "configs", "flash_two", "loading", "masks" or "serving".
+    """
+    if reason is None:
+        _missing.pop(feature, None)
+    else:
+        _missing[feature] = reason
+
+
+def offers(feature: str) -> bool:
+    """Whether `require` lets ``feature`` pass."""
+    return feature not in _missing
+
+
+def require(feature: str) -> None:
+    """Refuse ``feature`` where Transformers lacks what it needs.
+
+    Raises:
+        NotImplementedError: it was noted as impossible; names it, the reason and what to do.
+    """
+    if feature in _missing:
+        what, instead = _FEATURES[feature]
+        raise NotImplementedError(
+            f"{what}: not possible with transformers {transformers.__version__}, where "
+            f"{_missing[feature]}; {instead}"
+        )
+
+
+def neutral_if_needed() -> str:
+    """The name under which a loaded model is switched."""
+    return FLASH_TWO if offers("flash_two") else FA_TWO
 
 
 def is_ours(implementation: str | None) -> bool:
@@ -200,7 +275,7 @@ def allow_flash_two() -> str | None:
     """Let ``flash_two`` load and behave as any registered name; the reason if impossible."""
     found = []
     for name in _FLASH_TEST_MODULES:
-        module = importlib.import_module(name)
+        module = _module(name)
         test = getattr(module, _FLASH_TEST, None)
         if test is None:
             return f"{name}.{_FLASH_TEST} is missing"
@@ -233,6 +308,25 @@ def _false_for_flash_two(test: Callable) -> Callable:
     return is_flash_attention_requested
 
 
+def check_names() -> None:
+    """Note what is impossible for want of names that are only read."""
+    config = PreTrainedConfig()
+    names = ("_attn_implementation", "_attn_implementation_internal")
+    reason = next(
+        (f"PreTrainedConfig.{x} is missing" for x in names if not hasattr(config, x)), None
+    )
+    if not hasattr(PreTrainedModel, "_can_set_attn_implementation"):
+        reason = "PreTrainedModel._can_set_attn_implementation is missing"
+    note("configs", reason)
+    known = {
+        "causal_mask_function": causal_mask_function,
+        "bidirectional_mask_function": bidirectional_mask_function,
+        "sdpa_mask": sdpa_mask,
+    }
+    lost = [name for name, found in known.items() if found is None]
+    note("masks", f"transformers.masking_utils.{lost[0]} is missing" if lost else None)
+
+
 def patch_at_load(
     built: Callable[[PreTrainedModel], None],
     asked: Callable[[PreTrainedModel, dict[int | None, str]], None],
@@ -244,6 +338,8 @@ def patch_at_load(
         asked: called with a model and the names asked for by id of config, None for all others:
             before ``set_attn_implementation`` with those not ours, after it with ours.
     """
+    if not offers("configs"):
+        return _missing["configs"]
     for name, arguments in _LOADING.items():
         method = getattr(PreTrainedModel, name, None)
         if method is None:
@@ -257,6 +353,8 @@ def patch_at_load(
     @functools.wraps(check)
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
         if is_ours(attn_implementation):
+            if attn_implementation.removeprefix(PAGED) == FLASH_TWO:
+                require("flash_two")
             _enter_in_tables(type(self))
         return check(self, attn_implementation, *args, **kwargs)
 
@@ -286,11 +384,46 @@ def patch_at_load(
     return None
 
 
+def check_at_load(check: Callable[[PreTrainedModel, bool], None]) -> None:
+    """Where `patch_at_load` is impossible: tell at least of each model that is built or changed.
+
+    Args:
+        check: called with each model before its parts are built, and with each part of one whose
+            implementation is to be set, and whether one of our names was asked for.
+    """
+    build, choose = PreTrainedModel.__init__, getattr(PreTrainedModel, _CHOOSE, None)
+    if hasattr(build, FLASH_TWO):
+        return
+
+    @functools.wraps(build)
+    def __init__(self, config, *args, **kwargs):
+        build(self, config, *args, **kwargs)
+        check(self, is_ours(name_in(self.config)))
+
+    setattr(__init__, FLASH_TWO, True)
+    PreTrainedModel.__init__ = __init__
+    if choose is None or hasattr(choose, FLASH_TWO):
+        return
+
+    @functools.wraps(choose)
+    def set_attn_implementation(self, attn_implementation, *args, **kwargs):
+        several = isinstance(attn_implementation, dict)
+        names = attn_implementation.values() if several else [attn_implementation]
+        for part in self.modules():
+            if isinstance(part, PreTrainedModel):
+                check(part, any(map(is_ours, names)))
+        choose(self, attn_implementation, *args, **kwargs)
+
+    setattr(PreTrainedModel, _CHOOSE, set_attn_implementation)
+
+
 def check_before_serving(check: Callable[[PreTrainedModel], None]) -> str | None:
     """Call ``check`` with each model that begins to batch continuously; why not if impossible."""
     start = getattr(transformers.GenerationMixin, _SERVING, None)
     if start is None:
         return f"GenerationMixin.{_SERVING} is missing"
+    if PagedCache is object:
+        return "transformers.generation.continuous_batching.PagedAttentionCache is missing"
     if hasattr(start, FLASH_TWO):
         return None
 
@@ -452,7 +585,7 @@ def describe(mask_function: Callable) -> tuple[str, tuple[Any, ...]] | None:
     description = getattr(mask_function, _DESCRIPTION, None)
     if description is not None or torch.compiler.is_compiling():
         return description
-    if getattr(mask_function, "__module__", None) != masking_utils.__name__:
+    if getattr(mask_function, "__module__", None) != "transformers.masking_utils":
         return None
     builder = mask_function.__qualname__.partition(".")[0]
     variables = mask_function.__code__.co_freevars
@@ -508,6 +641,7 @@ def has_own_attention(config: transformers.PreTrainedConfig) -> bool:
 
 def uses_interface(model: transformers.PreTrainedModel) -> bool:
     """Whether the layers of this very model (not of others in it) go through the interface."""
+    require("configs")
     return model._can_set_attn_implementation()
 
 
@@ -531,10 +665,18 @@ def records_attentions() -> bool:
     return any("attentions" in name for name in collected or ())
 
 
+def name_in(config: PreTrainedConfig) -> str | None:
+    """The implementation that ``config`` asks for, as far as that can be read; else ours."""
+    names = ("_attn_implementation_internal", "_attn_implementation")
+    return next((getattr(config, name) for name in names if hasattr(config, name)), FLASH_TWO)
+
+
 def implementation(config: transformers.PretrainedConfig) -> str | None:
+    require("configs")
     return config._attn_implementation_internal
 
 
 def set_implementation(config: transformers.PretrainedConfig, name: str | None) -> None:
     """Set it for this config alone, without the checks and the recursion of the public setter."""
+    require("configs")
     config._attn_implementation_internal = name

@@ -90,6 +90,7 @@ def attention_forward(
                 "attn_implementation='eager'"
             )
     if cache is not None or kwargs.get("write_index") is not None:
+        compat.require("serving")
         _check_paged(module, attention_mask)
         paged = dict(kwargs, cu_seq_lens_k=cu_seq_lens_k)
         key, value, mask = _from_paged_cache(module, key, value, cache, cu_seq_lens_q, paged)

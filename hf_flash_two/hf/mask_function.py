@@ -14,12 +14,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import masking_utils
-from transformers.masking_utils import (
-    bidirectional_mask_function,
-    causal_mask_function,
-    sdpa_mask,
-)
 from transformers.utils import logging
 
 from hf_flash_two.hf import compat, forward_pass
@@ -59,7 +53,7 @@ def make_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable = causal_mask_function,
+    mask_function: Callable = compat.causal_mask_function,
     attention_mask: Tensor | None = None,
     allow_is_bidirectional_skip: bool = False,
     use_vmap: bool = False,
@@ -108,7 +102,8 @@ def make_mask(
             mask_function = _within(mask_function, documents, positions, batch_size)
 
         def visible(start: int, stop: int) -> Tensor:
-            return sdpa_mask(
+            compat.require("masks")
+            return compat.sdpa_mask(
                 batch_size=batch_size,
                 q_length=stop - start,
                 kv_length=kv_length,
@@ -259,7 +254,7 @@ def _within(function: Callable, documents: Tensor, positions: Tensor, batch: int
     def moved(function: Callable) -> Callable:
         builder, arguments = compat.describe(function) or ("", ())
         if builder in ("and_masks", "or_masks"):
-            return getattr(masking_utils, builder)(*map(moved, arguments[0]))
+            return getattr(compat.masking_utils, builder)(*map(moved, arguments[0]))
         if builder in ("blockwise_overlay", "padding_mask_function"):
             return function
         return lambda b, h, q, k: function(b, h, positions[b, q], positions[b, k])
@@ -281,7 +276,7 @@ def _at_queries(mask: AttentionMask, q_length: int, place: _Place) -> AttentionM
 
 def _kinds(function: Callable) -> set[str]:
     """The builders that a mask function is put together from; "causal" for the plain one."""
-    if function is causal_mask_function:
+    if function is compat.causal_mask_function:
         return {"causal"}
     builder, arguments = compat.describe(function) or ("", ())
     if builder in ("and_masks", "or_masks"):
@@ -307,9 +302,9 @@ def _convert(
     Args:
         position: [B, L], what stands for the place on the axis inside a packed document.
     """
-    if function is causal_mask_function:
+    if function is compat.causal_mask_function:
         return AttentionMask.causal()
-    if function is bidirectional_mask_function:
+    if function is compat.bidirectional_mask_function:
         return AttentionMask.full()
     builder, arguments = compat.describe(function) or ("", ())
     if builder in ("and_masks", "or_masks"):

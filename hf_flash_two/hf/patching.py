@@ -8,6 +8,7 @@ own that calls the class's. No class is edited; modules and state_dict stay as t
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -195,8 +196,24 @@ def patch_asked(
     )
 
 
-def _patch_part(part: PreTrainedModel, name: str = compat.FLASH_TWO) -> None:
+def check_built(model: PreTrainedModel, asks: bool) -> None:
+    """What is left where Transformers does not tell of the models that it builds.
+
+    Raises:
+        NotImplementedError: ``model`` asks for us, and its family computes attention itself.
+    """
+    if asks:
+        watch(model)
+    module = sys.modules[type(model).__module__]
+    classes = [x for x in vars(module).values() if inspect.isclass(x) and issubclass(x, nn.Module)]
+    kinds = {attention_kind(x) for x in classes if x.__module__ == module.__name__}
+    if asks and "own" in kinds and "interface" not in kinds:
+        compat.require("loading")
+
+
+def _patch_part(part: PreTrainedModel, name: str | None = None) -> None:
     """Switch the layers that are ``part``'s own, not those of other models in it, to ``name``."""
+    name = compat.neutral_if_needed() if name is None else name
     layers = list(_layers_of(part))
     ours = [
         (at, layer)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,8 @@ from types import ModuleType
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from hf_flash_two.hf.families import NOT_POSSIBLE, attention_kind, key
 from zoo.overrides import OVERRIDES, SMALL, Override
@@ -33,18 +36,27 @@ _NEEDED = (
     "num_key_value_heads", "head_dim", "num_experts_per_tok", "n_routed_experts", "image_token_id",
     "n_shared_experts",
 )  # fmt: skip
+# What it is about a layer that may change what attention is given.
+_TELLING = re.compile("Attention|Moe|MoE|Expert|Router|(Encoder|Decoder)Layer$|Block$")
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 @dataclass(frozen=True)
 class Family:
-    """A file ``transformers/models/<folder>/modeling_<name>.py``."""
+    """A file ``transformers/models/<folder>/modeling_<name>.py``.
+
+    Attributes:
+        borrowed: where there is none, the model class of another family that stands for this one.
+    """
 
     folder: str
     name: str
+    borrowed: str = ""
 
     @property
     def module(self) -> ModuleType:
+        if self.borrowed:
+            return sys.modules[getattr(transformers, self.borrowed).__module__]
         return importlib.import_module(f"transformers.models.{self.folder}.modeling_{self.name}")
 
     @property
@@ -68,6 +80,8 @@ class Family:
     @property
     def model_class(self) -> type[PreTrainedModel] | None:
         """The class that stands for the family: the named one, or the one with the most in it."""
+        if self.borrowed:
+            return getattr(transformers, self.borrowed)
         if self.override.model:
             return getattr(self.module, self.override.model)
         found = [
@@ -88,7 +102,10 @@ class Family:
         return found[0] if found else None
 
     def config(self, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
-        return shrunk(model_class.config_class, self.override.config)
+        return shrunk(self.config_class(model_class), self.override.config)
+
+    def config_class(self, model_class: type[PreTrainedModel]) -> type[PreTrainedConfig]:
+        return type(AutoConfig.for_model(self.name)) if self.borrowed else model_class.config_class
 
     def build(self, implementation: str | dict[str, str]) -> PreTrainedModel:
         """The same weights for every implementation; float32, not training."""
@@ -104,9 +121,28 @@ class Family:
         spread_out(model)
         return model.eval()
 
+    def left_out(self) -> set[str]:
+        """Classes of layers with attention or experts that only the usual sizes have.
+
+        Empty also where a model of the usual configuration cannot be made.
+        """
+        cls = self.model_class
+        with torch.device("meta"):
+            small = _kinds(cls(self.config(cls)))
+            try:
+                usual = _kinds(cls(self.config_class(cls)()))
+            except Exception:  # some configurations have no usual values
+                return set()
+        return {name for name in usual - small if _TELLING.search(name)}
+
 
 class TooLarge(ValueError):
     """The rule for small configurations does not know some name."""
+
+
+def _kinds(model: nn.Module) -> set[str]:
+    names = {type(module) for module in model.modules()}
+    return {x.__name__ for x in names if x.__module__.startswith("transformers.models.")}
 
 
 def families() -> list[Family]:
@@ -115,6 +151,15 @@ def families() -> list[Family]:
     found = [
         Family(path.parent.name, path.stem.removeprefix("modeling_"))
         for path in root.glob("*/modeling_*.py")
+    ]
+    written = {family.folder for family in found}
+    borrowing = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES | (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    )
+    found += [
+        Family(folder, folder, borrowing[folder])
+        for folder in sorted(path.parent.name for path in root.glob("*/configuration_*.py"))
+        if folder not in written and folder in borrowing
     ]
     return sorted(found, key=lambda family: family.name)
 

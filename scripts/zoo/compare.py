@@ -112,6 +112,11 @@ def _check(family: Family, row: Row) -> None:
         if inputs is not None:
             with counter:
                 good &= _compare(row, name, eager, ours, inputs)
+    left_out, idle = family.left_out(), counter.idle
+    if left_out:
+        row.notes.append(f"not built: {', '.join(sorted(left_out))}")
+    if idle:
+        row.notes.append(f"not run by these inputs: {', '.join(sorted(idle))}")
     row.layers, row.ours, row.calls = counter.ran, counter.served, counter.calls
     good &= _weights(row, eager, ours, plain)
     good &= _packed(row, eager, ours, plain)
@@ -185,6 +190,11 @@ class LayerCalls:
     @property
     def served(self) -> int:
         return sum(calls > 0 for calls in self.found.values())
+
+    @property
+    def idle(self) -> set[str]:
+        """Classes of attention layers of which none ran."""
+        return {type(x).__name__ for x in self._layers} - {type(x).__name__ for x in self.found}
 
     @property
     def unserved(self) -> list[nn.Module]:

@@ -350,6 +350,36 @@ _RESNET = {
 }
 
 OVERRIDES: dict[str, Override] = {
+    "flint": Override(config={"mlp_only_layers": [0]}),
+    "inkling2_loop": Override(
+        config={
+            "text_config": {
+                "num_hidden_layers": 4,
+                "layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid", "hybrid"],
+                "n_layers_per_attn_res_block": 1,
+                "loop_layer_index_start": 1,
+                "loop_layer_index_end": 3,
+                "loop_num_passes": 2,
+            }
+        },
+    ),
+    "mllama": Override(
+        config={
+            "text_config": {"cross_attention_layers": [1]},
+            "vision_config": {"intermediate_layers_indices": [0], "vision_output_dim": 128},
+        },
+        inputs={
+            "pixel_values": (2, 1, 4, 3, 32, 32),
+            "aspect_ratio_ids": [[1], [2]],
+            "aspect_ratio_mask": [[[1, 1, 1, 0]], [[1, 1, 0, 0]]],
+            "cross_attention_mask": _ones(2, 21, 1, 4),
+        },
+    ),
+    "nllb_moe": Override(config={"encoder_sparse_step": 2, "decoder_sparse_step": 2}),
+    "sam3_lite_text": Override(config={"text_config": {"num_hidden_layers": 3}}),
+    "switch_transformers": Override(
+        config={"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+    ),
     "apertus1p5": Override(
         config={
             "image_token_id": 95,
@@ -378,6 +408,7 @@ OVERRIDES: dict[str, Override] = {
                 "rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [1, 1, 2]}
             }
         },
+        inputs={"pixel_values": (32, 192), "image_grid_thw": [[1, 4, 4], [1, 4, 4]]},
     ),
     "vibevoice_asr": Override(
         config={
@@ -765,6 +796,7 @@ OVERRIDES: dict[str, Override] = {
     "gemma4_unified_assistant": _UNBUILDABLE,
     "git": Override(inputs={"pixel_values": (2, 3, 32, 32)}),
     "glm46v": Override(config={"text_config": MROPE}),
+    "glmga": Override(config={"text_config": MROPE}),
     "glm4v": Override(config={"text_config": MROPE}),
     "glm4v_moe": Override(
         config={

@@ -29,7 +29,7 @@ class _Function:
     Attributes:
         masks: the names of finished masks in it, and the line from which they are that.
         passed: the keywords under which masks come in ``**kwargs``.
-        makers: the names that stand for functions that make masks.
+        makers: the names that stand for functions that make masks, or for containers of them.
     """
 
     owner: str
@@ -51,7 +51,7 @@ class _Function:
         self.makers = {
             _name(node.targets[0])
             for node in self.nodes
-            if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Name, ast.IfExp))
+            if isinstance(node, ast.Assign) and not isinstance(node.value, ast.Call)
             if any(_makes(_name(x)) for x in ast.walk(node.value))
         }
 
@@ -124,7 +124,7 @@ class _File:
             elif isinstance(node, ast.Return) and node.value is not None:
                 function.returns_mask |= self._is_mask(node.value, function)
         for call in function.calls:
-            given = [*enumerate(call.args), *((x.arg, x.value) for x in call.keywords)]
+            given = [*enumerate(call.args), *((x.arg or "", x.value) for x in call.keywords)]
             places = [at for at, value in given if self._is_mask(value, function)]
             if any(x.arg is None and _name(x.value) == function.rest for x in call.keywords):
                 places += function.passed
@@ -203,7 +203,7 @@ class _File:
             if isinstance(node.func, ast.Attribute) and node.func.attr in _CONTAINER:
                 return is_mask(node.func.value)
             name = _name(node.func)
-            if _makes(name) or name in function.makers:
+            if _makes(name) or _root(node.func) in function.makers:
                 return True
             made = [x for x in self.functions if x.returns_mask and x.node.name == name]
             return name != "forward" and bool(made)
@@ -213,7 +213,10 @@ class _File:
             return any(map(is_mask, node.values))
         if isinstance(node, (ast.Tuple, ast.List)):
             return any(map(is_mask, node.elts))
-        if isinstance(node, (ast.DictComp, ast.NamedExpr, ast.Subscript)):
+        if isinstance(node, ast.DictComp):
+            sources = (x for part in node.generators for x in ast.walk(part.iter))
+            return is_mask(node.value) or any(_name(x) in function.makers for x in sources)
+        if isinstance(node, (ast.NamedExpr, ast.Subscript)):
             return is_mask(node.value)
         return False
 
@@ -242,7 +245,8 @@ def _makes_mask(call: ast.Call) -> bool:
 
 
 def _makes(name: str) -> bool:
-    return name.startswith("create_") and "mask" in name
+    # That of recurrent layers is [batch, tokens] under every implementation.
+    return re.match("create_(?!recurrent).*mask", name) is not None
 
 
 def _made_of(node: ast.AST) -> set[str]:
@@ -260,7 +264,7 @@ def _name(node: ast.AST) -> str:
 
 
 def _root(node: ast.AST) -> str:
-    while isinstance(node, ast.Attribute):
+    while isinstance(node, (ast.Attribute, ast.Subscript)):
         node = node.value
     return _name(node)
 

@@ -16,7 +16,7 @@ from hf_flash_two.masks import AttentionMask
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from zoo import table  # noqa: E402
+from zoo import overrides, table  # noqa: E402
 from zoo.build import families  # noqa: E402
 from zoo.compare import Row, check  # noqa: E402
 
@@ -24,8 +24,8 @@ FAMILIES = {family.name: family for family in families()}
 # Windows, chunks, sinks, caps, biases, indices, documents laid end to end, masks as tensors.
 INTERFACE = (
     "bart bert chinese_clip deepseek_v3 doge efficientloftr gemma2 gemma3 glm_moe_dsa gpt_oss "
-    "kosmos2 llama llama4 modernbert moonshine muse_glimmer_assistant parakeet phi3 qwen2_5_vl "
-    "sam3 siglip t5 whisper"
+    "kosmos2 llama llama4 mllama modernbert moonshine muse_glimmer_assistant nllb_moe parakeet "
+    "phi3 qwen2_5_vl sam3 siglip t5 whisper"
 ).split()
 OWN = (
     "bloom cvt deberta_v2 falcon fsmt gptj layoutlmv3 luke mpt prophetnet speecht5 swinv2 tapas "
@@ -42,13 +42,32 @@ def row_of(name: str) -> Row:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", INTERFACE + OWN)
 def test_a_family_is_equal(name: str) -> None:
-    kind = "interface" if name in INTERFACE else "own"
-    if name in FAMILIES and FAMILIES[name].kind != kind:
-        pytest.skip(f"{name} of transformers {transformers.__version__} is not of this kind")
     row = row_of(name)
     assert row.status == "equal", row
     assert row.layers == row.ours > 0
     assert row.calls >= row.layers
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["flint", "gpt_oss", "mllama", "nllb_moe", "switch_transformers"])
+def test_every_kind_of_layer_is_built(name: str) -> None:
+    """A layer with experts, or with another attention, may change what the mask is used for."""
+    if name not in FAMILIES:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    assert not FAMILIES[name].left_out()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_kind_of_layer_that_is_not_built_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(overrides.OVERRIDES, "nllb_moe", overrides.Override())
+    assert "NllbMoeTop2Router" in FAMILIES["nllb_moe"].left_out()
+    assert "not built: " in " ".join(row_of("nllb_moe").notes)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_family_of_another_one_s_classes() -> None:
+    row = row_of("internlm3")
+    assert (row.model, row.status) == ("LlamaForCausalLM", "equal")
 
 
 def with_fault(monkeypatch: pytest.MonkeyPatch, fault: Callable[[dict], dict]) -> Row:

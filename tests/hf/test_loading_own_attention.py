@@ -9,9 +9,8 @@ import torch
 import transformers
 from checks import assert_close
 from own_models import FAMILIES, image, prompt, tokens
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM
 
-import hf_flash_two
 from hf_flash_two import patch, unpatch
 from hf_flash_two.hf import compat
 
@@ -180,10 +179,3 @@ def test_composite_models_say_what_stays_behind(kernel_calls, caplog, monkeypatc
     model(**INPUTS)
     assert len(kernel_calls) == 1
     assert "LongformerSelfAttention" in caplog.text
-
-
-def test_a_change_of_transformers_is_noticed(monkeypatch):
-    monkeypatch.delattr(PreTrainedModel, "post_init")
-    assert "PreTrainedModel.post_init is missing" in compat.patch_at_load(None, None)
-    with pytest.warns(UserWarning, match="no effect on models that compute attention themselves"):
-        hf_flash_two.register()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import transformers
@@ -14,7 +11,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, masking_uti
 from transformers.utils.generic import is_flash_attention_requested
 
 import hf_flash_two.hf
-from hf_flash_two.hf import compat
 from hf_flash_two.hf.interface import attention_forward
 from hf_flash_two.hf.mask_function import make_mask
 
@@ -110,39 +106,3 @@ def test_packed_masks_of_other_implementations_are_left_alone() -> None:
         position_ids=position_ids,
     )
     assert torch.equal(eager[0, 0] == 0, torch.ones(5, 5).tril().bool())
-
-
-@pytest.mark.parametrize("missing", compat._FLASH_TEST_MODULES)
-def test_a_changed_library_is_noticed(missing: str, monkeypatch) -> None:
-    module = sys.modules[missing]
-    monkeypatch.delattr(module, "is_flash_attention_requested")
-    assert missing in compat.allow_flash_two()
-    monkeypatch.setattr(
-        module, "is_flash_attention_requested", lambda implementation: False, raising=False
-    )
-    assert "takes other arguments" in compat.allow_flash_two()
-    with pytest.warns(UserWarning, match=r"'flash_two' is not available .* Use 'fa_two'"):
-        hf_flash_two.hf.register()
-
-
-def test_without_the_shim_only_the_neutral_name_exists() -> None:
-    """In a process of its own: a library that lacks the test gets no broken flash_two."""
-    script = """
-import warnings
-import transformers.masking_utils as masking_utils
-del masking_utils.is_flash_attention_requested
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    import hf_flash_two
-assert any("flash_two' is not available" in str(w.message) for w in caught), caught
-from transformers import AttentionInterface, AttentionMaskInterface
-for names in (AttentionInterface(), AttentionMaskInterface()):
-    assert "fa_two" in names and "flash_two" not in names
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=240)
-
-
-def test_serving_that_cannot_be_checked_is_told(monkeypatch) -> None:
-    monkeypatch.setattr(compat.transformers, "GenerationMixin", object)
-    with pytest.warns(UserWarning, match="continuous batching is not checked"):
-        hf_flash_two.hf.register()
