@@ -26,6 +26,7 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "finetune.py"
 sys.path.insert(0, str(SCRIPT.parent))
 import finetune  # noqa: E402
 
+TEXT = Path(__file__).parent / "data" / "ferry.txt"
 SMALL = "--max-length 64 --batch-size 4 --steps 12 --warmup-steps 2 --save-every 3".split()
 SMALL += "--eval-fraction 0.01 --sample-tokens 5".split()
 
@@ -107,8 +108,7 @@ def call(arguments: list[str], output: Path, sabotage: Callable[[], None] | None
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Documents shorter and longer than a row, so that rows differ in their number of targets."""
     path = tmp_path_factory.mktemp("data") / "paragraphs.jsonl"
-    text = "\n\n".join(finetune.load_documents(None, "text"))
-    paragraphs = [{"text": part} for part in text.split("\n\n")[:300]]
+    paragraphs = [{"text": part} for part in TEXT.read_text(encoding="utf-8").split("\n\n")]
     path.write_text("".join(json.dumps(record) + "\n" for record in paragraphs))
     return path
 
@@ -133,11 +133,16 @@ def rows(data: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """tokens, positions that those runs train on, and that they hold out."""
     documents = finetune.load_documents(str(data), "text")
     packed = finetune.pack(finetune.tokenize(documents, ByT5Tokenizer()), 64)
-    cut = len(packed[0]) - round(0.01 * len(packed[0]))
-    return {
-        "training": tuple(tensor[:cut] for tensor in packed),
-        "held out": tuple(tensor[cut:] for tensor in packed),
-    }
+    return dict(zip(("training", "held out"), finetune.split(*packed, 0.01), strict=True))
+
+
+def untrained(**changes) -> finetune.PreTrainedModel:
+    """The small model that those runs begin with."""
+    settings = {
+        "model": None, "seed": 0, "attn_implementation": "eager", "max_length": 64,
+        "precision": "no", "lora_rank": 0, "gradient_checkpointing": False,
+    }  # fmt: skip
+    return finetune.load_model(SimpleNamespace(**settings | changes), ByT5Tokenizer())
 
 
 def log(folder: Path) -> list[dict]:
@@ -184,12 +189,7 @@ def test_loss_falls_and_all_steps_are_logged(finished: Path) -> None:
 
 
 def test_first_loss_is_the_mean_over_documents_taken_alone(finished: Path, rows) -> None:
-    tokenizer = ByT5Tokenizer()
-    args = SimpleNamespace(
-        model=None, seed=0, attn_implementation="eager", max_length=64, lora_rank=0,
-        gradient_checkpointing=False,
-    )  # fmt: skip
-    model = finetune.load_model(args, tokenizer).eval()
+    model = untrained().eval()
     tokens, positions = rows["training"]
     chosen = finetune.rows_of_step(0, 4, len(tokens), seed=0)
     assert (positions[chosen][:, 1:] == 0).any(), "no document begins inside these rows"
@@ -293,12 +293,13 @@ def test_two_processes_give_the_losses_of_one(
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def test_lora_trains_adapters_and_saves_them_merged(run, finished: Path, tmp_path: Path) -> None:
+def test_lora_trains_adapters_and_saves_them_merged(run, tmp_path: Path) -> None:
     base, folder = tmp_path / "base", tmp_path / "lora"
     arguments = ["--model", str(base), "--lora-rank", "4", "--learning-rate", "1e-2"]
-    shutil.copytree(finished / "model", base)
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.3}))
+    model = untrained()
+    model.config.attention_dropout = 0.3
+    model.save_pretrained(base)
+    ByT5Tokenizer().save_pretrained(base)
 
     assert run(tmp_path / "whole", *arguments) == 0, words(tmp_path / "whole")
     assert run(folder, *arguments, sabotage=kill_between_accumulation_and_update) == -9
@@ -428,10 +429,10 @@ def test_attention_that_leaks_between_documents_is_refused(finished: Path) -> No
         model = AutoModelForCausalLM.from_pretrained(
             finished / "model", attn_implementation=attention
         )
-        finetune.check_isolation(model, 384)
+        finetune.check_model(model, 384)
     model = AutoModelForCausalLM.from_pretrained(finished / "model", attn_implementation="leaking")
     with pytest.raises(SystemExit, match="documents see each other in LlamaForCausalLM"):
-        finetune.check_isolation(model, 384)
+        finetune.check_model(model, 384)
 
 
 def test_every_epoch_visits_every_row_once_in_a_new_order() -> None:
@@ -455,7 +456,7 @@ def test_learning_rate_warms_up_and_falls_to_zero() -> None:
 def refusal(capsys: pytest.CaptureFixture, monkeypatch, *arguments: str) -> str:
     monkeypatch.setattr(sys, "argv", ["finetune.py", *arguments])
     with pytest.raises(SystemExit) as stop:
-        finetune.parse_arguments()
+        finetune.check_names(finetune.parse_arguments())
     return f"{stop.value} {capsys.readouterr().err}"
 
 
@@ -473,7 +474,11 @@ def refusal(capsys: pytest.CaptureFixture, monkeypatch, *arguments: str) -> str:
         ("--data missing.txt", "--data: there is no file missing.txt"),
         (f"--data {__file__}", "--data: expected a .txt or .jsonl file, or a data set, got "),
         (f"--seed {2**32}", "--seed: expected int from 0 to 4294967295, got '4294967296'"),
-        ("--model /missing", "--model: cannot read '/missing'"),
+        ("--model /missing", "--model: there is no folder /missing"),
+        ("--model ./missing", "--model: there is no folder ./missing"),
+        (f"--model {__file__}", "--model: there is no folder "),
+        ("--prompt \ud800", "--prompt: it is no Unicode text: "),
+        ("--steps 1 --warmup-steps 1", "--warmup-steps: expected fewer than --steps 1, got 1"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message, capsys, monkeypatch, tmp_path) -> None:
@@ -596,18 +601,8 @@ def test_a_folder_without_a_model_is_refused(finished: Path, tmp_path: Path) -> 
     shutil.copy(finished / "model" / "config.json", tmp_path)
     with pytest.raises(SystemExit, match="--model: cannot load the tokenizer of "):
         finetune.load_tokenizer(str(tmp_path / "missing"))
-    args = SimpleNamespace(
-        model=str(tmp_path), seed=0, attn_implementation="eager", precision="no", lora_rank=0
-    )
     with pytest.raises(SystemExit, match="--model: cannot load .* with eager: .*safetensors"):
-        finetune.load_model(args, ByT5Tokenizer())
-
-
-def test_another_precision_of_the_launcher_is_refused(monkeypatch) -> None:
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    args = SimpleNamespace(precision="no")
-    with pytest.raises(SystemExit, match="set up for bf16, and this is no; pass --precision bf16"):
-        finetune.check_processes(args, SimpleNamespace())
+        untrained(model=str(tmp_path))
 
 
 def test_models_without_position_ids_are_refused(tmp_path: Path) -> None:
@@ -615,9 +610,5 @@ def test_models_without_position_ids_are_refused(tmp_path: Path) -> None:
 
     config = BloomConfig(vocab_size=384, hidden_size=16, n_layer=1, n_head=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bloom")
-    args = SimpleNamespace(
-        model=str(tmp_path / "bloom"), seed=0, attn_implementation="eager", precision="no",
-        lora_rank=0, gradient_checkpointing=False,
-    )  # fmt: skip
     with pytest.raises(SystemExit, match="BloomForCausalLM takes no position_ids"):
-        finetune.load_model(args, ByT5Tokenizer())
+        untrained(model=str(tmp_path / "bloom"))
