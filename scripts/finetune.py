@@ -403,7 +403,7 @@ def check_model(model: PreTrainedModel, vocabulary: int) -> None:
     """Stop if logits depend on the tokens that follow, or on the document packed before."""
     model.eval()
     tokens = torch.arange(16, device=model.device) % vocabulary
-    other = (tokens + 1) % vocabulary
+    other = (tokens + max(1, vocabulary // 2)) % vocabulary
     positions = torch.arange(16, device=model.device).repeat(1, 2)
 
     def logits(first: Tensor, second: Tensor) -> Tensor:

@@ -29,4 +29,4 @@ def snippets(path: Path) -> list:
 
 
 def run(code: str) -> None:
-    exec(compile(code.replace(MODEL, "tiny"), "a snippet", "exec"), {})
+    exec(compile(code.replace(MODEL, "tiny"), "a snippet", "exec"), {"__name__": __name__})
