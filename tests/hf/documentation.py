@@ -28,5 +28,8 @@ def snippets(path: Path) -> list:
     ]
 
 
-def run(code: str) -> None:
-    exec(compile(code.replace(MODEL, "tiny"), "a snippet", "exec"), {"__name__": __name__})
+def run(code: str) -> dict:
+    """The names that it defines."""
+    names = {"__name__": __name__}
+    exec(compile(code.replace(MODEL, "tiny"), "a snippet", "exec"), names)
+    return names
