@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import DistributedType
+from safetensors import SafetensorError
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -521,6 +522,16 @@ def test_a_full_disk_is_told_and_resumed_from(
     assert log(folder) == log(finished)
 
 
+@pytest.mark.parametrize("error", [OSError, RuntimeError, SafetensorError])
+def test_what_cannot_be_written_is_named(error: type[Exception], tmp_path: Path) -> None:
+    """By Python, by torch.save or by save_pretrained."""
+    with pytest.raises(
+        SystemExit, match=f"error: cannot write {tmp_path}/model: the disk is full; "
+    ):
+        with finetune.writing(tmp_path / "model"):
+            raise error("the disk is full")
+
+
 # Packing
 
 
@@ -801,6 +812,11 @@ def test_text_too_short_for_two_rows_is_refused(run, tmp_path: Path) -> None:
     assert run(folder, "--data", str(tmp_path / "short.txt")) == 1
     assert "--data: the text fills one row of 64 tokens and two are needed" in words(folder)
     assert not folder.exists()
+
+
+def test_without_data_there_is_the_text_of_this_python() -> None:
+    documents = finetune.load_documents(None, "text")
+    assert len(documents) > 10 and all(isinstance(document, str) for document in documents)
 
 
 def test_records_without_text_are_refused(tmp_path: Path) -> None:
