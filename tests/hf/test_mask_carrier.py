@@ -73,11 +73,13 @@ def test_travels(kind: str) -> None:
 def test_travels_to_a_gpu_by_its_number() -> None:
     """As hooks of a device map say it: what a tensor does with a number, the mask does."""
     mask = carrier("intervals")
-    if torch.accelerator.is_available():
-        assert mask.to(0, non_blocking=True).device == mask.mask.first_query.to(0).device
-    else:
-        with pytest.raises(RuntimeError, match="accelerator"):
+    try:
+        expected = mask.mask.first_query.to(0).device
+    except Exception as error:  # without a GPU, of a kind that depends on the build of PyTorch
+        with pytest.raises(type(error)):
             mask.to(0, non_blocking=True)
+    else:
+        assert mask.to(0, non_blocking=True).device == expected
 
 
 @KINDS
