@@ -17,6 +17,7 @@ from torch.autograd.function import Function, _SingleLevelFunction
 
 from hf_flash_two.kernels import select
 from hf_flash_two.kernels.problem import Problem, empty_lse, empty_output
+from hf_flash_two.masks import KEY_GRANULE
 
 _PROBLEM = (
     "Tensor? first_query, Tensor? last_query, Tensor? key_bounds, Tensor? dense, Tensor? bias, "
@@ -36,9 +37,12 @@ _LIBRARY.define(
 _PROBLEM_TENSORS = 8
 
 
-def _laid_out(fields: Sequence) -> Problem:
+def _laid_out(fields: Sequence, keys: int) -> Problem:
     """The problem, as every kernel may rely on it: what is per key and per head without gaps."""
     problem = Problem(*fields)
+    groups = -(-keys // KEY_GRANULE)
+    if problem.key_bounds is not None and problem.key_bounds.shape[1] != groups:
+        problem = problem._replace(key_bounds=problem.key_bounds[:, :groups])
     names = ("first_query", "last_query", "key_bounds", "alibi_slopes", "sinks")
     strided = {
         name: tensor.contiguous()
@@ -54,14 +58,14 @@ def _forward(query, key, value, *settings):
     *problem, kernel = settings
     if not query.numel():
         return empty_output(query, value.shape[3]), empty_lse(query)
-    return select(kernel, query).forward(query, key, value, _laid_out(problem))
+    return select(kernel, query).forward(query, key, value, _laid_out(problem, key.shape[2]))
 
 
 @torch.no_grad()
 def _backward(d_out, d_lse, query, key, value, out, lse, *settings):
     *problem, kernel, need_d_bias = settings
     d_out = torch.zeros_like(out) if d_out is None else d_out
-    problem = _laid_out(problem)
+    problem = _laid_out(problem, key.shape[2])
     if query.numel():
         out = out if out.stride(3) == 1 else out.contiguous()
         grads = select(kernel, query).backward(

@@ -1099,19 +1099,45 @@ REFUSALS = {
         r"query: .*a multiple of key's 0, got 6",
     ),
     "mask-type": ({"mask": [1]}, r"mask: expected an AttentionMask, .*got list"),
-    "mask-float": ({"mask": torch.zeros(9, 20)}, r"visible: expected bool .*got torch.float32"),
-    "mask-5d": ({"mask": torch.ones(1, 1, 1, 9, 20).bool()}, r"visible: .*at most 4 .*got 5"),
+    "mask-float": ({"mask": torch.zeros(9, 20)}, r"mask: expected bool .*torch.float32; .*`bias`"),
+    "mask-int": ({"mask": torch.ones(9, 20).long()}, r"mask: expected bool .*`mask != 0`"),
+    "mask-5d": ({"mask": torch.ones(1, 1, 1, 9, 20).bool()}, r"mask: .*at most the 4 .*\[1, 1, 1"),
     "mask-dense": (
         {"mask": torch.ones(9, 19).bool()},
         r"mask: expected a tensor broadcastable to .*\[2, 6, 9, 20\], got \[1, 1, 9, 19\]",
     ),
     "mask-keys": (
         {"mask": AttentionMask.from_padding(torch.ones(2, 19))},
-        r"mask: expected intervals of shape \[1 or 2, 20\] .*got \[2, 19\]",
+        r"mask: expected one over 20 keys of 1 or 2 batch rows, .*over 19 keys of 2 batch rows",
     ),
     "mask-batch": (
         {"mask": AttentionMask.from_padding(torch.ones(3, 20))},
-        r"mask: expected intervals of shape \[1 or 2, 20\] .*got \[3, 20\]",
+        r"mask: expected one over 20 keys of 1 or 2 batch rows, .*over 20 keys of 3 batch rows",
+    ),
+    "swapped-lengths-and-heads": (
+        {"query": torch.zeros(2, 1, 6, 16), "key": torch.zeros(2, 20, 2, 16),
+         "value": torch.zeros(2, 20, 2, 16)},
+        r"query: .*a multiple of key's 20, got 1; the layout is \[batch, .*transpose\(1, 2\)",
+    ),
+    "query-none": ({"query": None}, r"query: expected a tensor, got NoneType"),
+    "bias-number": ({"bias": 1.0}, r"bias: expected a tensor, got float"),
+    "slopes-list": ({"alibi_slopes": [1.0] * 6}, r"alibi_slopes: expected a tensor, got list"),
+    "scale-nan": ({"scale": math.nan}, r"scale: expected None or a finite number, got nan"),
+    "scale-inf": ({"scale": math.inf}, r"scale: expected None or a finite number, got inf"),
+    "scale-text": ({"scale": "large"}, r"scale: expected a number, got 'large'"),
+    "scale-gradient": (
+        {"scale": torch.ones((), requires_grad=True)}, r"scale: no gradient .*multiply query by it"
+    ),
+    "softcap-inf": ({"softcap": math.inf}, r"softcap: .*got inf"),
+    "dropout-nan": ({"dropout_p": math.nan}, r"dropout_p: .*got nan"),
+    "dropout-none": ({"dropout_p": None}, r"dropout_p: expected a number, got None"),
+    "seed-float": (
+        {"dropout_p": 0.1, "dropout_seed": 1.5}, r"dropout_seed: expected None or an .*got 1.5"
+    ),
+    "seed-large": ({"dropout_p": 0.1, "dropout_seed": 2**64}, r"dropout_seed: .*of 64 bits"),
+    "seed-dtype": (
+        {"dropout_p": 0.1, "dropout_seed": torch.ones(1)},
+        r"dropout_seed: expected an integer tensor, got torch.float32",
     ),
     "bias-bool": ({"bias": torch.ones(9, 20).bool()}, r"bias: expected a float .*`mask`"),
     "bias-shape": ({"bias": torch.zeros(9, 19)}, r"bias: .*\[2, 6, 9, 20\], got \[9, 19\]"),
@@ -1150,3 +1176,26 @@ def test_refusal(arguments: dict, message: str) -> None:
     tensors = {"query": torch.zeros(Q), "key": torch.zeros(K), "value": torch.zeros(K)}
     with pytest.raises(ValueError, match=message):
         flash_attention(**(tensors | arguments))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("causal", r"; here it is mask=AttentionMask.causal\(\)"),
+        ("is_causal", r"; here it is mask=AttentionMask.causal\(\)"),
+        ("softmax_scale", "; here it is scale"),
+        ("colour", "$"),
+    ],
+)
+def test_names_of_other_libraries(name: str, hint: str) -> None:
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'{hint}"):
+        flash_attention(*inputs(9, 20), **{name: True})
+
+
+def test_constant_slopes_may_belong_to_parameters() -> None:
+    """They are refused where a gradient for them would be missing, and nowhere else."""
+    tensors, slopes = inputs(9, 20), torch.rand(6, requires_grad=True)
+    want = flash_attention(*tensors, alibi_slopes=slopes.detach())
+    for guard in (torch.no_grad, torch.inference_mode):
+        with guard():
+            assert torch.equal(flash_attention(*tensors, alibi_slopes=slopes), want)
