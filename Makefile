@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY ?= passive
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-sweep test-gpu test-lowest quality style bench coverage clean
+.PHONY: demo test test-sweep test-gpu test-lowest fuzz quality style bench coverage clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -37,6 +37,12 @@ test-gpu: $(INSTALLED)
 # The lowest supported versions, in an environment of their own.
 test-lowest:
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+
+# Random calls against the dense formula; a failure prints the seed that repeats it:
+# make fuzz CASES=10000 FUZZ="--kernel triton --first 7"
+CASES ?= 3000
+fuzz: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/fuzz.py --count $(CASES) $(FUZZ)
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check .
