@@ -109,6 +109,8 @@ WANTS_FLOAT_TENSOR = frozenset({"deepseek_v4", "gemma4_audio", "glm_moe_dsa", "i
 READS_ADDITIVE = frozenset({"nllb-moe"})
 # Families whose masks are causal though their configs do not say so.
 CAUSAL = frozenset({"openai-gpt"})
+# Families that hand zeros for positions to a decoder, since they add embeddings of time.
+WITHOUT_POSITIONS = frozenset({"decision_transformer"})
 # Families with bidirectional layers that say is_causal, or nothing, which no mask bears out.
 NOT_CAUSAL_WITHOUT_MASK = frozenset(
     {
@@ -512,6 +514,11 @@ def has_cross_attention(model: transformers.PreTrainedModel) -> bool:
     """Whether a bidirectional mask of this model may be one from a decoder to an encoder."""
     names = ("is_decoder", "is_encoder_decoder", "add_cross_attention")
     return any(getattr(model.config, name, False) for name in names)
+
+
+def has_positions(model: transformers.PreTrainedModel) -> bool:
+    """Whether the ``position_ids`` that a model is given tell where its tokens stand."""
+    return model.config.model_type not in WITHOUT_POSITIONS
 
 
 def is_causal_model(model: transformers.PreTrainedModel) -> bool:

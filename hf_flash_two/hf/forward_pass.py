@@ -122,7 +122,7 @@ class ForwardPass:
             return ids_of_boundaries(said.cu_seq_lens_q, queries)
         self.apart = True
         mask = said.padding(batch, queries, offset)
-        positions = said.position_ids if causal else None
+        positions = said.position_ids if causal and compat.has_positions(self.model) else None
         if not may_be_packed(positions, batch, queries):
             positions = None
         if mask is not None and positions is None and not numbers_documents(mask):

@@ -200,7 +200,7 @@ def _documents(
     if not causal and (queries != place.kv_length or compat.has_cross_attention(running.model)):
         return None, found  # what else attends in such a model are decoders to encoders
     bounded = running.said.cu_seq_lens_q is not None
-    if found and not bounded:
+    if found and not bounded and compat.remaps_positions():
         running.apart = True
         return None, True
     offset = place.q_offset

@@ -51,9 +51,8 @@ def document_starts(position_ids: Tensor | None, attention_mask: Tensor | None) 
     """Where a visible token belongs to another document than the visible token before it.
 
     It does where its position is lower, or is the row's lowest once more: the token before was a
-    document of its own. Positions that stay at a higher place are those of an image's tokens, and
-    a row that has but one tells nothing: some models have no use for positions. It also does where
-    an integer mask numbers it differently.
+    document of its own. Positions that stay at a higher place are those of an image's tokens. It
+    also does where an integer mask numbers it differently.
 
     Args:
         position_ids: [1 or B, T], or None.
@@ -65,14 +64,10 @@ def document_starts(position_ids: Tensor | None, attention_mask: Tensor | None) 
     visible = None if attention_mask is None else attention_mask != 0
     starts: Tensor | bool = False
     if position_ids is not None:
-        before = _before(position_ids, visible)
-        lowest, highest = position_ids.aminmax(dim=1, keepdim=True)
+        before, seen = _before(position_ids, visible), position_ids
         if visible is not None:
-            lowest, highest = (
-                torch.where(visible, position_ids, highest).amin(1, keepdim=True),
-                torch.where(visible, position_ids, lowest).amax(1, keepdim=True),
-            )
-        again = (position_ids == before) & (position_ids == lowest) & (lowest < highest)
+            seen = torch.where(visible, position_ids, position_ids.amax(1, keepdim=True))
+        again = (position_ids == before) & (position_ids == seen.amin(1, keepdim=True))
         starts = (position_ids < before) | again
     if attention_mask is not None and numbers_documents(attention_mask):
         starts = starts | (attention_mask != _before(attention_mask, visible))

@@ -336,7 +336,7 @@ def test_packed_multimodal_positions() -> None:
         ([0, 1, 1, 1, 1, 5], [0, 0, 0, 0, 0, 0]),
         ([0, 1, 2, 7, 8], [0, 0, 0, 0, 0]),
         ([4, 0, 1, 1, 2, 0], [0, 1, 1, 1, 1, 2]),
-        ([0, 0, 0, 0], [0, 0, 0, 0]),  # what a model without positions hands on
+        ([0, 0, 0, 0], [0, 1, 2, 3]),
     ],
 )
 def test_where_documents_start(position_ids: list[int], expected: list[int]) -> None:
