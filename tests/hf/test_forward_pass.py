@@ -14,7 +14,8 @@ import torch
 from checks import assert_close, error
 from models import DECODERS, tokens
 from own_models import FAMILIES
-from test_packed import LENGTH, LENGTHS, alone, boundaries, positions
+from packed_rows import boundaries, positions
+from test_packed import LENGTH, LENGTHS, alone
 from torch import Tensor
 
 from hf_flash_two import patch, patched, unpatch

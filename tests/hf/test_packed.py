@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from checks import assert_close, assert_same_gradients, backward, error
 from models import CACHE, DECODERS, MULTIMODAL, Family, named, tokens
 from own_models import FAMILIES, OwnFamily, prompt
 from own_models import tokens as own_tokens
+from packed_rows import Row, boundaries, each_alone, positions
 from transformers import StaticCache, masking_utils
 
 from hf_flash_two import op, patch
@@ -19,10 +19,6 @@ from hf_flash_two.hf.packing import document_ids
 
 LENGTHS = (7, 1, 11, 8)
 LENGTH = sum(LENGTHS)
-
-
-def positions(*lengths: int) -> torch.Tensor:
-    return torch.cat([torch.arange(n) for n in lengths])[None]
 
 
 def alone(model, ids: torch.Tensor) -> torch.Tensor:
@@ -53,35 +49,6 @@ def test_gradients_of_training_with_the_default_cache(family: Family) -> None:
     assert_same_gradients(flash, eager)
 
 
-@dataclass(frozen=True)
-class Row:
-    """Documents in one row of a batch, and how many padded tokens stand before each and at the end.
-
-    A padded token has position 0, or any other.
-    """
-
-    lengths: tuple[int, ...]
-    holes: tuple[int, ...] = ()
-    padded_position: int = 0
-
-    def parts(self) -> list[tuple[int, int]]:
-        """(number of the document from 1, 0 for padding; how many tokens), from left to right."""
-        holes = self.holes or (0,) * (len(self.lengths) + 1)
-        parts = [(0, holes[0])]
-        for number, (length, hole) in enumerate(zip(self.lengths, holes[1:], strict=True), 1):
-            parts += [(number, length), (0, hole)]
-        return parts
-
-    def numbers(self) -> torch.Tensor:
-        return torch.cat([torch.full((count,), number) for number, count in self.parts()])
-
-    def positions(self) -> torch.Tensor:
-        padded = self.padded_position
-        return torch.cat(
-            [torch.arange(n) if number else torch.full((n,), padded) for number, n in self.parts()]
-        )
-
-
 ROWS = [
     Row((5, 8), (0, 0, 3)),
     Row((16,)),
@@ -90,12 +57,6 @@ ROWS = [
     Row((9, 4), (3, 0, 0), padded_position=1),
     Row((6, 1, 5), (1, 2, 0, 1), padded_position=7),
 ]
-
-
-def each_alone(model, ids: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Logits of all documents of a row [T] of tokens, each run by itself, end to end."""
-    parts = [ids[numbers == number][None] for number in numbers.unique() if number]
-    return torch.cat([model(part).logits[0] for part in parts])
 
 
 @pytest.mark.parametrize("kind", ["no mask", "ones and zeros", "bool", "numbers", "numbers alone"])
@@ -195,16 +156,6 @@ def test_cu_seq_lens(family: Family, use_cache: bool) -> None:
         use_cache=use_cache,
     ).logits
     assert_close(packed, alone(eager, ids))
-
-
-def boundaries(*lengths: int) -> dict[str, torch.Tensor | int]:
-    """As trainers and collators send them."""
-    ends = torch.tensor((0, *lengths)).cumsum(0).to(torch.int32)
-    longest = max(lengths)
-    return {
-        "cu_seq_lens_q": ends, "cu_seq_lens_k": ends.clone(),
-        "max_length_q": longest, "max_length_k": longest,
-    }  # fmt: skip
 
 
 def interface_family(name: str, model: str, **changes) -> OwnFamily:
