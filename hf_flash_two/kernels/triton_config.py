@@ -328,8 +328,8 @@ def strides_of(
         of(problem.first_query, batch, key_length)[0],
         *of(problem.dense, *full),
         *of(problem.bias, *full),
-        of(problem.alibi_slopes, batch, heads)[0],
-        of(problem.sinks, batch, heads)[0],
+        *of(problem.alibi_slopes, batch, heads),
+        *of(problem.sinks, batch, heads),
     )
 
 
