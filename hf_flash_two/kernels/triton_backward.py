@@ -76,23 +76,31 @@ def backward(
     )
     lse = lse.contiguous()
     if query.numel() == 0:
-        dq, dk, dv = (empty_output(x, x.shape[3]).zero_() for x in (query, key, value))
-        d_bias = torch.zeros_like(problem.bias) if need_d_bias else None
-        return (
-            dq,
-            dk,
-            dv,
-            d_bias,
-            None if problem.sinks is None else torch.zeros_like(problem.sinks),
-        )
+        gradients = [empty_output(x, x.shape[3]).zero_() for x in (query, key, value)]
+        extras = (problem.bias if need_d_bias else None, problem.sinks)
+        return *gradients, *(x if x is None else torch.zeros_like(x) for x in extras)
     with torch.cuda.device_of(query):
         plan = planned(_plan, problem, query, key, value, d_out, out, lse, d_lse)
         dq, dk, dv = (query.new_empty_strided(*layout) for layout in plan.gradients)
         lse_2, delta = (lse.new_empty(plan.stats_shape) for _ in range(2))
-        tensors = (query, key, value, d_out, lse_2, delta, problem.first_query, problem.last_query)
+        weigh = problem.bias is not None and problem.sinks is None
+        weight = torch.empty_like(delta) if weigh else None
+        stats = (lse_2, delta, weight)
+        tensors = (query, key, value, d_out, *stats, problem.first_query, problem.last_query)
         extras = (problem.dense, problem.bias, problem.alibi_slopes, problem.seed)
         if delta.numel():
             plan.stats(out, d_out, lse, d_lse, lse_2, delta)
+        tiles = plan.tiles.queries
+        ranges = key_ranges(problem, tiles, query.shape[2], key.shape[2])
+        if dq.numel():
+            plan.queries(
+                *tensors, ranges, *extras,
+                bulk_tiles(key, plan.bulk_key, tiles.block_k, tiles.block_d),
+                bulk_tiles(value, plan.bulk_value, tiles.block_k, tiles.block_v),
+                bulk_run(problem.first_query, plan.bulk_key, tiles.block_k),
+                bulk_run(problem.last_query, plan.bulk_key, tiles.block_k),
+                dq,
+            )  # fmt: skip
         if dk.numel():
             walks = [(plan.keys, plan.tiles.keys, dk, dv if plan.values is None else None)]
             if plan.values is not None:
@@ -105,17 +113,6 @@ def backward(
                     *(bulk_run(x, plan.bulk_query, tiles.block_q) for x in (lse_2, delta)),
                     *gradients,
                 )  # fmt: skip
-        tiles = plan.tiles.queries
-        ranges = key_ranges(problem, tiles, query.shape[2], key.shape[2])
-        if dq.numel():
-            plan.queries(
-                *tensors, ranges, *extras,
-                bulk_tiles(key, plan.bulk_key, tiles.block_k, tiles.block_d),
-                bulk_tiles(value, plan.bulk_value, tiles.block_k, tiles.block_v),
-                bulk_run(problem.first_query, plan.bulk_key, tiles.block_k),
-                bulk_run(problem.last_query, plan.bulk_key, tiles.block_k),
-                dq,
-            )  # fmt: skip
         d_bias = d_sinks = None
         if need_d_bias:
             d_bias = torch.empty_like(problem.bias, memory_format=torch.contiguous_format)
@@ -283,7 +280,7 @@ _PER_LENGTH = [
 
 @triton.jit(do_not_specialize=_PER_LENGTH)
 def _keys_kernel(
-    q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr, weight_ptr,
     first_ptr, last_ptr, bounds_ptr, dense_ptr, bias_ptr, slopes_ptr, seed_ptr,
     q_tiles, g_tiles, lse_tiles, delta_tiles, dk_ptr, dv_ptr,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, g_sb, g_sh, g_st,
@@ -420,9 +417,12 @@ def _keys_kernel(
                             query_length, key_length, first_query[:, None], last_query[:, None],
                             dense_head, dense_sq, dense_sk, left, right, MASK, LEFT, RIGHT, DENSE,
                         )  # fmt: skip
+                    weight = 1.0
+                    if weight_ptr is not None:
+                        weight = tl.load(weight_ptr + stats_at + tl.arange(0, BLOCK_Q))[None, :]
                     p, slack = probabilities(
-                        s, lse[None, :], row[None, :], position[None, :], col[:, None], seen, slope,
-                        bias_head, bias_sq, bias_sk, scale, softcap,
+                        s, lse[None, :], weight, row[None, :], position[None, :], col[:, None],
+                        seen, slope, bias_head, bias_sq, bias_sk, scale, softcap,
                         phase != 0, PLAIN, SOFTCAP, BIAS, ALIBI,
                     )  # fmt: skip
                     if DROPOUT:
@@ -466,7 +466,7 @@ def _keys_kernel(
 
 @triton.jit(do_not_specialize=_PER_LENGTH)
 def _queries_kernel(
-    q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr, weight_ptr,
     first_ptr, last_ptr, ranges_ptr, dense_ptr, bias_ptr, slopes_ptr, seed_ptr,
     k_tiles, v_tiles, first_tiles, last_tiles, dq_ptr,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, g_sb, g_sh, g_st,
@@ -521,6 +521,7 @@ def _queries_kernel(
     )
     whole = full_end - full
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    total_p = tl.zeros([BLOCK_Q], tl.float32)
     for phase in tl.static_range(3 if hides(MASK, DENSE) else 2):
         if phase == 0:
             from_tile, to_tile = 0, whole
@@ -530,6 +531,7 @@ def _queries_kernel(
             again = holds_nan(dq, row_inside)
             from_tile, to_tile = 0, tl.where(again, last - first, 0)
             dq = tl.where(again, 0.0, dq)
+            total_p = tl.where(again, 0.0, total_p)
         for n in tl.range(from_tile, to_tile, num_stages=stages_of(STAGES, phase, MASK)):
             if phase == 0:
                 key_tile = full + n
@@ -575,10 +577,12 @@ def _queries_kernel(
                     left, right, MASK, LEFT, RIGHT, DENSE,
                 )  # fmt: skip
             p, slack = probabilities(
-                s, lse[:, None], row[:, None], position[:, None], col[None, :], seen, slope,
+                s, lse[:, None], 1.0, row[:, None], position[:, None], col[None, :], seen, slope,
                 bias_ptr, bias_sq, bias_sk, scale, softcap,
                 phase != 0, PLAIN, SOFTCAP, BIAS, ALIBI,
             )  # fmt: skip
+            if weight_ptr is not None:
+                total_p += tl.sum(p, 1)
             if DROPOUT:
                 keep = kept(seed_ptr, batch, head, row[:, None], col[None, :], threshold)
                 dp = tl.where(keep, dp * keep_scale, 0.0)
@@ -591,6 +595,11 @@ def _queries_kernel(
                 dq = seen_product(ds, k, dq, seen, k_rows, k_st, d < D, PRECISION)
             else:
                 dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    if weight_ptr is not None:
+        weight = 1 / tl.where(total_p == 0, 1.0, total_p)
+        dq *= weight[:, None]
+        if tl.program_id(1) == 0:
+            tl.store(weight_ptr + stats, weight)
     dq_at = dq_ptr + batch * dq_sb + head * dq_sh + row.to(tl.int64) * dq_st
     tl.store(
         dq_at[:, None] + d[None, :],
@@ -601,7 +610,7 @@ def _queries_kernel(
 
 @triton.jit(do_not_specialize=_PER_LENGTH)
 def _bias_kernel(
-    q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr, weight_ptr,
     first_ptr, last_ptr, ranges_ptr, dense_ptr, bias_ptr, slopes_ptr, seed_ptr,
     d_bias_ptr,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, g_sb, g_sh, g_st,
@@ -660,6 +669,9 @@ def _bias_kernel(
                 stats = _stats_at(batch, heads, head, query_length) + row
                 lse = tl.load(lse_ptr + stats)
                 delta = tl.load(delta_ptr + stats)
+                weight = 1.0
+                if weight_ptr is not None:
+                    weight = tl.load(weight_ptr + stats)[:, None]
                 start = row_tile * BLOCK_Q + offset
                 stop = tl.minimum(row_tile * BLOCK_Q + BLOCK_Q, query_length) + offset
                 first, last, full, full_end = key_tiles(
@@ -689,8 +701,8 @@ def _bias_kernel(
                         left, right, MASK, LEFT, RIGHT, DENSE,
                     )  # fmt: skip
                     p, slack = probabilities(
-                        s, lse[:, None], row[:, None], position[:, None], col[None, :], seen, slope,
-                        bias_ptr + batch * bias_sb + head * bias_sh, bias_sq, bias_sk,
+                        s, lse[:, None], weight, row[:, None], position[:, None], col[None, :],
+                        seen, slope, bias_ptr + batch * bias_sb + head * bias_sh, bias_sq, bias_sk,
                         scale, softcap, True, PLAIN, SOFTCAP, BIAS, ALIBI,
                     )  # fmt: skip
                     if DROPOUT:

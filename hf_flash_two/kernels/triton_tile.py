@@ -242,11 +242,15 @@ def modify(
 
 @triton.jit
 def probabilities(
-    s, lse, row, position, col, seen, slope, bias_ptr, bias_sq, bias_sk, scale, softcap,
+    s, lse, weight, row, position, col, seen, slope, bias_ptr, bias_sq, bias_sk, scale, softcap,
     MASKED: tl.constexpr, PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
     ALIBI: tl.constexpr,
 ):  # fmt: skip
-    """Softmax of one tile given its rows' lse, times `unit`, and `modify`'s derivative."""
+    """Softmax of one tile given its rows' lse, in the peak's unit, and `modify`'s derivative.
+
+    Where a bias has moved all scores of a row far away, lse is too coarse to tell how many there
+    are: ``weight`` makes their sum 1.
+    """
     if PLAIN:
         slack = s
         p = tl.exp2(s * (scale * _LOG2E) - lse)
@@ -255,7 +259,7 @@ def probabilities(
             s, row, position, col, seen, slope, bias_ptr, bias_sq, bias_sk, scale, softcap,
             SOFTCAP, BIAS, ALIBI,
         )  # fmt: skip
-        p = tl.exp2((s - lse) * _LOG2E)
+        p = tl.exp2((s - lse) * _LOG2E) * weight
     if MASKED:
         p = tl.where(seen, p, 0.0)
     return p, slack
