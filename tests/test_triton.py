@@ -223,6 +223,29 @@ def test_a_known_launch_skips_the_jit_unless_a_profiler_watches(
     assert calls == ["jit", known, "jit"]
 
 
+def test_a_missing_compiler_is_named() -> None:
+    class Kernel:
+        def __getitem__(self, grid):
+            def launch(*args, **kwargs):
+                raise RuntimeError("Failed to find C compiler. Please specify via CC")
+
+            return launch
+
+    tiles = triton_config.Tiles(16, 16, 16, 16, 4, 1)
+    with pytest.raises(RuntimeError, match="no C compiler.*install gcc or clang.*'blockwise'"):
+        triton_launch.Launch(Kernel(), (1,), (), {}, tiles)()
+
+
+@pytest.mark.parametrize("group", [65, 71, 128])
+def test_many_heads_to_a_key_decode_packed(device: str, group: int) -> None:
+    """More than one tile of queries; keys are still read once for all of a tile's heads."""
+    tensors = inputs(1, 300, heads=(group, 1), device=device)
+    problem = SimpleNamespace(bias=None, dense=None, block_q=None, block_k=None)
+    assert triton_config.forward_tiles(*tensors, problem).pack == group
+    expected = dense_attention(*tensors)[0]
+    torch.testing.assert_close(attend(*tensors), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("programs", [1, 8, 70, 100, 128, 133, 512, 4096])
 def test_decode_keeps_the_processors_busy(programs: int) -> None:
     splits = triton_config._splits(programs, 132, 128)
