@@ -212,11 +212,8 @@ EXTREMES = {
 SAMPLED = {
     ("ampere", torch.float16, (256, 256), "bias", 512),
     ("ampere", torch.float16, (64, 64), "everything", 512),
-    ("blackwell", torch.bfloat16, (256, 256), "plain", 512),
     ("blackwell", torch.bfloat16, (256, 256), "bias", 512),
-    ("rtx-blackwell", torch.bfloat16, (256, 256), "everything", 1),
     ("turing", torch.float16, (576, 512), "bias", 30),
-    ("mi300", torch.float32, (128, 128), "everything", 512),
 }
 
 
@@ -314,7 +311,7 @@ def unguarded(ptx: str) -> list[str]:
 def test_warps_wait_for_each_other_before_a_tile_is_overwritten(
     monkeypatch: pytest.MonkeyPatch, launches: list, length: int
 ) -> None:
-    """Triton before 3.9 forgets that barrier where 8 warps multiply on Hopper; not in our launch."""
+    """Before 3.9 Triton may forget that where 8 warps multiply on Hopper; not in our launch."""
     compiler, device = TARGETS["hopper"]
     pretend(monkeypatch, device)
     query, key, value = (
