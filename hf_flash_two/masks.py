@@ -428,8 +428,8 @@ class AttentionMask:
             # What kernels work out from them. Of bounds made in a compiled graph nothing is kept:
             # it may write others into the same tensor.
             bounds._key_ranges, bounds._query_tiles = {}, {}
-            self._bounds.append(bounds)
-        return self._bounds[0]
+            self._bounds.append(Lasting(bounds))
+        return self._bounds[0].read()
 
     def tiles(
         self, query_length: int, key_length: int, block_q: int, block_k: int = KEY_GRANULE
@@ -572,6 +572,33 @@ def lasts(tensor: Tensor) -> bool:
     A CUDA graph's exist only as it is replayed, those of vmap and fake ones only for a while.
     """
     return readable(tensor) is tensor
+
+
+class Lasting:
+    """A tensor that was just made and is kept: it may be read on another CUDA stream than its own.
+
+    Nobody but who keeps it knows when it was made, so it is kept with an event to wait for.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        if tensor.is_cuda:
+            self._stream = torch.cuda.current_stream(tensor.device)
+            self._made = self._stream.record_event()
+
+    def __reduce__(self) -> tuple:
+        return Lasting, (self.read(),)
+
+    def read(self) -> Tensor:
+        """The tensor, for work on the current stream."""
+        tensor = self._tensor
+        # A graph is captured after its device was waited for, and may wait for nothing before it.
+        if tensor.is_cuda and lasts(tensor):
+            stream = torch.cuda.current_stream(tensor.device)
+            if stream != self._stream:
+                stream.wait_event(self._made)
+                tensor.record_stream(stream)
+        return tensor
 
 
 def _group_bounds(first: Tensor, last: Tensor) -> Tensor:
