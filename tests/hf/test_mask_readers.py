@@ -97,6 +97,14 @@ EXAMINED = {
         zamba apply_mask_to_padding_states
         zamba2 apply_mask_to_padding_states
         zaya ZayaCCAProjection.forward
+        bamba BambaMixer.forward
+        falcon_h1 FalconH1Mixer.cuda_kernels_forward FalconH1Mixer.forward
+        granitemoehybrid GraniteMoeHybridMambaLayer.forward
+        jamba JambaMambaMixer.cuda_kernels_forward JambaMambaMixer.slow_forward
+        minimax MiniMaxLightningAttention.forward
+        nemotron_h NemotronHMamba2Mixer.cuda_kernels_forward NemotronHMamba2Mixer.torch_forward
+        zamba ZambaMambaMixer.cuda_kernels_forward ZambaMambaMixer.slow_forward
+        zamba2 Zamba2MambaMixer.cuda_kernels_forward Zamba2MambaMixer.torch_forward
     """,
 }
 

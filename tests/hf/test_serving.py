@@ -315,6 +315,9 @@ def test_models_that_cannot_use_the_cache_are_refused(name: str, reason: str) ->
 def test_models_that_use_the_cache_since_their_layers_write_to_it(name: str) -> None:
     """Before 5.24 DiffLlama asked twice, and the others computed attention themselves."""
     model_class = getattr(transformers, f"{name}ForCausalLM")
+    own = not hasattr(sys.modules[model_class.__module__], "ALL_ATTENTION_FUNCTIONS")
+    if name == "DiffLlama" and own:
+        pytest.skip("its attention is its own in this version of Transformers, and not known")
     config = tiny(getattr(transformers, f"{name}Config"))
     torch.manual_seed(0)
     eager = model_class._from_config(config, attn_implementation="eager").eval()
