@@ -449,6 +449,7 @@ def test_scale(kernel: str, device: str, scale: float, softcap: float | None) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_id)
+@pytest.mark.long
 def test_scale_of_zero(kernel: str, device: str, dtype: torch.dtype) -> None:
     """The mean of the values a query sees; tiles and lengths at which products differ in kind."""
     query, key, value = inputs(513, 600, dtype=dtype, device=device, head_dim=32)
@@ -824,9 +825,19 @@ EXTRAS = {
 }
 
 
-@pytest.mark.parametrize("extra", EXTRAS.values(), ids=EXTRAS)
-@pytest.mark.parametrize("hiding", HIDING.values(), ids=HIDING)
-@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def long_but(kept: str, cases: dict[str, Callable]) -> list:
+    """The cases, of which an interpreted kernel computes one."""
+    return [
+        pytest.param(case, id=name, marks=() if name == kept else pytest.mark.long)
+        for name, case in cases.items()
+    ]
+
+
+@pytest.mark.parametrize("extra", long_but("all", EXTRAS))
+@pytest.mark.parametrize("hiding", long_but("dense", HIDING))
+@pytest.mark.parametrize(
+    "poison", [math.nan, *(pytest.param(x, marks=pytest.mark.long) for x in (math.inf, -math.inf))]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 def test_what_is_hidden_counts_nothing(
     kernel: str, device: str, hiding: Callable, extra: Callable, poison: float, dtype: torch.dtype
