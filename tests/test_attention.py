@@ -899,17 +899,6 @@ def test_what_is_hidden_counts_nothing(
             assert not got["out"][0, :, met_rows, 3].isfinite().any(), "what is seen shows"
 
 
-def test_a_bias_of_minus_infinity_hides(kernel: str, device: str) -> None:
-    """As a mask does, whatever the key holds."""
-    query, key, value = inputs(40, 70, device=device)
-    bias = torch.zeros(1, 1, 1, 70, device=device)
-    bias[..., 50:] = -math.inf
-    clean = attend(kernel, query, key, value, bias=bias)
-    key[:, :, 60], value[:, :, 55] = math.nan, math.inf
-    for got, want in zip(attend(kernel, query, key, value, bias=bias), clean, strict=True):
-        assert torch.equal(got, want)
-
-
 # Determinism, tiles, memory
 
 

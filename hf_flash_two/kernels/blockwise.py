@@ -36,7 +36,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tupl
 def _polluted(problem: Problem, *results: Tensor | None) -> bool:
     """Whether something hidden that is not finite may stand behind what is not in the results."""
     hiding = (problem.window_left, problem.window_right, problem.first_query, problem.dense)
-    if problem.bias is None and all(x is None for x in hiding):
+    if all(x is None for x in hiding):
         return False
     sums = [x.sum(dtype=statistics_dtype(x.dtype)) for x in results if x is not None]
     return not torch.stack(sums).isfinite().all()

@@ -424,9 +424,6 @@ class Lane:
                 by_head -= slopes * (position - key_position).abs()
             if shift is not None:
                 s.add_(shift)
-            if self.call.guarded and problem.bias is not None:
-                unseen = self.part(problem.bias, rows, cols) == -math.inf
-                self.by_head(s).masked_fill_(unseen, -math.inf)
         for run in tile.masked:
             at = slice(cols.start + run.start, cols.start + run.stop)
             self.by_head(s[:, :, run]).masked_fill_(self.hidden(rows, at), -math.inf)
