@@ -592,10 +592,10 @@ class Lasting:
     def read(self) -> Tensor:
         """The tensor, for work on the current stream."""
         tensor = self._tensor
-        # A graph is captured after its device was waited for, and may wait for nothing before it.
-        if tensor.is_cuda and lasts(tensor):
+        if tensor.is_cuda:
             stream = torch.cuda.current_stream(tensor.device)
-            if stream != self._stream:
+            # A graph is captured after its device was waited for, and may wait for nothing before.
+            if stream != self._stream and not torch.cuda.is_current_stream_capturing():
                 stream.wait_event(self._made)
                 tensor.record_stream(stream)
         return tensor

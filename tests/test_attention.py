@@ -890,8 +890,9 @@ def test_what_is_hidden_counts_nothing(
             index = (0, slice(None), untouched) if result != "sinks" else untouched
             a, b = got[result][index], clean[result][index]
             where = f"{result} for {name} at {spot}"
-            if met_rows.any():
-                # Rows of one tile share the way in which they are computed.
+            if met_rows.any() or device == "cuda":
+                # Rows of one tile share the way in which they are computed, which a GPU's compiler
+                # rounds in another order.
                 torch.testing.assert_close(a, b, rtol=0.02, atol=0.02, msg=where)
             else:
                 assert torch.equal(a, b), where

@@ -355,7 +355,7 @@ def test_a_user_s_numbers_that_come_back_while_compiling() -> None:
     [
         ([0, 1, 0, 1, 7, 0], [1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]),
         ([1, 1, 0, 0, 1, 2], [0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]),
-        ([5, 1, 3, 3, 3, 9], [0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0]),
+        ([5, 1, 3, 4, 4, 9], [0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0]),
     ],
 )
 def test_padding_tells_nothing(position_ids: list[int], mask: list[int], expected: list[int]):
