@@ -213,6 +213,7 @@ SAMPLED = {
     ("ampere", torch.float16, (256, 256), "bias", 512),
     ("ampere", torch.float16, (64, 64), "everything", 512),
     ("blackwell", torch.bfloat16, (256, 256), "bias", 512),
+    ("ada", torch.float16, (64, 64), "everything", 30),
     ("turing", torch.float16, (576, 512), "bias", 30),
 }
 
