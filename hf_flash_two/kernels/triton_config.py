@@ -199,11 +199,12 @@ def forward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -
     rows = _DECODE_ROWS // 2 if narrow else _DECODE_ROWS
     if query_length <= max(1, rows // group):
         block_q = min(_padded(group * query_length), rows)
-        memory = device.shared_memory
+        memory, most_scores = device.shared_memory, _MOST_SCORES
         if not _few_terms(problem):
+            most_scores = most_scores if memory >= 128 * 2**10 else most_scores // 2
             memory = min(memory, 128 * 2**10)
         block_k, stages, resident = _look_up(_DECODE_TABLE, memory, wide, widest)
-        block_k = min(block_k, _MOST_SCORES // block_q)
+        block_k = min(block_k, most_scores // block_q)
         blocks = triton.cdiv(key_length, max(block_k, _SPLIT_KEYS))
         programs = batch * key_heads * triton.cdiv(value_dim, block_v)
         programs *= triton.cdiv(group * query_length, block_q)
