@@ -427,21 +427,11 @@ def of_few(cases: list) -> list:
     return [(*case, torch.float32, 16) for case in cases]
 
 
-@pytest.fixture(params=["inside", "behind"])
-def rescue(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where results are computed again: in the same launch, or in one of its own."""
-    monkeypatch.setattr(triton_config, "_SMALL", 0 if request.param == "behind" else 2**62)
-    triton_launch.plans.clear()
-    yield request.param
-    triton_launch.plans.clear()
-
-
 @pytest.mark.parametrize("poison", [math.nan, pytest.param(math.inf, marks=needs_gpu)])
 @pytest.mark.parametrize(
     ("name", "query_length", "length", "dtype", "dim"), of_few(SQUARE[:1] + SPLIT) + BIG, ids=str
 )
 def test_who_is_seen_by_nobody_does_not_matter(
-    rescue: str,
     device: str,
     name: str,
     query_length: int,
@@ -469,7 +459,7 @@ def test_who_is_seen_by_nobody_does_not_matter(
     ("name", "query_length", "length", "dtype", "dim"), of_few(SQUARE[1:3] + SPLIT) + BIG, ids=str
 )
 def test_what_is_not_finite_reaches_only_who_sees_it(
-    rescue: str, device: str, name: str, query_length: int, length: int, dtype, dim: int, what: str
+    device: str, name: str, query_length: int, length: int, dtype, dim: int, what: str
 ) -> None:
     """One key, one value or one row: all others that do not meet it stay bit for bit the same."""
     call = Hidden(name, query_length, length, device, dtype=dtype, head_dim=dim)

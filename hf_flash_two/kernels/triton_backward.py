@@ -30,26 +30,24 @@ from hf_flash_two.kernels.triton_config import (
     bulk_strides,
     bulk_tiles,
     dropout_of,
+    hides,
     launch_flags,
-    rescues,
     strides_of,
 )
 from hf_flash_two.kernels.triton_launch import Launch, planned
 from hf_flash_two.kernels.triton_ranges import key_ranges
 from hf_flash_two.kernels.triton_tile import (
-    RESCUE_BEHIND,
     bulk_load,
-    first_phase,
     holds_nan,
     intervals,
     kept,
     key_tiles,
     nth_tile,
+    phases,
     probabilities,
     query_tiles,
     seen_product,
     stages_of,
-    stop_phase,
     unit,
     visible,
 )
@@ -96,7 +94,7 @@ def backward(
         tiles = plan.tiles.queries
         ranges = key_ranges(problem, tiles, query.shape[2], key.shape[2])
         if dq.numel():
-            of_queries = (
+            plan.queries(
                 *tensors, ranges, *extras,
                 bulk_tiles(key, plan.bulk_key, tiles.block_k, tiles.block_d),
                 bulk_tiles(value, plan.bulk_value, tiles.block_k, tiles.block_v),
@@ -104,22 +102,18 @@ def backward(
                 bulk_run(problem.last_query, plan.bulk_key, tiles.block_k),
                 dq,
             )  # fmt: skip
-            for launch in plan.queries:
-                launch(*of_queries)
         if dk.numel():
             walks = [(plan.keys, plan.tiles.keys, dk, dv if plan.values is None else None)]
             if plan.values is not None:
                 walks.append((plan.values, plan.tiles.values, None, dv))
-            for launches, tiles, *gradients in walks:
-                of_keys = (
+            for launch, tiles, *gradients in walks:
+                launch(
                     *tensors, problem.key_bounds, *extras,
                     bulk_tiles(query, plan.bulk_query, tiles.block_q, tiles.block_d),
                     bulk_tiles(d_out, plan.bulk_d_out, tiles.block_q, tiles.block_v),
                     *(bulk_run(x, plan.bulk_query, tiles.block_q) for x in (lse_2, delta)),
                     *gradients,
                 )  # fmt: skip
-                for launch in launches:
-                    launch(*of_keys)
         d_bias = d_sinks = None
         if need_d_bias:
             d_bias = torch.empty_like(problem.bias, memory_format=torch.contiguous_format)
@@ -141,9 +135,9 @@ class _Plan:
     bulk_value: list[int] | None
     bulk_d_out: list[int] | None
     stats: Launch
-    keys: list[Launch]
-    values: list[Launch] | None
-    queries: list[Launch]
+    keys: Launch
+    values: Launch | None
+    queries: Launch
     bias: Launch | None
 
 
@@ -172,17 +166,15 @@ def _plan(
         problem.scale, problem.softcap or 1.0, *dropout_of(problem),
     )  # fmt: skip
 
-    def launch(kernel, grid: tuple[int, ...], block: Tiles, *own_scalars: int, **more) -> Launch:
+    def launch(kernel, grid: tuple[int, ...], block: Tiles, *own_scalars: int, **own) -> Launch:
         blocks = {
             "BLOCK_Q": block.block_q, "BLOCK_K": block.block_k,
             "BLOCK_D": block.block_d, "BLOCK_V": block.block_v, "STAGES": block.stages,
         }  # fmt: skip
-        constants = flags | {"D": head_dim, "DV": value_dim} | blocks | more
+        constants = flags | {"D": head_dim, "DV": value_dim} | blocks | own
         return Launch(kernel, grid, (*scalars, *own_scalars), constants, block)
 
-    def launches(*arguments) -> list[Launch]:
-        return [launch(*arguments, RESCUE=rescue) for rescue in rescues(query, key, problem)]
-
+    rescue = hides(query, key, problem)
     stat_tiles = triton.cdiv(query_length, _STAT_ROWS)
     stats = Launch(
         _stats_kernel,
@@ -201,17 +193,17 @@ def _plan(
         triton.cdiv(head_dim, tiles.keys.block_d), triton.cdiv(value_dim, tiles.keys.block_v)
     )
     keys, values = (
-        block and launches(
+        block and launch(
             _keys_kernel, (triton.cdiv(key_length, block.block_k) * batch * key_heads, parts),
-            block, *dk_strides[:3], *dv_strides[:3],
+            block, *dk_strides[:3], *dv_strides[:3], RESCUE=rescue,
         )
         for block in (tiles.keys, tiles.values)
     )  # fmt: skip
     block = tiles.queries
     parts = triton.cdiv(head_dim, block.block_d)
-    queries = launches(
+    queries = launch(
         _queries_kernel, (triton.cdiv(query_length, block.block_q) * batch * heads, parts), block,
-        *dq_strides[:3],
+        *dq_strides[:3], RESCUE=rescue,
     )  # fmt: skip
     bias = None
     if problem.bias is not None:
@@ -338,17 +330,7 @@ def _keys_kernel(
     whole = full_end - full
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    dk_inside = col_inside[:, None] & (d < D)[None, :]
-    dv_inside = col_inside[:, None] & (e < DV)[None, :]
-    if dk_ptr is not None:
-        dk_at = dk_ptr + batch * dk_sb + key_head * dk_sh + col.to(tl.int64) * dk_st
-        if RESCUE == RESCUE_BEHIND:
-            dk = tl.load(dk_at[:, None] + d[None, :], dk_inside, 0.0).to(tl.float32)
-    if dv_ptr is not None:
-        dv_at = dv_ptr + batch * dv_sb + key_head * dv_sh + col.to(tl.int64) * dv_st
-        if RESCUE == RESCUE_BEHIND:
-            dv = tl.load(dv_at[:, None] + e[None, :], dv_inside, 0.0).to(tl.float32)
-    for attempt in tl.static_range(first_phase(RESCUE) // 2, stop_phase(RESCUE) - 1):
+    for attempt in tl.static_range(phases(RESCUE) - 1):
         members = group
         if attempt == 1:
             again = holds_nan(dk, col_inside) | holds_nan(dv, col_inside)
@@ -468,13 +450,20 @@ def _keys_kernel(
                             dk = seen_product(ds, q, dk, seen, q_rows, q_st, d < D, PRECISION)
                         else:
                             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    if RESCUE == RESCUE_BEHIND:
-        dk_inside = dk_inside & again
-        dv_inside = dv_inside & again
     if dk_ptr is not None:
-        tl.store(dk_at[:, None] + d[None, :], (dk * scale).to(dk_ptr.dtype.element_ty), dk_inside)
+        dk_at = dk_ptr + batch * dk_sb + key_head * dk_sh + col.to(tl.int64) * dk_st
+        tl.store(
+            dk_at[:, None] + d[None, :],
+            (dk * scale).to(dk_ptr.dtype.element_ty),
+            col_inside[:, None] & (d < D)[None, :],
+        )
     if dv_ptr is not None:
-        tl.store(dv_at[:, None] + e[None, :], dv.to(dv_ptr.dtype.element_ty), dv_inside)
+        dv_at = dv_ptr + batch * dv_sb + key_head * dv_sh + col.to(tl.int64) * dv_st
+        tl.store(
+            dv_at[:, None] + e[None, :],
+            dv.to(dv_ptr.dtype.element_ty),
+            col_inside[:, None] & (e < DV)[None, :],
+        )
 
 
 @triton.jit(do_not_specialize=_PER_LENGTH)
@@ -535,11 +524,7 @@ def _queries_kernel(
     whole = full_end - full
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     total_p = tl.zeros([BLOCK_Q], tl.float32)
-    dq_at = dq_ptr + batch * dq_sb + head * dq_sh + row.to(tl.int64) * dq_st
-    dq_inside = row_inside[:, None] & (d < D)[None, :]
-    if RESCUE == RESCUE_BEHIND:
-        dq = tl.load(dq_at[:, None] + d[None, :], dq_inside, 0.0).to(tl.float32)
-    for phase in tl.static_range(first_phase(RESCUE), stop_phase(RESCUE)):
+    for phase in tl.static_range(phases(RESCUE)):
         if phase == 0:
             from_tile, to_tile = 0, whole
         elif phase == 1:
@@ -612,16 +597,17 @@ def _queries_kernel(
                 dq = seen_product(ds, k, dq, seen, k_rows, k_st, d < D, PRECISION)
             else:
                 dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    if RESCUE == RESCUE_BEHIND:
-        dq_inside = dq_inside & again
     if weight_ptr is not None:
         weight = 1 / tl.where(total_p == 0, 1.0, total_p)
         dq *= weight[:, None]
-        if RESCUE == RESCUE_BEHIND:
-            tl.store(weight_ptr + stats, weight, again & (tl.program_id(1) == 0))
-        elif tl.program_id(1) == 0:
+        if tl.program_id(1) == 0:
             tl.store(weight_ptr + stats, weight)
-    tl.store(dq_at[:, None] + d[None, :], (dq * scale).to(dq_ptr.dtype.element_ty), dq_inside)
+    dq_at = dq_ptr + batch * dq_sb + head * dq_sh + row.to(tl.int64) * dq_st
+    tl.store(
+        dq_at[:, None] + d[None, :],
+        (dq * scale).to(dq_ptr.dtype.element_ty),
+        row_inside[:, None] & (d < D)[None, :],
+    )
 
 
 @triton.jit(do_not_specialize=_PER_LENGTH)

@@ -17,21 +17,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_flash_two.kernels import dropout
 from hf_flash_two.kernels.problem import Problem
-from hf_flash_two.kernels.triton_tile import (
-    BAND,
-    INTERVALS,
-    NO_MASK,
-    NO_RESCUE,
-    RESCUE_BEHIND,
-    RESCUE_INSIDE,
-)
+from hf_flash_two.kernels.triton_tile import BAND, INTERVALS, NO_MASK
 
 _MOST_COLUMNS = 256
 _DECODE_ROWS = 64
 _SPLIT_KEYS = 256
 _BULK_LENGTH = 256
-_SMALL = 2**22
-"""Pairs of queries and keys that any GPU is done with before its host has made another launch."""
 _MOST_SCORES = 2**13
 
 
@@ -342,20 +333,14 @@ def launch_flags(query: Tensor, problem: Problem) -> dict:
     }
 
 
-def rescues(query: Tensor, key: Tensor, problem: Problem) -> list[int]:
-    """The ``RESCUE`` of each launch of a kernel, from what hidden tokens may hold."""
-    batch, heads, query_length, _ = query.shape
-    key_length, offset = key.shape[2], problem.query_offset
-    hidden = problem.first_query is not None or problem.dense is not None
-    if problem.window_left is not None:
-        hidden |= offset + query_length - 1 > problem.window_left
-    if problem.window_right is not None:
-        hidden |= offset + problem.window_right < key_length - 1
-    if not hidden:
-        return [NO_RESCUE.value]
-    if batch * heads * query_length * key_length <= _SMALL:
-        return [RESCUE_INSIDE.value]
-    return [NO_RESCUE.value, RESCUE_BEHIND.value]
+def hides(query: Tensor, key: Tensor, problem: Problem) -> bool:
+    """Whether a tile that is visited may hold hidden pairs inside of the tensors."""
+    if problem.first_query is not None or problem.dense is not None:
+        return True
+    first, last = problem.query_offset, problem.query_offset + query.shape[2] - 1
+    left, right = problem.window_left, problem.window_right
+    behind = left is not None and last > left
+    return behind or right is not None and first + right < key.shape[2] - 1
 
 
 def strides_of(

@@ -29,25 +29,23 @@ from hf_flash_two.kernels.triton_config import (
     bulk_tiles,
     dropout_of,
     forward_tiles,
+    hides,
     launch_flags,
-    rescues,
     strides_of,
 )
 from hf_flash_two.kernels.triton_launch import Launch, planned
 from hf_flash_two.kernels.triton_ranges import key_ranges
 from hf_flash_two.kernels.triton_tile import (
-    RESCUE_BEHIND,
     bulk_load,
-    first_phase,
     holds_nan,
     intervals,
     kept,
     key_tiles,
     modify,
     nth_tile,
+    phases,
     seen_product,
     stages_of,
-    stop_phase,
     unit,
     visible,
 )
@@ -62,7 +60,7 @@ class _Plan:
     out: Layout
     bulk_key: list[int] | None
     bulk_value: list[int] | None
-    attend: list[Launch]
+    attend: Launch
     merge: Launch | None
 
 
@@ -80,7 +78,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tupl
         if plan.merge is not None:
             part_out = query.new_empty(tiles.splits, *out.shape, dtype=torch.float32)
             part_lse = query.new_empty(2, tiles.splits, *lse.shape, dtype=torch.float32)
-        tensors = (
+        plan.attend(
             query, key, value,
             bulk_tiles(key, plan.bulk_key, tiles.block_k, tiles.block_d),
             bulk_tiles(value, plan.bulk_value, tiles.block_k, tiles.block_v),
@@ -90,8 +88,6 @@ def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tupl
             key_ranges(problem, tiles, query.shape[2], key.shape[2]),
             problem.dense, problem.bias, problem.alibi_slopes, problem.sinks, problem.seed,
         )  # fmt: skip
-        for attend in plan.attend:
-            attend(*tensors)
         if plan.merge is not None:
             plan.merge(part_out, part_lse, out, lse, problem.sinks)
     return out, lse
@@ -112,7 +108,8 @@ def _plan(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> _Plan:
         )
     strides = strides_of(problem, batch, heads, query_length, key_length)
     flags = launch_flags(query, problem)
-    grid, scalars, constants = (
+    attend = Launch(
+        _forward_kernel,
         (
             row_tiles * batch * (heads // tiles.pack),
             triton.cdiv(value_dim, tiles.block_v),
@@ -129,12 +126,10 @@ def _plan(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> _Plan:
             "D": head_dim, "DV": value_dim, "PACK": tiles.pack, "SPLIT": split,
             "BLOCK_Q": tiles.block_q, "BLOCK_K": tiles.block_k,
             "BLOCK_D": tiles.block_d, "BLOCK_V": tiles.block_v, "STAGES": tiles.stages,
+            "RESCUE": hides(query, key, problem),
         },
+        tiles,
     )  # fmt: skip
-    attend = [
-        Launch(_forward_kernel, grid, scalars, constants | {"RESCUE": rescue}, tiles)
-        for rescue in rescues(query, key, problem)
-    ]
     merge = None
     if split:
         merge = Launch(
@@ -244,15 +239,7 @@ def _forward_kernel(
     total_p = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, BLOCK_V], tl.float32)
     score_scale = scale * _LOG2E
-    out_at = out_ptr + batch * o_sb + head * o_sh + row.to(tl.int64) * o_st
-    lse_at = lse_ptr + (batch * heads + head) * query_length + row
-    if SPLIT:
-        out_at += tl.program_id(2).to(tl.int64) * o_ss
-        lse_at += tl.program_id(2).to(tl.int64) * l_ss
-    out_inside = rows_left[:, None] & (dv < DV)[None, :]
-    if RESCUE == RESCUE_BEHIND:
-        acc = tl.load(out_at[:, None] + dv[None, :], out_inside, 0.0).to(tl.float32)
-    for phase in tl.static_range(first_phase(RESCUE), stop_phase(RESCUE)):
+    for phase in tl.static_range(phases(RESCUE)):
         if phase == 0:
             from_tile, to_tile = tl.minimum(begin, whole), tl.minimum(end, whole)
         elif phase == 1:
@@ -352,11 +339,12 @@ def _forward_kernel(
             else:
                 acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
 
-    if RESCUE == RESCUE_BEHIND:
-        out_inside = out_inside & again
-        rows_left = rows_left & again
+    out_at = out_ptr + batch * o_sb + head * o_sh + row.to(tl.int64) * o_st
+    lse_at = lse_ptr + (batch * heads + head) * query_length + row
     if SPLIT:
         # The parts' sums stand behind all of their peaks: one number would round their share away.
+        out_at += tl.program_id(2).to(tl.int64) * o_ss
+        lse_at += tl.program_id(2).to(tl.int64) * l_ss
         lse = peak
         if tl.program_id(1) == 0:
             tl.store(lse_at + splits.to(tl.int64) * l_ss, total_p, rows_left)
@@ -375,7 +363,7 @@ def _forward_kernel(
     tl.store(
         out_at[:, None] + dv[None, :],
         acc.to(out_ptr.dtype.element_ty),
-        out_inside,
+        rows_left[:, None] & (dv < DV)[None, :],
     )
     if tl.program_id(1) == 0:
         tl.store(lse_at, lse, rows_left)

@@ -102,25 +102,14 @@ def stages_of(stages, phase, mask):
     return min(stages, 2) if phase == 1 and mask == INTERVALS else stages
 
 
-# Products of a tile add 0 for each hidden pair, but 0 times NaN or infinity is NaN. So where a
-# result `holds_nan`, it is computed again with `seen_product`, and hidden keys, values and rows
-# never matter. Small calls do so in the same launch, which saves the host another. In larger ones
-# code that hardly ever runs would take registers from what always does: there it is a launch of
-# its own, which looks at the results and, as a rule, goes.
-NO_RESCUE: tl.constexpr = tl.constexpr(0)
-RESCUE_INSIDE: tl.constexpr = tl.constexpr(1)
-RESCUE_BEHIND: tl.constexpr = tl.constexpr(2)
-
-
 @triton.constexpr_function
-def first_phase(rescue):
-    """0 for full tiles, 1 for masked ones, 2 for all once more."""
-    return 2 if rescue == 2 else 0
+def phases(rescue):
+    """How many: full tiles, masked ones, and all once more where a result `holds_nan`.
 
-
-@triton.constexpr_function
-def stop_phase(rescue):
-    return 2 if rescue == 0 else 3
+    Products of a tile add 0 for each hidden pair, but 0 times NaN or infinity is NaN. Such a result
+    is computed again with `seen_product`, so that hidden keys, values and rows never matter.
+    """
+    return 3 if rescue else 2
 
 
 @triton.jit
