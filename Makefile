@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY ?= passive
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-sweep test-gpu test-lowest test-middle test-newest versions quality style \
+.PHONY: demo test test-sweep fuzz fuzz-models test-gpu test-lowest test-middle test-newest versions quality style \
 	bench coverage clean
 
 demo: $(INSTALLED)
@@ -54,6 +54,17 @@ test-newest:
 # docs/versions.md: enters the last run of the tests in VENV.
 versions: $(INSTALLED)
 	$(BIN)/python scripts/versions.py $(VENV)/tests-*.xml
+
+# Random calls against the dense formula; a failure prints the seed that repeats it:
+# make fuzz CASES=10000 FUZZ="--kernel triton --first 7"
+CASES ?= 3000
+fuzz: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/fuzz.py --count $(CASES) $(FUZZ)
+
+# Random batches through whole models against each document alone.
+fuzz-models: $(INSTALLED)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -W ignore tests/hf/fuzz_models.py \
+		--count $(CASES) $(FUZZ)
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ import torch
 
 from hf_flash_two.attention import flash_attention
 from hf_flash_two.hf import register
+from hf_flash_two.hf.families import register_attention
 from hf_flash_two.hf.parity import check_parity
 from hf_flash_two.hf.patching import patch, patched, unpatch
 from hf_flash_two.masks import AttentionMask
@@ -16,6 +17,7 @@ __all__ = [
     "flash_attention",
     "patch",
     "patched",
+    "register_attention",
     "unpatch",
 ]
 __version__ = "0.1.0"

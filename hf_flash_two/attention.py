@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Integral
+from typing import Never
 
 import torch
 from torch import Tensor
@@ -14,7 +15,23 @@ from hf_flash_two.masks import AttentionMask
 from hf_flash_two.op import flash_attn
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_MAX_HEAD_DIM = 576
+MAX_HEAD_DIM = 576
+_LAYOUT = (
+    "; the layout is [batch, heads, length, head_dim]: tensors of [batch, length, heads, head_dim] "
+    "need transpose(1, 2)"
+)
+_CAUSAL = "mask=AttentionMask.causal()"
+_ELSEWHERE = {
+    "causal": _CAUSAL,
+    "is_causal": _CAUSAL,
+    "attn_mask": "mask, or bias if it is added to the scores",
+    "attention_mask": "mask=AttentionMask.from_padding(attention_mask)",
+    "window_size": "mask=AttentionMask.window(left, right)",
+    "softmax_scale": "scale",
+    "dropout": "dropout_p",
+    "enable_gqa": "not needed",
+}
+"""What other attention functions call it, and what it is here."""
 
 
 def flash_attention(
@@ -34,6 +51,7 @@ def flash_attention(
     kernel: str = "auto",
     q_bucket_size: int | None = None,
     k_bucket_size: int | None = None,
+    **unknown: Never,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(cap(scale * Q K^T) + bias) V in memory linear in the sequence, forward and backward.
 
@@ -68,13 +86,17 @@ def flash_attention(
 
     Raises:
         ValueError: an argument does not fit; names it, what was expected and what came.
+        TypeError: an argument has another name here; says which.
 
     Source: Dao 2023, arXiv:2307.08691, Algorithms 1 and 2.
     """
+    if unknown:
+        _refuse(unknown)
     _check_shapes(query, key, value)
     query, key, value = _settle_dtype(query, key, value)
     batch, heads, query_length, head_dim = query.shape
     shape = (batch, heads, query_length, key.shape[2])
+    dropout_p = _number("dropout_p", dropout_p)
     mask = _as_mask(mask)
     mask.check(*shape)
     if any(t is not None and t.device != query.device for t in (mask.first_query, mask.dense)):
@@ -91,22 +113,29 @@ def flash_attention(
         query_offset=mask.resolve_offset(query_length, key.shape[2]),
         window_left=mask.window_left,
         window_right=mask.window_right,
-        scale=head_dim**-0.5 if scale is None else float(scale),
+        scale=head_dim**-0.5 if scale is None else _check_scale(scale),
         softcap=_check_softcap(softcap),
-        dropout_p=float(dropout_p),
+        dropout_p=dropout_p,
         block_q=_check_bucket("q_bucket_size", q_bucket_size),
         block_k=_check_bucket("k_bucket_size", k_bucket_size),
     )
     if kernel not in KERNELS:
         raise ValueError(f"kernel: expected one of {KERNELS}, got {kernel!r}")
-    if problem.alibi_slopes is not None and problem.alibi_slopes.requires_grad:
-        raise ValueError("alibi_slopes: no gradient is computed; detach them or pass `bias`")
+    if problem.alibi_slopes is not None:
+        _check_constant("alibi_slopes", problem.alibi_slopes, "pass `bias`")
     out, lse = flash_attn(query, key, value, problem, kernel)
     return (out, lse) if return_lse else out
 
 
+def _refuse(unknown: dict[str, object]) -> None:
+    name = next(iter(unknown))
+    hint = f"; here it is {_ELSEWHERE[name]}" if name in _ELSEWHERE else ""
+    raise TypeError(f"flash_attention() got an unexpected keyword argument {name!r}{hint}")
+
+
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
+        _check_device(name, tensor, query)
         if tensor.dim() != 4:
             raise ValueError(
                 f"{name}: expected 4 dimensions [batch, heads, length, head_dim], "
@@ -116,31 +145,32 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise ValueError(
                 f"{name}: expected float64, float32, bfloat16 or float16, got {tensor.dtype}"
             )
-        _check_device(name, tensor, query)
-        if not 1 <= tensor.shape[3] <= _MAX_HEAD_DIM:
+        if not 1 <= tensor.shape[3] <= MAX_HEAD_DIM:
             raise ValueError(
-                f"{name}: expected head_dim from 1 to {_MAX_HEAD_DIM}, got {tensor.shape[3]}"
+                f"{name}: expected head_dim from 1 to {MAX_HEAD_DIM}, got {tensor.shape[3]}"
             )
     batch, heads, _, head_dim = query.shape
     key_heads, key_length = key.shape[1:3]
     if key.shape[0] != batch or key.shape[3] != head_dim:
         raise ValueError(
             f"key: expected [batch, heads, length, head_dim] = [{batch}, *, *, {head_dim}] as in "
-            f"query, got {list(key.shape)}"
+            f"query, got {list(key.shape)}{_LAYOUT}"
         )
     if value.shape[:3] != key.shape[:3]:
         raise ValueError(
             f"value: expected [batch, heads, length, *] = [{batch}, {key_heads}, {key_length}, *] "
-            f"as in key, got {list(value.shape)}"
+            f"as in key, got {list(value.shape)}{_LAYOUT}"
         )
     if key_heads == 0 or heads % key_heads:
         raise ValueError(
             "query: expected a number of heads that is a multiple of key's "
-            f"{key_heads}, got {heads}"
+            f"{key_heads}, got {heads}{_LAYOUT}"
         )
 
 
 def _check_device(name: str, tensor: Tensor, query: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.device != query.device:
         raise ValueError(f"{name}: expected device {query.device}, got {tensor.device}")
 
@@ -161,6 +191,16 @@ def _as_mask(mask: AttentionMask | Tensor | None) -> AttentionMask:
     if mask is None:
         return AttentionMask.full()
     if isinstance(mask, Tensor):
+        if mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask: expected bool (True may attend), got {mask.dtype}; an additive float mask "
+                "is the argument `bias`, numbers of 0 and 1 are `mask != 0`"
+            )
+        if mask.dim() > 4:
+            raise ValueError(
+                "mask: expected at most the 4 dimensions [batch, heads, queries, keys], "
+                f"got shape {list(mask.shape)}"
+            )
         return AttentionMask.from_dense(mask)
     if not isinstance(mask, AttentionMask):
         raise ValueError(
@@ -198,8 +238,29 @@ def _check_per_head(name: str, tensor: Tensor | None, query: Tensor) -> Tensor |
     return tensor.to(statistics_dtype(query.dtype)).contiguous()
 
 
+def _check_constant(name: str, given: object, instead: str) -> None:
+    if isinstance(given, Tensor) and given.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: no gradient is computed for it; detach it or {instead}")
+
+
+def _number(name: str, given: float) -> float:
+    try:
+        return float(given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: expected a number, got {given!r}") from error
+
+
+def _check_scale(scale: float) -> float:
+    _check_constant("scale", scale, "multiply query by it")
+    scale = _number("scale", scale)
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale: expected None or a finite number, got {scale}")
+    return scale
+
+
 def _check_softcap(softcap: float | None) -> float:
-    softcap = 0.0 if softcap is None else float(softcap)
+    _check_constant("softcap", softcap, "cap the scores outside")
+    softcap = 0.0 if softcap is None else _number("softcap", softcap)
     if not 0.0 <= softcap < math.inf:
         raise ValueError(f"softcap: expected None, 0 (off) or a positive number, got {softcap}")
     return softcap
@@ -223,5 +284,9 @@ def _settle_seed(
     if isinstance(seed, Tensor):
         if seed.numel() != 1:
             raise ValueError(f"dropout_seed: expected one element, got shape {list(seed.shape)}")
+        if seed.is_floating_point() or seed.is_complex():
+            raise ValueError(f"dropout_seed: expected an integer tensor, got {seed.dtype}")
         return seed.to(device=device, dtype=torch.int64).reshape(1)
+    if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"dropout_seed: expected None or an integer of 64 bits, got {seed!r}")
     return torch.tensor([seed], dtype=torch.int64, device=device)

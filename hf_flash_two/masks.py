@@ -14,11 +14,12 @@ forms, from the cheapest to the dearest:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 KEY_GRANULE = 64
 """Keys are summarised in groups of this many; every kernel's key tile is read off these groups."""
@@ -27,7 +28,7 @@ FAR = 2**30
 """Beyond every position, yet an offset can be added without leaving int32."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AttentionMask:
     """An immutable description of visibility; combine masks with ``&``.
 
@@ -50,7 +51,8 @@ class AttentionMask:
     first_query: Tensor | None = None
     last_query: Tensor | None = None
     dense: Tensor | None = None
-    _bounds: list = field(default_factory=list, repr=False)
+    # Kept by masks that own their tensors; those of others may be written to behind our back.
+    _bounds: list[Tensor] | None = None
 
     # Constructors
 
@@ -109,6 +111,7 @@ class AttentionMask:
             query_offset=query_offset,
             first_query=first.to(torch.int32).contiguous(),
             last_query=last.to(torch.int32).contiguous(),
+            _bounds=[],
         )
 
     @classmethod
@@ -120,6 +123,8 @@ class AttentionMask:
         """
         if keep.dim() not in (1, 2):
             raise ValueError(f"keep: expected shape [Tk] or [B, Tk], got {list(keep.shape)}")
+        if keep.is_floating_point():
+            check_zeros_and_ones("keep", keep)
         keep = keep if keep.dtype == torch.bool else keep != 0
         first = torch.full_like(keep, -FAR, dtype=torch.int32)
         return cls.from_intervals(first, torch.where(keep, FAR, -FAR))
@@ -162,9 +167,7 @@ class AttentionMask:
             ids = segment_ids if segment_ids is not None else position_ids
             step = 0 if segment_ids is not None else 1
             ids = ids[None] if ids.dim() == 1 else ids
-            starts = torch.ones_like(ids, dtype=torch.bool)
-            starts[:, 1:] = ids[:, 1:] != ids[:, :-1] + step
-            begin, end = _runs(starts)
+            begin, end = _runs(ids, step)
             mask = cls.from_intervals(begin, end, query_offset=0)
             return mask & cls.causal(window) if causal else mask
         key_cu = cu_seqlens.to(torch.int32)
@@ -174,8 +177,17 @@ class AttentionMask:
                 "cu_seqlens, query_cu_seqlens: expected one shape [N + 1], got "
                 f"{list(key_cu.shape)} and {list(query_cu.shape)}"
             )
-        length = int(key_cu[-1]) if key_length is None else key_length
-        key = torch.arange(length, device=key_cu.device, dtype=torch.int32)
+        if key_length is None:
+            try:
+                key_length = int(key_cu[-1])
+            except RuntimeError as error:
+                raise ValueError(
+                    "key_length: expected the number of keys where cu_seqlens cannot be read, "
+                    "under vmap or without data"
+                ) from error
+        key = torch.arange(key_length, device=key_cu.device, dtype=torch.int32)
+        # Under vmap with the axes of the boundaries: searchsorted warns of expanded tensors.
+        key = key + torch.zeros_like(key_cu[:1])
         document = torch.searchsorted(key_cu, key, right=True) - 1
         inside = document < key_cu.shape[0] - 1
         document = document.clamp(max=key_cu.shape[0] - 2)
@@ -203,9 +215,7 @@ class AttentionMask:
             block_ids: [T] or [B, T]; a block is a maximal run of one id, negative ids are no block.
         """
         ids = block_ids[None] if block_ids.dim() == 1 else block_ids
-        starts = torch.ones_like(ids, dtype=torch.bool)
-        starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
-        begin, _ = _runs(starts)
+        begin, _ = _runs(ids)
         key = torch.arange(ids.shape[1], device=ids.device)
         first = torch.where(ids >= 0, begin, key)
         return cls.from_intervals(first, torch.full_like(first, FAR))
@@ -341,6 +351,24 @@ class AttentionMask:
 
     # Questions
 
+    def __repr__(self) -> str:
+        parts = []
+        if self.window_right == 0:
+            parts.append("causal")
+            if self.window_left is not None:
+                parts.append(f"window={self.window_left + 1}")
+        elif self.window_left is not None or self.window_right is not None:
+            parts.append(f"window left={self.window_left} right={self.window_right}")
+        if self.first_query is not None:
+            batch, keys = self.first_query.shape
+            on = self.first_query.device
+            parts.append(f"intervals over {keys} keys, batch {batch}, on {on}")
+        if self.dense is not None:
+            parts.append(f"dense {list(self.dense.shape)} on {self.dense.device}")
+        if self.query_offset is not None:
+            parts.append(f"query_offset={self.query_offset}")
+        return f"AttentionMask({', '.join(parts or ['full'])})"
+
     def resolve_offset(self, query_length: int, key_length: int) -> int:
         """Position of query 0 among ``key_length`` keys."""
         return key_length - query_length if self.query_offset is None else self.query_offset
@@ -351,8 +379,8 @@ class AttentionMask:
             got, keys = self.first_query.shape
             if keys != key_length or got not in (1, batch):
                 raise ValueError(
-                    f"mask: expected intervals of shape [1 or {batch}, {key_length}] "
-                    f"(batch, keys), got [{got}, {keys}]"
+                    f"mask: expected one over {key_length} keys of 1 or {batch} batch rows, as "
+                    f"key has, got one over {keys} keys of {got} batch rows"
                 )
         if self.dense is not None:
             shape = (batch, heads, query_length, key_length)
@@ -389,7 +417,7 @@ class AttentionMask:
         """
         if self.first_query is None:
             return None
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._bounds is None:
             return _group_bounds(self.first_query, self.last_query)
         if not self._bounds:
             # What is made in inference mode cannot be saved for a later backward.
@@ -400,8 +428,8 @@ class AttentionMask:
             # What kernels work out from them. Of bounds made in a compiled graph nothing is kept:
             # it may write others into the same tensor.
             bounds._key_ranges, bounds._query_tiles = {}, {}
-            self._bounds.append(bounds)
-        return self._bounds[0]
+            self._bounds.append(Lasting(bounds))
+        return self._bounds[0].read()
 
     def tiles(
         self, query_length: int, key_length: int, block_q: int, block_k: int = KEY_GRANULE
@@ -499,29 +527,90 @@ def _tighter(a: int | None, b: int | None) -> int | None:
     return a if b is None else b if a is None else min(a, b)
 
 
-def _runs(starts: Tensor) -> tuple[Tensor, Tensor]:
-    """First index, and index past the last, of the run each element of bool [B, T] belongs to."""
-    length = starts.shape[1]
-    index = torch.arange(length, device=starts.device).expand_as(starts)
-    begin = torch.where(starts, index, 0).cummax(1).values
-    next_start = torch.full_like(index, length)
-    next_start[:, :-1] = torch.where(starts[:, 1:], index[:, 1:], length)
-    end = next_start.flip(1).cummin(1).values.flip(1)
-    return begin, end
+def _runs(ids: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
+    """First index, and index past the last, of each element's run; ids go up by ``step`` in one."""
+    index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    starts = ids[:, 1:] != ids[:, :-1] + step
+    # Not written in place: under vmap ids may have an axis that the index has not.
+    first, length = index[:, :1], ids.shape[1]
+    begin = torch.cat([first, torch.where(starts, index[:, 1:], 0)], dim=1).cummax(1).values
+    next_start = torch.cat([torch.where(starts, index[:, 1:], length), first + length], dim=1)
+    return begin, next_start.flip(1).cummin(1).values.flip(1)
+
+
+def readable(tensor: Tensor) -> Tensor | None:
+    """What holds the values of ``tensor``, over all axes of vmap; None if it is not to be read.
+
+    It is not where operations are recorded, to run on other values, or where it has none.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return None if tensor.is_meta or is_fake(tensor) else tensor
+
+
+def check_zeros_and_ones(name: str, mask: Tensor) -> None:
+    """Added to scores, a mask means the opposite; numbers of documents mean something else again.
+
+    On a GPU the look at the values waits for the device, which a bool mask spares.
+    """
+    if mask.dtype == torch.bool or (values := readable(mask)) is None:
+        return
+    if not ((values == 0) | (values == 1)).all():
+        raise ValueError(
+            f"{name}: expected zeros and ones (1 may be seen), got {mask.dtype} with other values; "
+            "documents are AttentionMask.from_documents"
+        )
 
 
 def lasts(tensor: Tensor) -> bool:
-    """Whether ``tensor``, just made, may be kept: a CUDA graph's exist only as it is replayed."""
-    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Whether ``tensor``, just made, may be kept.
+
+    A CUDA graph's exist only as it is replayed, those of vmap and fake ones only for a while.
+    """
+    return readable(tensor) is tensor
+
+
+class Lasting:
+    """A tensor that was just made and is kept: it may be read on another CUDA stream than its own.
+
+    Nobody but who keeps it knows when it was made, so it is kept with an event to wait for.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        if tensor.is_cuda:
+            self._stream = torch.cuda.current_stream(tensor.device)
+            self._made = self._stream.record_event()
+
+    def __reduce__(self) -> tuple:
+        return Lasting, (self.read(),)
+
+    def read(self) -> Tensor:
+        """The tensor, for work on the current stream."""
+        tensor = self._tensor
+        # A graph is captured after its device was waited for, and may wait for nothing before it.
+        if tensor.is_cuda and lasts(tensor):
+            stream = torch.cuda.current_stream(tensor.device)
+            if stream != self._stream:
+                stream.wait_event(self._made)
+                tensor.record_stream(stream)
+        return tensor
 
 
 def _group_bounds(first: Tensor, last: Tensor) -> Tensor:
-    batch, keys = first.shape
+    keys = first.shape[1]
     groups = (keys + KEY_GRANULE - 1) // KEY_GRANULE
+    if torch.compiler.is_compiling():
+        # A size that may be 1 is a graph of its own. The op leaves the group too many out.
+        groups += 1
     # The last key again and again: a repeated value changes neither minimum nor maximum.
-    index = torch.arange(groups * KEY_GRANULE, device=first.device).clamp(max=keys - 1)
-    first = first[:, index].view(batch, groups, KEY_GRANULE)
-    last = last[:, index].view(batch, groups, KEY_GRANULE)
+    start = torch.arange(groups, device=first.device)[:, None] * KEY_GRANULE
+    index = (start + torch.arange(KEY_GRANULE, device=first.device)).clamp(max=keys - 1)
+    first, last = first[:, index], last[:, index]
     return torch.stack([first.amin(-1), first.amax(-1), last.amin(-1), last.amax(-1)], dim=-1)
 
 

@@ -12,7 +12,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from hf_flash_two.masks import AttentionMask
+from hf_flash_two.attention import MAX_HEAD_DIM
+from hf_flash_two.masks import AttentionMask, check_zeros_and_ones
 from hf_flash_two.parallel.plan import LAYOUTS, ParallelPlan, make_plan
 
 if TYPE_CHECKING:
@@ -75,6 +76,11 @@ class FlashAttentionTwo(nn.Module):
         for name, size in sizes.items():
             if not isinstance(size, Integral) or size < 1:
                 raise ValueError(f"{name}: expected an integer of at least 1, got {size!r}")
+        if dim_head > MAX_HEAD_DIM:
+            raise ValueError(f"dim_head: expected at most {MAX_HEAD_DIM}, got {dim_head}")
+        for name, flag in (("causal", causal), ("parallel", parallel)):
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name}: expected True or False, got {flag!r}")
         if mixed_precision not in (False, True, "no", *_PRECISIONS):
             raise ValueError(
                 f"mixed_precision: expected a bool, 'bf16', 'fp16' or 'no', got {mixed_precision!r}"
@@ -87,6 +93,10 @@ class FlashAttentionTwo(nn.Module):
             raise ValueError(
                 f"mesh: expected a DeviceMesh of one dimension, got {mesh!r}; mesh['name'] takes "
                 "one dimension of several, DeviceMesh.from_group makes one of a process group"
+            )
+        if isinstance(devices, str | int | torch.device):
+            raise ValueError(
+                f"devices: expected several, such as ['cuda:0', 'cuda:1'], got {devices!r}"
             )
         if devices is not None and not devices:
             raise ValueError("devices: expected at least one, got none")
@@ -164,9 +174,10 @@ class FlashAttentionTwo(nn.Module):
 
     def _check_input(self, name: str, tensor: Tensor, x: Tensor) -> None:
         dim = self.to_q.in_features
+        batch = "batch" if tensor is x else x.shape[0]
         if tensor.dim() != 3 or tensor.shape[0] != x.shape[0] or tensor.shape[2] != dim:
             raise ValueError(
-                f"{name}: expected shape [{x.shape[0]}, length, {dim}] (batch, tokens, dim), got "
+                f"{name}: expected shape [{batch}, length, {dim}] (batch, tokens, dim), got "
                 f"{list(tensor.shape)}"
             )
 
@@ -181,7 +192,7 @@ class FlashAttentionTwo(nn.Module):
                 f"mask: expected a tensor, an AttentionMask or None, got {type(mask).__name__}"
             )
         if mask.dim() == 2 and mask.shape[0] in (1, batch) and mask.shape[1] == keys:
-            _check_zeros_and_ones(mask)
+            check_zeros_and_ones("mask", mask)
             return causal & AttentionMask.from_padding(plan.whole_sequence(mask != 0))
         if mask.dim() == 4 and mask.dtype == torch.bool:
             return causal & AttentionMask.from_dense(mask)
@@ -227,20 +238,6 @@ class FlashAttentionTwo(nn.Module):
         if not torch.compiler.is_compiling() and message not in self._said:
             self._said.add(message)
             warnings.warn(message, stacklevel=6)
-
-
-def _check_zeros_and_ones(mask: Tensor) -> None:
-    """Added to scores, a mask means the opposite; numbers of documents mean something else again.
-
-    On a GPU the look at the values waits for the device, which a bool mask spares.
-    """
-    if mask.dtype == torch.bool or mask.is_meta or torch.compiler.is_compiling():
-        return
-    if not ((mask == 0) | (mask == 1)).all():
-        raise ValueError(
-            f"mask: expected zeros and ones (1 may be seen), got {mask.dtype} with other values; "
-            "documents are AttentionMask.from_documents"
-        )
 
 
 def _has_bfloat16(device: torch.device) -> bool:

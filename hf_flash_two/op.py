@@ -1,18 +1,23 @@
-"""Two library ops, opaque to the compiler, under an autograd shell that holds no arithmetic.
+"""Two library ops, opaque to the compiler, with autograd kernels that hold no arithmetic.
 
 The names contain ``flash_attn`` so that selective-checkpointing policies recognise them.
 """
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._ops import OpOverloadPacket
+from torch.autograd import forward_ad
+from torch.autograd.function import Function, _SingleLevelFunction
 
 from hf_flash_two.kernels import select
 from hf_flash_two.kernels.problem import Problem, empty_lse, empty_output
+from hf_flash_two.masks import KEY_GRANULE
 
 _PROBLEM = (
     "Tensor? first_query, Tensor? last_query, Tensor? key_bounds, Tensor? dense, Tensor? bias, "
@@ -32,20 +37,44 @@ _LIBRARY.define(
 _PROBLEM_TENSORS = 8
 
 
-# An exported program calls the ops without the shell: nothing inside them may be recorded.
+def _laid_out(fields: Sequence, keys: int) -> Problem:
+    """The problem, as every kernel may rely on it: what is per key and per head without gaps."""
+    problem = Problem(*fields)
+    groups = -(-keys // KEY_GRANULE)
+    if problem.key_bounds is not None and problem.key_bounds.shape[1] != groups:
+        problem = problem._replace(key_bounds=problem.key_bounds[:, :groups])
+    names = ("first_query", "last_query", "key_bounds", "alibi_slopes", "sinks")
+    strided = {
+        name: tensor.contiguous()
+        for name in names
+        if (tensor := getattr(problem, name)) is not None and not tensor.is_contiguous()
+    }
+    return problem._replace(**strided) if strided else problem
+
+
+# Gradients are on where the levels of torch.func are passed: nothing inside may be recorded.
 @torch.no_grad()
 def _forward(query, key, value, *settings):
     *problem, kernel = settings
-    return select(kernel, query).forward(query, key, value, Problem(*problem))
+    if not query.numel():
+        return empty_output(query, value.shape[3]), empty_lse(query)
+    return select(kernel, query).forward(query, key, value, _laid_out(problem, key.shape[2]))
 
 
 @torch.no_grad()
 def _backward(d_out, d_lse, query, key, value, out, lse, *settings):
     *problem, kernel, need_d_bias = settings
     d_out = torch.zeros_like(out) if d_out is None else d_out
-    grads = select(kernel, query).backward(
-        d_out, d_lse, query, key, value, out, lse, Problem(*problem), need_d_bias
-    )
+    problem = _laid_out(problem, key.shape[2])
+    if query.numel():
+        out = out if out.stride(3) == 1 else out.contiguous()
+        grads = select(kernel, query).backward(
+            d_out, d_lse, query, key, value, out, lse, problem, need_d_bias
+        )
+    else:
+        d_inputs = (empty_output(x, x.shape[3]).zero_() for x in (query, key, value))
+        extras = (problem.bias if need_d_bias else None, problem.sinks)
+        grads = (*d_inputs, *(None if x is None else x.new_zeros(x.shape) for x in extras))
     return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -107,7 +136,7 @@ def _backward_vmap(info, in_dims, *args):
     unfolded = [grad.unflatten(0, (size, batch)) if grad.numel() else grad for grad in grads]
     for index, position in ((3, 11), (4, 13)):
         source, dim = args[position], in_dims[position]
-        if source is not None and _batch_of(source, dim) != batch:
+        if grads[index].numel() and _batch_of(source, dim) != batch:
             unfolded[index] = unfolded[index].sum(1, keepdim=True)
     return tuple(unfolded), tuple(0 if grad.numel() else None for grad in grads)
 
@@ -120,21 +149,53 @@ torch.library.register_vmap("hf_flash_two::flash_attn_fwd", _forward_vmap)
 torch.library.register_vmap("hf_flash_two::flash_attn_bwd", _backward_vmap)
 
 
-class _FlashAttention(torch.autograd.Function):
-    generate_vmap_rule = True
+def _recording() -> bool:
+    """Whether autograd records, backward or forward; no_grad does not end the latter."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
-    # Named one by one: dynamo counts the parameters to see that none of them is a context.
+
+class _Recorded(_SingleLevelFunction):
+    """The op's kernel of autograd.
+
+    `torch.func` works one level at a time: each records a node and hands the op on to the next.
+    """
+
+    op: ClassVar[OpOverloadPacket]
+    _compiled_autograd_key = Function._compiled_autograd_key
+
+    @classmethod
+    def call(cls, *args):
+        if not _recording():
+            return cls.forward(*args)
+        with enable_single_level_autograd_function():
+            return cls.apply(*args)
+
+    @classmethod
+    def forward(cls, *args):
+        # Autograd forbids gradients here, also to the levels that are still to come.
+        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+            return cls.op(*args)
+
+
+class _Backward(_Recorded):
+    """The backward op: gradients whose own gradient is refused."""
+
+    op = torch.ops.hf_flash_two.flash_attn_bwd
+
     @staticmethod
-    def forward(
-        query, key, value, first_query, last_query, key_bounds, dense, bias, alibi_slopes, sinks,
-        seed, query_offset, window_left, window_right, scale, softcap, dropout_p, block_q, block_k,
-        kernel,
-    ):  # fmt: skip
-        return torch.ops.hf_flash_two.flash_attn_fwd(
-            query, key, value, first_query, last_query, key_bounds, dense, bias, alibi_slopes,
-            sinks, seed, query_offset, window_left, window_right, scale, softcap, dropout_p,
-            block_q, block_k, kernel,
-        )  # fmt: skip
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            "flash_attention: it can be differentiated once, not twice (Hessians, gradient "
+            "penalties, create_graph=True); compute second derivatives through eager attention"
+        )
+
+
+class _Forward(_Recorded):
+    op = torch.ops.hf_flash_two.flash_attn_fwd
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -144,7 +205,6 @@ class _FlashAttention(torch.autograd.Function):
         ctx.settings = inputs[3 + _PROBLEM_TENSORS :]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_out, d_lse):
         *tensors, out, lse = ctx.saved_tensors
         query, key, value, *problem = tensors
@@ -166,30 +226,16 @@ class _FlashAttention(torch.autograd.Function):
         return dq, dk, dv, *grads
 
 
-class _Given(inspect.BoundArguments):
-    """Arguments that were all given, by position."""
-
-    args = property(lambda self: tuple(self.arguments.values()))
-    kwargs = property(lambda self: {})
-
-    def apply_defaults(self) -> None:
-        pass
-
-
-class _Positional(inspect.Signature):
-    """`apply` binds its arguments in every call: one by one, that takes an attention's time."""
-
-    def bind(self, *args) -> _Given:
-        return _Given(self, dict(zip(self.parameters, args, strict=True)))
-
-
-_FlashAttention.forward.__signature__ = _Positional.from_callable(_FlashAttention.forward)
+_LIBRARY.impl("flash_attn_fwd", _Forward.call, "Autograd")
+_LIBRARY.impl("flash_attn_bwd", _Backward.call, "Autograd")
 
 
 def flash_attn(
     query: Tensor, key: Tensor, value: Tensor, problem: Problem, kernel: str
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of a validated problem, differentiable in query, key, value, bias and sinks."""
-    if not torch.is_grad_enabled():
-        return torch.ops.hf_flash_two.flash_attn_fwd(query, key, value, *problem, kernel)
-    return _FlashAttention.apply(query, key, value, *problem, kernel)
+    args = (query, key, value, *problem, kernel)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return torch.ops.hf_flash_two.flash_attn_fwd(*args)
+    # What the dispatcher would come to, without its detour through Python.
+    return _Forward.apply(*args) if _recording() else _Forward.forward(*args)

@@ -32,7 +32,7 @@ from importlib.util import find_spec
 import benchmark_model
 import torch
 import torch.nn.functional as F
-from benchmark_model import DTYPES, OUT_OF_MEMORY, failure
+from benchmark_model import DTYPES, OUT_OF_MEMORY, compared, failure
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -306,20 +306,18 @@ def _peak_resident() -> int:
 
 
 def show(results: list[dict]) -> None:
-    head = f"{'workload':9}{'mode':8}{'dtype':6}{'T':>6}{'D':>5}  {'peer':16}"
-    print(f"\n{head}{'ms':>10}{'GFLOP/s':>10}{'peak MiB':>10}{'flash_two is':>14}")
+    names, times = "{:8} {:8} {:5} {:>6} {:>4}  {:15} ", "{:>9} {:>9} {:>9} {:>13}"
+    head = names.format("workload", "mode", "dtype", "T", "D", "peer")
+    print("\n" + head + times.format("ms", "GFLOP/s", "peak MiB", "flash_two is"))
     for row in results:
-        line = (
-            f"{row['workload']:9}{row['mode']:8}{row['dtype']:6}{row['length']:6}"
-            f"{row['head_dim']:5}  {row['peer']:16}"
-        )
+        line = names.format(*(row[x] for x in "workload mode dtype length head_dim peer".split()))
         if "failed" in row:
-            print(f"{line}  {row['failed'][:60]}")
+            print(f"{line}{row['failed'][:60]}")
             continue
-        peak = f"{row['peak_mib']:10.0f}" if "peak_mib" in row else f"{'':10}"
-        compared = row["peer"] != "flash_two" and "ratio" in row
-        ratio = f"{row['ratio']:.2f}x faster" if compared else ""
-        print(f"{line}{row['ms']:10.2f}{row['gflops']:10.0f}{peak}{ratio:>14}")
+        peak = f"{row['peak_mib']:.0f}" if "peak_mib" in row else ""
+        is_peer = row["peer"] != "flash_two" and "ratio" in row
+        ratio = compared(row["ratio"]) if is_peer else ""
+        print(line + times.format(f"{row['ms']:.2f}", f"{row['gflops']:.0f}", peak, ratio))
 
 
 def plot(results: list[dict], path: str) -> None:
@@ -328,13 +326,14 @@ def plot(results: list[dict], path: str) -> None:
 
     rows = [r for r in results if "ratio" in r and r["peer"] != "flash_two"]
     labels = [
-        f"{r['workload']} {r['mode']} {r['dtype']} T{r['length']} D{r['head_dim']} vs {r['peer']}"
+        " ".join(str(r[x]) for x in ("workload", "mode", "dtype", "length", "head_dim") if x in r)
+        + f" vs {r['peer']}"
         for r in rows
     ]
     figure, axes = plt.subplots(figsize=(8, 0.25 * len(rows) + 1))
     axes.barh(labels, [r["ratio"] for r in rows])
     axes.axvline(1.0, color="black", linewidth=1)
-    axes.set_xlabel("times faster than the peer")
+    axes.set_xlabel("time of the peer / time of flash_two")
     axes.invert_yaxis()
     figure.savefig(path, bbox_inches="tight", dpi=150)
 
@@ -417,6 +416,8 @@ def main() -> None:
         parser.error(f"--workloads: expected some of {known}, got {sorted(unknown)}")
     if args.graphs and (args.model or args.device != "cuda"):
         parser.error("--graphs: times attention alone on a GPU; drop --model, or use --device cuda")
+    if args.plot and find_spec("matplotlib") is None:
+        parser.error("--plot: needs the package matplotlib: pip install matplotlib")
     torch.set_num_threads(args.threads)
     if args.weigh:
         weigh(args.weigh[0], int(args.weigh[1]), args.device)
@@ -435,9 +436,9 @@ def main() -> None:
     for case in tqdm(timing.cases(args), unit="case", file=sys.stderr):
         results += timing.measure(case, args.repeats, args.peers)
     timing.show(results)
+    print(json.dumps(results), flush=True)
     if args.plot:
         plot(results, args.plot)
-    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -206,16 +206,20 @@ def _seconds(run: Callable, device: str) -> float:
 
 
 def show(results: list[dict]) -> None:
-    head = f"{'workload':9}{'mode':10}{'dtype':9}{'T':>6}{'B':>4}  {'peer':15}"
-    print(f"\n{head}{'ms':>10}{'tokens/s':>10}{'peak MiB':>10}{'flash_two is':>14}")
+    names, times = "{:8} {:8} {:8} {:>6} {:>3}  {:14} ", "{:>9} {:>9} {:>9} {:>13}"
+    head = names.format("workload", "mode", "dtype", "T", "B", "peer")
+    print("\n" + head + times.format("ms", "tokens/s", "peak MiB", "flash_two is"))
     for row in results:
-        line = (
-            f"{row['workload']:9}{row['mode']:10}{row['dtype']:9}{row['length']:6}"
-            f"{row['batch']:4}  {row['peer']:15}"
-        )
+        line = names.format(*(row[x] for x in "workload mode dtype length batch peer".split()))
         if "failed" in row:
-            print(f"{line}  {row['failed'][:70]}")
+            print(f"{line}{row['failed'][:70]}")
             continue
-        peak = f"{row['peak_mib']:10.0f}" if "peak_mib" in row else f"{'':10}"
-        ratio = "" if row["peer"] == "flash_two" else f"{row['ratio']:.2f}x faster"
-        print(f"{line}{row['ms']:10.1f}{row['tokens_per_s']:10.0f}{peak}{ratio:>14}")
+        peak = f"{row['peak_mib']:.0f}" if "peak_mib" in row else ""
+        ratio = "" if row["peer"] == "flash_two" else compared(row["ratio"])
+        numbers = f"{row['ms']:.1f}", f"{row['tokens_per_s']:.0f}"
+        print(line + times.format(*numbers, peak, ratio))
+
+
+def compared(ratio: float) -> str:
+    """In words, what flash_two is beside a peer that takes ``ratio`` times as long."""
+    return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"

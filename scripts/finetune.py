@@ -13,6 +13,7 @@ The output folder receives losses.jsonl (a line per step), step-N.pt (the newest
 model/ (for from_pretrained).
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import argparse
@@ -25,33 +26,14 @@ import inspect
 import json
 import math
 import os
-import pydoc_data.topics
 import random
 import shutil
 import sys
 import time
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
-
-import psutil
-import torch
-import torch.nn.functional as F
-from accelerate import Accelerator, DistributedType
-from torch import Tensor
-from tqdm.auto import tqdm
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    ByT5Tokenizer,
-    LlamaConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils.logging import disable_progress_bar
-
-import hf_flash_two  # noqa: F401  registers "flash_two"
 
 TOLERANCE = 1e-4
 """Largest relative difference that --compare accepts between two attentions in float32."""
@@ -60,6 +42,7 @@ LAST_SEED = 2**32 - 1
 # What a resumed run must share with the run it continues; the rest does not change the losses.
 IDENTITY = ["model", "max_length", "batch_size", "steps", "learning_rate", "warmup_steps", "seed"]
 IDENTITY += ["weight_decay", "max_grad_norm", "eval_fraction", "precision", "lora_rank"]
+PRECISIONS = ("no", "bf16", "fp16")
 
 
 # Arguments
@@ -88,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.add_argument(name, help=help, default=default, **options)
 
     natural, positive, share = number(int, 0), number(int, 1), number(float, 0, 0.5)
-    amount, precisions = number(float, 0), ("no", "bf16", "fp16")
+    amount = number(float, 0)
     add("--output-dir", "folder of this run", type=Path, required=True)
     add("--resume", "continue from the newest checkpoint, if there is one", action="store_true")
     add("--model", "hub id or local folder; a small model over bytes if not given")
@@ -101,10 +84,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--micro-batch-size", "rows at once in a process; all if not given", type=positive)
     add("--steps", "optimizer steps", 500, type=positive)
     add("--learning-rate", "peak; 4e-3 for the small model, 2e-4 for LoRA, else 2e-5", type=amount)
-    add("--warmup-steps", "steps of linear warm-up, before a cosine to 0", 20, type=natural)
+    add("--warmup-steps", "steps to the peak; 20, or a tenth if that is less", type=natural)
     add("--weight-decay", "decay of matrices", 0.01, type=amount)
     add("--max-grad-norm", "limit on the gradient's norm; 0 is none", 1.0, type=amount)
-    add("--precision", "autocast: no, bf16 or fp16", "no", choices=precisions, metavar="DTYPE")
+    add("--precision", "autocast: no, bf16 or fp16; no, or what accelerate is set up for",
+        choices=PRECISIONS, metavar="DTYPE")  # fmt: skip
     add("--gradient-checkpointing", "recompute activations", action="store_true")
     add("--lora-rank", "train adapters of this rank; 0 trains all weights", 0, type=natural)
     add("--eval-fraction", "share of the rows held out, one row at least", 0.05, type=share)
@@ -125,22 +109,38 @@ def refuse(argument: str, reason: str) -> NoReturn:
     sys.exit(f"error: argument --{argument}: {reason}")
 
 
+def warn(reason: str) -> None:
+    """Once, however many processes there are."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {reason}", file=sys.stderr)
+
+
+def check_unicode(argument: str, text: str, what: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as reason:
+        refuse(argument, f"{what} is no Unicode text: {reason}")
+
+
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse before any work what can be refused, and complete the rest."""
-    known = sorted({"eager", *AttentionInterface().valid_keys()})
-    known = [name for name in known if "|" not in name]  # those of paged caches
-    for name in ("attn_implementation", "compare"):
-        value = getattr(args, name)
-        if value is not None and value not in known and "/" not in value:
-            refuse(name.replace("_", "-"), f"expected one of {', '.join(known)}, got {value!r}")
+    """Complete the arguments, and refuse what needs no library to be refused."""
+    if args.warmup_steps is None:
+        args.warmup_steps = min(20, args.steps // 10)
     if args.warmup_steps >= args.steps:
         refuse("warmup-steps", f"expected fewer than --steps {args.steps}, got {args.warmup_steps}")
-    if args.precision == "fp16" and not torch.accelerator.is_available():
-        refuse("precision", "fp16 needs a GPU and none is visible; use bf16 or no")
+    if args.precision is None:
+        args.precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if args.precision not in PRECISIONS:
+        refuse("precision", f"accelerate is set up for {args.precision}; pass --precision with one "
+               f"of {', '.join(PRECISIONS)}")  # fmt: skip
     if args.lora_rank and importlib.util.find_spec("peft") is None:
         refuse("lora-rank", "needs the package peft: pip install peft")
     if not args.prompt:
         refuse("prompt", "expected some text, got none")
+    check_unicode("prompt", args.prompt, "it")
+    if args.data is None and importlib.util.find_spec("pydoc_data") is None:
+        refuse("data", "expected a .txt or .jsonl file, or a data set, as this Python carries no "
+               "documentation")  # fmt: skip
     is_file = args.data is not None and Path(args.data).suffix in (".txt", ".jsonl")
     if is_file and not Path(args.data).is_file():
         refuse("data", f"there is no file {args.data}")
@@ -149,14 +149,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.data and not is_file and importlib.util.find_spec("datasets") is None:
         refuse("data", f"{args.data} is no .txt or .jsonl file, and a data set needs the package "
                "datasets: pip install datasets")  # fmt: skip
-    if args.model is not None:
-        try:
-            config = AutoConfig.from_pretrained(args.model).get_text_config()
-        except (OSError, ValueError) as reason:
-            refuse("model", f"cannot read {args.model!r}: {reason}")
-        limit = getattr(config, "max_position_embeddings", args.max_length)
-        if args.max_length > limit:
-            refuse("max-length", f"{args.model} takes at most {limit}, got {args.max_length}")
+    if args.model is not None and not Path(args.model).is_dir():
+        # A hub id is "name" or "owner/name".
+        if args.model[:1] in "./~" or args.model.count("/") > 1 or Path(args.model).exists():
+            refuse("model", f"there is no folder {args.model}")
     if args.learning_rate is None:
         args.learning_rate = 4e-3 if args.model is None else 2e-4 if args.lora_rank else 2e-5
     existing = next(x for x in (args.output_dir, *args.output_dir.parents) if x.exists())
@@ -165,6 +161,51 @@ def check_arguments(args: argparse.Namespace) -> None:
     if not args.resume and args.output_dir.exists() and any(args.output_dir.iterdir()):
         refuse("output-dir", f"{args.output_dir} is not empty; pass --resume to continue that run, "
                "or name another folder")  # fmt: skip
+
+
+if __name__ == "__main__":
+    parse_arguments()  # a mistake is told before the imports, which take long
+
+import psutil
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, DistributedType
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.logging import disable_progress_bar
+
+import hf_flash_two  # noqa: F401  registers "flash_two"
+
+
+def check_names(args: argparse.Namespace) -> None:
+    """Refuse what the libraries do not know or this machine does not have."""
+    known = sorted({"eager", *AttentionInterface().valid_keys()})
+    known = [name for name in known if "|" not in name]  # those of paged caches
+    for name in ("attn_implementation", "compare"):
+        value = getattr(args, name)
+        if value is not None and value not in known and "/" not in value:
+            refuse(name.replace("_", "-"), f"expected one of {', '.join(known)}, got {value!r}")
+    if args.precision == "fp16" and not torch.accelerator.is_available():
+        refuse("precision", "fp16 needs a GPU and none is visible; use bf16 or no")
+    if args.model is not None:
+        try:
+            config = AutoConfig.from_pretrained(args.model).get_text_config()
+        except (OSError, ValueError) as reason:
+            refuse("model", f"cannot read {args.model!r}: {reason}")
+        limit = getattr(config, "max_position_embeddings", args.max_length)
+        if args.max_length > limit:
+            refuse("max-length", f"{args.model} takes at most {limit}, got {args.max_length}")
 
 
 def start_processes() -> None:
@@ -188,12 +229,8 @@ def start_processes() -> None:
 
 def check_processes(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        print("warning: `accelerate launch` has started one process only; for more of them give "
-              "it --cpu --num_processes N, or use torchrun", file=sys.stderr)  # fmt: skip
-    launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched_with not in ("no", args.precision):
-        refuse("precision", f"accelerate is set up for {launched_with}, and this is "
-               f"{args.precision}; pass --precision {launched_with}")  # fmt: skip
+        warn("`accelerate launch` has started one process only; for more of them give it --cpu "
+             "--num_processes N, or use torchrun")  # fmt: skip
     sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     if accelerator.distributed_type in sharded:
         kind = accelerator.distributed_type.value
@@ -213,6 +250,8 @@ def check_processes(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
 def load_documents(data: str | None, text_field: str) -> list[str]:
     if data is None:
+        import pydoc_data.topics
+
         return list(pydoc_data.topics.topics.values())
 
     def parse(number: int, line: str):
@@ -223,8 +262,8 @@ def load_documents(data: str | None, text_field: str) -> list[str]:
 
     try:
         if data.endswith(".txt"):
-            return [Path(data).read_text(encoding="utf-8")]
-        if data.endswith(".jsonl"):
+            records = [{text_field: Path(data).read_text(encoding="utf-8")}]
+        elif data.endswith(".jsonl"):
             lines = Path(data).read_text(encoding="utf-8").split("\n")
             records = [parse(i, line) for i, line in enumerate(lines, start=1) if line.strip()]
         else:
@@ -238,7 +277,11 @@ def load_documents(data: str | None, text_field: str) -> list[str]:
         if not isinstance(fields.get(text_field), str):
             refuse("text-field", f"record {index} of {data} has no text under {text_field!r}; "
                    f"its fields are {', '.join(fields) or 'none'}")  # fmt: skip
-    return [record[text_field] for record in records]
+        check_unicode("data", fields[text_field], f"record {index} of {data}")
+    documents = [record[text_field] for record in records]
+    if not any(documents):
+        refuse("data", f"there is no text in {data}")
+    return documents
 
 
 def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -257,13 +300,28 @@ def pack(documents: list[list[int]], length: int) -> tuple[Tensor, Tensor]:
         predicts: those at position 0. The padding of the last row is documents of one token, which
         teach nothing.
     """
-    tokens = torch.tensor([token for document in documents for token in document])
-    lengths = torch.tensor([len(document) for document in documents])
+    tokens = torch.tensor([token for document in documents for token in document]).long()
+    lengths = torch.tensor([len(document) for document in documents]).long()
     starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
     index = torch.arange(len(tokens))
     positions = index - torch.maximum(starts, index - index % length)
     padding = -len(tokens) % length
     return tuple(F.pad(tensor, (0, padding)).view(-1, length) for tensor in (tokens, positions))
+
+
+def split(tokens: Tensor, positions: Tensor, share: float) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows to train on, and the last ones to hold out; those without a target are in neither.
+
+    At most one document has a part on either side.
+    """
+    taught = (positions != 0).any(dim=1)
+    rows = int(taught.sum())
+    if rows < 2:
+        refuse("data", f"the text fills {('no', 'one')[rows]} row of {tokens.shape[1]} tokens and "
+               "two are needed; take more text or a smaller --max-length")  # fmt: skip
+    held_out = max(1, round(share * rows))
+    parts = (tensor[taught].split([rows - held_out, held_out]) for tensor in (tokens, positions))
+    return zip(*parts, strict=True)
 
 
 @functools.lru_cache(maxsize=2)
@@ -285,7 +343,7 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
         return ByT5Tokenizer()
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as reason:
+    except Exception as reason:  # of any kind, by what the folder holds
         refuse("model", f"cannot load the tokenizer of {name!r}: {reason}")
 
 
@@ -307,7 +365,7 @@ def load_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
         load, source = AutoModelForCausalLM.from_pretrained, args.model
     try:
         model = load(source, **options)
-    except (ImportError, OSError, ValueError) as reason:
+    except Exception as reason:  # of any kind, by what the folder holds
         refuse("model", f"cannot load {args.model or 'the small one'} with "
                f"{args.attn_implementation}: {reason}")  # fmt: skip
     if "position_ids" not in inspect.signature(model.forward).parameters:
@@ -341,16 +399,26 @@ def loss_sum(model, tokens: Tensor, positions: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def check_isolation(model: PreTrainedModel, vocabulary: int) -> None:
-    """Stop if a document's logits depend on the document packed before it."""
+def check_model(model: PreTrainedModel, vocabulary: int, rounding: float = 1e-5) -> None:
+    """Stop if logits depend on the tokens that follow, or on the document packed before."""
     model.eval()
-    first, other, last = torch.arange(48, device=model.device).view(3, 1, 16) % vocabulary
+    tokens = torch.arange(16, device=model.device) % vocabulary
+    other = (tokens + max(1, vocabulary // 2)) % vocabulary
     positions = torch.arange(16, device=model.device).repeat(1, 2)
-    rows = [torch.cat([before, last], dim=1) for before in (first, other)]
-    a, b = (logits_of(model, row, positions)[:, 16:] for row in rows)
-    if (a - b).abs().max() > 1e-3 * a.abs().max():
-        refuse("attn-implementation", "packed documents see each other in "
-               f"{type(model).__name__} with this attention")  # fmt: skip
+
+    def logits(first: Tensor, second: Tensor) -> Tensor:
+        return logits_of(model, torch.cat([first, second])[None], positions)[0]
+
+    base, name = logits(tokens, tokens), type(model).__name__
+    limit = rounding * base.abs().max()
+    other_end = logits(tokens, torch.cat([tokens[:1], other[1:]]))
+    if (other_end - base)[:17].abs().max() > limit:
+        refuse("model", f"{name} is not causal: tokens see those that follow, and it would learn "
+               'to copy them; a BERT is causal with "is_decoder": true in its config.json'
+        )  # fmt: skip
+    if (logits(other, tokens) - base)[16:].abs().max() > limit:
+        refuse("attn-implementation", f"packed documents see each other in {name} with this "
+               "attention")  # fmt: skip
 
 
 def make_optimizer(model: PreTrainedModel, args: argparse.Namespace) -> torch.optim.Optimizer:
@@ -370,6 +438,15 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 # Files: each gets its name only when it is whole and on the disk
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Stop with the name of what cannot be written, as when the disk is full."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as reason:
+        sys.exit(f"error: cannot write {path}: {reason}; --resume continues this run")
+
+
 def publish(partial: Path, final: Path) -> None:
     """Rename a finished file or folder, replacing an older one."""
     for path in (partial, *partial.rglob("*"), partial.parent):
@@ -381,37 +458,59 @@ def publish(partial: Path, final: Path) -> None:
     partial.replace(final)
 
 
-def prepare_folder(folder: Path, step: int) -> None:
-    """Remove what a killed run left half done, and the log of steps that will be taken again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("*.partial"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def prepare_folder(folder: Path, lines: str) -> None:
+    """Remove what a killed run left half done; the log holds ``lines``, those of the checkpoint."""
     log = folder / "losses.jsonl"
-    lines = log.read_text().splitlines(keepends=True) if step else []
-    log.with_suffix(".partial").write_text("".join(lines[: step + 1]))
-    publish(log.with_suffix(".partial"), log)
+    with writing(log):
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob("*.partial"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        log.with_suffix(".partial").write_text(lines)
+        publish(log.with_suffix(".partial"), log)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Oldest first."""
+    found = [path for path in folder.glob("step-*.pt") if path.stem[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.stem[5:]))
 
 
 def save_checkpoint(args: argparse.Namespace, state: dict) -> None:
     final = args.output_dir / f"step-{state['step']:08d}.pt"
-    torch.save(state, final.with_suffix(".partial"))
-    publish(final.with_suffix(".partial"), final)
-    for old in sorted(args.output_dir.glob("step-*.pt"))[: -args.keep]:
+    with writing(final):
+        torch.save(state, final.with_suffix(".partial"))
+        publish(final.with_suffix(".partial"), final)
+    # Any newer one is damaged: these steps are taken again.
+    saved = checkpoints(args.output_dir)
+    for old in saved[: saved.index(final) + 1][: -args.keep]:
         old.unlink()
 
 
 def load_checkpoint(folder: Path, identity: dict) -> dict:
-    """The newest checkpoint, which must be of the same run; step 0 if there is none."""
-    path = max(folder.glob("step-*.pt"), default=None)
-    if path is None:
-        return {"step": 0}
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    for name, now in identity.items():
-        then = state["identity"][name]
-        if then != now:
-            refuse("resume", f"{path} was written with {name} {then!r}, not {now!r}; the losses "
-                   "would not continue")  # fmt: skip
-    return state
+    """The newest whole checkpoint, which must be of the same run; step 0 if there is none."""
+    paths = checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            # torch.save writes a checksum with each record, at which torch.load does not look.
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"{damaged} is damaged")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            theirs = {name: state["identity"][name] for name in identity}
+            if missing := {"step", "weights", "optimizer", "scaler", "log"} - state.keys():
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        except Exception as reason:  # of any kind, by what the bytes happen to mean
+            warn(f"{path} is no whole checkpoint and is passed over: {reason!r}")
+            continue
+        for name, now in identity.items():
+            if theirs[name] != now:
+                refuse("resume", f"{path} was written with {name} {theirs[name]!r}, not {now!r}; "
+                       "the losses would not continue")  # fmt: skip
+        return state
+    if paths:
+        refuse("resume", f"no checkpoint in {folder} is whole; name another --output-dir to start "
+               "at the beginning")  # fmt: skip
+    return {"step": 0, "log": ""}
 
 
 # Training
@@ -469,10 +568,16 @@ def train(args, accelerator: Accelerator, model, optimizer, training, held_out, 
     """Take the steps from ``start`` on, with a progress bar, a log and checkpoints."""
     main = accelerator.is_main_process
     bar = tqdm(total=args.steps, initial=start, unit="step", mininterval=1, disable=not main)
-    log = open(args.output_dir / "losses.jsonl" if main else os.devnull, "a")
+    path = args.output_dir / "losses.jsonl" if main else Path(os.devnull)
+    log = open(path, "ab", buffering=0)
     evaluate = functools.partial(perplexity, accelerator, model, held_out, args.micro_batch_size)
+
+    def write(entry: dict) -> None:
+        with writing(path):
+            log.write(f"{json.dumps(entry)}\n".encode())
+
     if start == 0:
-        print(json.dumps({"step": 0, "perplexity": evaluate()}), file=log, flush=True)
+        write({"step": 0, "perplexity": evaluate()})
     for step in range(start, args.steps):
         began = time.perf_counter()
         entry = train_step(args, accelerator, model, optimizer, training, step)
@@ -480,10 +585,10 @@ def train(args, accelerator: Accelerator, model, optimizer, training, held_out, 
         done, finished = step + 1, step + 1 == args.steps
         if finished or (args.eval_every and done % args.eval_every == 0):
             entry["perplexity"] = evaluate()
-        print(json.dumps(entry), file=log, flush=True)
+        write(entry)
         if main and (finished or done % args.save_every == 0):
-            os.fsync(log.fileno())
             state = {"step": done, "identity": identity, "optimizer": optimizer.state_dict()}
+            state["log"] = path.read_text()
             state["weights"] = trained_weights(bare(accelerator, model))
             state["scaler"] = accelerator.scaler and accelerator.scaler.state_dict()
             save_checkpoint(args, state)
@@ -501,9 +606,10 @@ def save_model(model: PreTrainedModel, tokenizer, folder: Path) -> None:
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     partial = folder.with_suffix(".partial")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    publish(partial, folder)
+    with writing(folder):
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        publish(partial, folder)
     reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).state_dict()
     for name, weight in model.state_dict().items():
         if not torch.equal(reloaded[name], weight.cpu()):
@@ -517,13 +623,10 @@ def generate(model, tokenizer, prompt: str, count: int, **options) -> Tensor:
     return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, **options)
 
 
-def measure(folder: Path, attention: str, tokenizer, rows, prompt: str, device) -> dict:
-    """What the saved model does with one attention, in float32."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation=attention, dtype=torch.float32
-    )
-    model.to(device).eval()
-    tokens, positions = (tensor.to(device) for tensor in rows)
+def measure(model: PreTrainedModel, tokenizer, rows, prompt: str) -> dict:
+    """What a model does with its attention: numbers, and the tokens that it writes."""
+    model.eval()
+    tokens, positions = (tensor.to(model.device) for tensor in rows)
     loss = loss_sum(model, tokens, positions) / (positions != 0).sum()
     loss.backward()
     gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
@@ -541,9 +644,26 @@ def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return max(float((a - b).abs().max() / b.abs().max().clamp(min=floor)) for a, b in pairs)
 
 
-def compare(names: tuple[str, str], folder: Path, *setting) -> None:
-    """Print how far two attentions differ on the saved model; stop if by more than rounding."""
-    ours, theirs = (measure(folder, name, *setting) for name in names)
+def check_comparison(args: argparse.Namespace, tokenizer, rows, device: torch.device) -> None:
+    """Stop now if the attention to compare with cannot do what it is asked for in the end."""
+    plain = {"attn_implementation": args.compare, "precision": "no", "lora_rank": 0}
+    model = load_model(argparse.Namespace(**{**vars(args), **plain}), tokenizer).to(device)
+    try:
+        measure(model, tokenizer, [tensor[:1] for tensor in rows], args.prompt)
+    except Exception as reason:  # of any kind, by what attention it is
+        refuse("compare", f"{args.compare} cannot run {type(model).__name__} in float32 on "
+               f"{device.type}: {reason}")  # fmt: skip
+
+
+def compare(names: tuple[str, str], folder: Path, tokenizer, rows, prompt: str, device) -> None:
+    """Print how far two attentions differ on the saved model in float32; stop if they disagree."""
+
+    def measured(name: str) -> dict:
+        options = {"attn_implementation": name, "dtype": torch.float32}
+        model = AutoModelForCausalLM.from_pretrained(folder, **options).to(device)
+        return measure(model, tokenizer, rows, prompt)
+
+    ours, theirs = map(measured, names)
     same = torch.equal(ours.pop("greedy"), theirs.pop("greedy"))
     differences = {key: difference(ours[key], theirs[key]) for key in ours}
     print(f"\n{'':<16}{names[0]:>12}{names[1]:>12}{'difference':>12}{'allowed':>10}")
@@ -582,6 +702,7 @@ def finish(args: argparse.Namespace, model: PreTrainedModel, tokenizer, held_out
 
 def main() -> None:
     args = parse_arguments()
+    check_names(args)
     start_processes()
     cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(mixed_precision=args.precision, cpu=cpu)
@@ -589,19 +710,18 @@ def main() -> None:
     documents = load_documents(args.data, args.text_field)
     tokenizer = load_tokenizer(args.model)
     tokens, positions = pack(tokenize(documents, tokenizer), args.max_length)
-    held_out_rows = max(1, round(args.eval_fraction * len(tokens)))
-    rows = len(tokens) - held_out_rows
-    if rows < 1:
-        refuse("data", f"the text fills one row of {args.max_length} tokens and two are needed; "
-               "take more text or a smaller --max-length")  # fmt: skip
-    # At most one document has a part on either side.
-    training, held_out = (tokens[:rows], positions[:rows]), (tokens[rows:], positions[rows:])
+    training, held_out = split(tokens, positions, args.eval_fraction)
 
     identity = {name: getattr(args, name) for name in IDENTITY}
     identity["text"] = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
     state = load_checkpoint(args.output_dir, identity)
     start = state["step"]
+    if args.compare and accelerator.is_main_process:
+        check_comparison(args, tokenizer, held_out, accelerator.device)
     model = load_model(args, tokenizer)
+    known, largest = model.get_input_embeddings().weight.shape[0], int(tokens.max())
+    if largest >= known:
+        refuse("model", f"its tokenizer gives token {largest}, and it knows {known}")
     if start:
         model.load_state_dict(state["weights"], strict=False)
     optimizer = make_optimizer(model, args)
@@ -610,16 +730,17 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
     if start and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
-    check_isolation(bare(accelerator, model), len(tokenizer))
+    rounding = 1e-5 if args.precision == "no" else 1e-3
+    check_model(bare(accelerator, model), min(known, len(tokenizer)), rounding)
     if accelerator.is_main_process:
-        prepare_folder(args.output_dir, start)
+        prepare_folder(args.output_dir, state["log"])
 
     trained = sum(weight.numel() for weight in trained_weights(model).values())
     accelerator.print(
         f"model  {sum(w.numel() for w in model.parameters()):,} parameters, {trained:,} trained, "
         f"{args.attn_implementation}, precision {args.precision}\n"
-        f"text   {len(documents):,} documents in {rows:,} rows of {args.max_length} tokens, "
-        f"{held_out_rows:,} more held out\n"
+        f"text   {len(documents):,} documents in {len(training[0]):,} rows of {args.max_length} "
+        f"tokens, {len(held_out[0]):,} more held out\n"
         f"steps  {start:,} to {args.steps:,}, {args.batch_size} rows each on "
         f"{accelerator.num_processes} x {accelerator.device.type}, {args.micro_batch_size} at once"
     )

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import pydoc_data.topics
 import sys
 import traceback
 from pathlib import Path
@@ -47,6 +46,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--pack", action="store_true", help="documents packed in one row, instead of padded rows")
     add("--padding-side", choices=("left", "right"), help="the tokenizer's own if not given")
     args = parser.parse_args(arguments)
+    if not Path(args.model).is_dir():
+        # A hub id is "name" or "owner/name".
+        if args.model[:1] in "./~" or args.model.count("/") > 1 or Path(args.model).exists():
+            refuse("MODEL", f"there is no folder {args.model}")
     if args.max_length < 16:
         refuse("--max-length", f"expected at least 16, got {args.max_length}")
     if args.pack and args.padding_side:
@@ -72,7 +75,7 @@ def load(args: argparse.Namespace) -> PreTrainedModel:
         architecture = (config.architectures or ["AutoModelForCausalLM"])[0]
         cls = getattr(transformers, architecture, transformers.AutoModelForCausalLM)
         model = cls.from_pretrained(args.model, dtype=args.dtype, attn_implementation="eager")
-    except (OSError, ValueError, ImportError) as reason:
+    except Exception as reason:  # of any kind, by what the folder holds
         refuse("MODEL", f"cannot load {args.model!r}: {reason}")
     device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
@@ -81,7 +84,7 @@ def load(args: argparse.Namespace) -> PreTrainedModel:
         refuse("--device", reason)
 
 
-def load_batch(path: Path) -> dict:
+def load_batch(path: Path, model: PreTrainedModel) -> dict:
     expected = f"expected a dict in {path}, as torch.save(dict(batch), {path.name!r}) writes it"
     try:
         batch = torch.load(path, weights_only=True, map_location="cpu")
@@ -89,22 +92,50 @@ def load_batch(path: Path) -> dict:
         refuse("--batch", f"{expected} ({type(reason).__name__})")
     if not isinstance(batch, dict):
         refuse("--batch", f"{expected}, got {type(batch).__name__}")
+    if not {model.main_input_name, "inputs_embeds"} & batch.keys():
+        refuse("--batch", f"{type(model).__name__} needs {model.main_input_name}, and {path} has "
+               f"{', '.join(map(str, batch)) or 'nothing'}")  # fmt: skip
+    for name, tensor in batch.items():
+        if isinstance(tensor, torch.Tensor) and tensor.numel() == 0:
+            refuse("--batch", f"{name} of {path} is empty: its shape is {list(tensor.shape)}")
     return batch
+
+
+def check_tokens(argument: str, ids: object, model: PreTrainedModel) -> None:
+    """Refuse those for which the model has no embedding."""
+    known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if known is None or not isinstance(ids, torch.Tensor):
+        return
+    wrong = ids[(ids < 0) | (ids >= known)]
+    if len(wrong):
+        refuse(argument, f"expected tokens from 0 to {known - 1}, got {wrong[0]}")
+
+
+def read_text(path: Path | None) -> str:
+    if path is None:
+        try:
+            import pydoc_data.topics
+        except ImportError:
+            refuse("--text", "expected a file, as this Python carries no documentation")
+        return "\n".join(pydoc_data.topics.topics.values())
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as reason:
+        refuse("--text", f"expected text in UTF-8, and cannot read {path}: {reason}")
 
 
 def make_batch(args: argparse.Namespace, model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Pieces of the text, padded to the longest, or end to end with positions that restart."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-    except (OSError, ValueError, ImportError) as reason:
+    except Exception as reason:  # of any kind, by what the folder holds
         refuse("MODEL", f"no tokenizer in {args.model!r}; give --batch instead: {reason}")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", args.max_length)
     if args.max_length > limit:
         refuse("--max-length", f"{args.model} takes at most {limit}, got {args.max_length}")
     if args.pack and "position_ids" not in inspect.signature(model.forward).parameters:
         refuse("--pack", f"{type(model).__name__} takes no position_ids, so nothing is packed")
-    topics = pydoc_data.topics.topics
-    text = args.text.read_text(encoding="utf-8") if args.text else "\n".join(topics.values())
+    text = read_text(args.text)
     lengths = [int(share * args.max_length) for share in (PACKED if args.pack else PADDED)]
     ids = tokenizer(text[: 100 * args.max_length], verbose=False).input_ids
     if len(ids) < sum(lengths):
@@ -127,7 +158,8 @@ def make_batch(args: argparse.Namespace, model: PreTrainedModel) -> dict[str, to
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     model = load(args)
-    batch = load_batch(args.batch) if args.batch else make_batch(args, model)
+    batch = load_batch(args.batch, model) if args.batch else make_batch(args, model)
+    check_tokens("--batch" if args.batch else "MODEL", batch.get("input_ids"), model)
     try:
         report = check_parity(model, batch)
     except ValueError as reason:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from machine import GPU, INTERPRETED, KERNELS
@@ -9,17 +11,19 @@ from machine import GPU, INTERPRETED, KERNELS
 torch.set_num_threads(1)
 
 
+def modules_beside_the_package() -> str:
+    """A pattern of the names of what is in scripts/ and tests/."""
+    root = Path(__file__).parent.parent
+    paths = [*(root / "tests").rglob("*.py"), *(root / "scripts").glob("*.py")]
+    names = {"zoo", *(path.stem for path in paths)} - {
+        "coverage"
+    }  # there is a package of this name
+    return rf"({'|'.join(sorted(names))})(\.|$)"
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "long: too many tiles for an interpreted kernel")
-    # PyTorch's compiler and torch.func warn about PyTorch, Triton 3.6's interpreter about itself.
-    for message in (
-        "<class 'torch.autograd.function.Function'> should not be",
-        "`torch.jit.script",
-        "Conversion of an array with ndim > 0 to a scalar",
-    ):
-        config.addinivalue_line("filterwarnings", f"ignore:{message}:DeprecationWarning")
-    # Inductor advises to give up float32's precision.
-    config.addinivalue_line("filterwarnings", "ignore:TensorFloat32 tensor cores:UserWarning")
+    config.addinivalue_line("filterwarnings", f"error:::{modules_beside_the_package()}")
     # NumPy, which interprets Triton's kernels, warns of infinities that a GPU computes silently.
     config.addinivalue_line("filterwarnings", "ignore:.* encountered:RuntimeWarning")
 

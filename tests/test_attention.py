@@ -448,6 +448,28 @@ def test_scale(kernel: str, device: str, scale: float, softcap: float | None) ->
         check(kernel, query, key, value, **arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_id)
+@pytest.mark.long
+def test_scale_of_zero(kernel: str, device: str, dtype: torch.dtype) -> None:
+    """The mean of the values a query sees; tiles and lengths at which products differ in kind."""
+    query, key, value = inputs(513, 600, dtype=dtype, device=device, head_dim=32)
+    mask, visible = causal(513, 600)
+    check(kernel, query, key, value, mask=mask, visible=visible, scale=0.0)
+
+
+@pytest.mark.parametrize("part", ["all", "row", "masked", "sinks"])
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_id)
+def test_the_smallest_bias(kernel: str, device: str, bias_dtype: torch.dtype, part: str) -> None:
+    """A finite bias shifts every score of a row equally: it hides nothing from it."""
+    query, key, value = inputs(33, 170, device=device)
+    bias = torch.zeros(1, 1, 33, 170, dtype=bias_dtype, device=device)
+    least = torch.finfo(bias_dtype).min
+    bias[:, :, 7 if part == "row" else slice(None)] = least
+    mask, visible = causal(33, 170) if part == "masked" else (None, None)
+    extras = {"sinks": torch.full((6,), least / 2, device=device)} if part == "sinks" else {}
+    check(kernel, query, key, value, mask=mask, visible=visible, bias=bias, **extras)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize(
@@ -662,6 +684,22 @@ def test_nothing_to_do(
     check(kernel, *tensors, mask=mask, **extras)
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "padded"])
+def test_no_query_heads(kernel: str, device: str, masked: bool) -> None:
+    """Keys and values that nobody asks for have gradients of 0; vmap over none of them, too."""
+    query, key, value = inputs(5, 7, heads=(0, 1), device=device)
+    bias = torch.randn(1, 1, 5, 7, device=device)
+    keep = torch.rand(BATCH, 7, device=device) > 0.3
+    mask = AttentionMask.from_padding(keep) if masked else None
+    leaves = [x.requires_grad_() for x in (query, key, value, bias)]
+    out, lse = attend(kernel, query, key, value, mask=mask, bias=bias)
+    assert out.shape == (BATCH, 0, 5, 16) and lse.shape == (BATCH, 0, 5)
+    for leaf, grad in zip(leaves, torch.autograd.grad(out.sum() + lse.sum(), leaves), strict=True):
+        assert grad.shape == leaf.shape and not grad.any()
+    per_sample = torch.func.grad(lambda k: attend(kernel, query, k, value, mask=mask)[0].sum())
+    assert not torch.vmap(per_sample)(torch.stack([key.detach()] * 3)).any()
+
+
 def test_padding_of_no_keys(kernel: str, device: str) -> None:
     query, key, value = inputs(5, 0, device=device)
     mask = AttentionMask.from_padding(torch.ones(BATCH, 0, dtype=torch.bool, device=device))
@@ -760,6 +798,105 @@ def test_a_bad_batch_row_stays_alone(kernel: str, device: str, name: str, poison
         assert torch.equal(got[0], want[0])
         if got is not None and name == "query":
             assert not got[1].isfinite().all()
+
+
+def documents_mask(length: int) -> AttentionMask:
+    return AttentionMask.from_documents(torch.tensor([0, 20, 61, length - 10]), key_length=length)
+
+
+HIDING = {
+    "window": lambda length: AttentionMask.causal(window=9),
+    "documents": documents_mask,
+    "causal-documents": lambda length: documents_mask(length) & AttentionMask.causal(window=30),
+    "dense": lambda length: AttentionMask.from_dense(torch.rand(length, length) < 0.04),
+    "late": lambda length: AttentionMask.causal(window=9, query_offset=-40),
+}
+EXTRAS = {
+    "plain": lambda length: {},
+    "sinks": lambda length: {"sinks": torch.randn(2)},
+    "bias": lambda length: {"bias": torch.randn(1, 2, length, length)},
+    "all": lambda length: {
+        "sinks": torch.randn(2),
+        "bias": torch.randn(1, 2, length, length),
+        "softcap": 3.0,
+        "dropout_p": 0.3,
+        "dropout_seed": 5,
+    },
+}
+
+
+def long_but(kept: str, cases: dict[str, Callable]) -> list:
+    """The cases, of which an interpreted kernel computes one."""
+    return [
+        pytest.param(case, id=name, marks=() if name == kept else pytest.mark.long)
+        for name, case in cases.items()
+    ]
+
+
+@pytest.mark.parametrize("extra", long_but("all", EXTRAS))
+@pytest.mark.parametrize("hiding", long_but("dense", HIDING))
+@pytest.mark.parametrize(
+    "poison", [math.nan, *(pytest.param(x, marks=pytest.mark.long) for x in (math.inf, -math.inf))]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_what_is_hidden_counts_nothing(
+    kernel: str, device: str, hiding: Callable, extra: Callable, poison: float, dtype: torch.dtype
+) -> None:
+    """Whatever it holds: it reaches neither a row nor a gradient, in its own tile or beyond."""
+    length = 150
+    mask = hiding(length).to(device)
+    visible = mask.to_dense(length, length)[0, 0].to(device)
+    shapes = dict(heads=(2, 1), head_dim=8, batch=1, dtype=dtype, device=device)
+    tensors = dict(zip(("query", "key", "value"), inputs(length, length, **shapes), strict=True))
+    given = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in extra(length).items()}
+    tensors |= {name: given.pop(name) for name in ("bias", "sinks") if name in given}
+    d_out = torch.randn(1, 2, length, 8, device=device).to(dtype)
+    d_lse = torch.randn(1, 2, length, device=device)
+
+    def run(tensors: dict[str, Tensor], d_out: Tensor) -> dict[str, Tensor]:
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+        out, lse = attend(kernel, **leaves, mask=mask, q_bucket_size=64, k_bucket_size=64, **given)
+        grads = torch.autograd.grad((out, lse), list(leaves.values()), (d_out, d_lse))
+        return {"out": out, "lse": lse, **dict(zip(tensors, grads, strict=True))}
+
+    clean = run(tensors, d_out)
+    unseen = (~visible.any(0)).nonzero()[:, 0].tolist()
+    blind = (~visible.any(1)).nonzero()[:, 0].tolist()
+    keys, rows = [*unseen[:1], 70], [*blind[:1], 70]
+    for name, at in itertools.product(("query", "key", "value", "d_out"), (0, 1)):
+        of_rows = name in ("query", "d_out")
+        spots = rows if of_rows else keys
+        if at >= len(spots):
+            continue
+        spot = spots[at]
+        given_out = d_out.clone()
+        dirty = {n: tensor.clone() for n, tensor in tensors.items()}
+        (given_out if name == "d_out" else dirty[name])[0, :, spot, 3] = poison
+        got = run(dirty, given_out)
+        met_rows = torch.zeros_like(visible[:, 0])
+        met_rows[spot] = bool(visible[spot].any())
+        met_rows = met_rows if of_rows else visible[:, spot]
+        met_keys = visible[met_rows].any(0)
+        result_rows = torch.zeros_like(met_rows) if name == "d_out" else met_rows
+        free = {
+            "out": ~result_rows, "lse": ~result_rows, "query": ~met_rows, "key": ~met_keys,
+            "value": ~met_keys,
+        }  # fmt: skip
+        if "bias" in tensors:
+            free["bias"] = ~(met_rows[:, None] & visible)
+        if "sinks" in tensors and not met_rows.any():
+            free["sinks"] = slice(None)
+        for result, untouched in free.items():
+            index = (0, slice(None), untouched) if result != "sinks" else untouched
+            a, b = got[result][index], clean[result][index]
+            where = f"{result} for {name} at {spot}"
+            if met_rows.any():
+                # Rows of one tile share the way in which they are computed.
+                torch.testing.assert_close(a, b, rtol=0.02, atol=0.02, msg=where)
+            else:
+                assert torch.equal(a, b), where
+        if met_rows.any() and name == "value":
+            assert not got["out"][0, :, met_rows, 3].isfinite().any(), "what is seen shows"
 
 
 # Determinism, tiles, memory
@@ -962,19 +1099,45 @@ REFUSALS = {
         r"query: .*a multiple of key's 0, got 6",
     ),
     "mask-type": ({"mask": [1]}, r"mask: expected an AttentionMask, .*got list"),
-    "mask-float": ({"mask": torch.zeros(9, 20)}, r"visible: expected bool .*got torch.float32"),
-    "mask-5d": ({"mask": torch.ones(1, 1, 1, 9, 20).bool()}, r"visible: .*at most 4 .*got 5"),
+    "mask-float": ({"mask": torch.zeros(9, 20)}, r"mask: expected bool .*torch.float32; .*`bias`"),
+    "mask-int": ({"mask": torch.ones(9, 20).long()}, r"mask: expected bool .*`mask != 0`"),
+    "mask-5d": ({"mask": torch.ones(1, 1, 1, 9, 20).bool()}, r"mask: .*at most the 4 .*\[1, 1, 1"),
     "mask-dense": (
         {"mask": torch.ones(9, 19).bool()},
         r"mask: expected a tensor broadcastable to .*\[2, 6, 9, 20\], got \[1, 1, 9, 19\]",
     ),
     "mask-keys": (
         {"mask": AttentionMask.from_padding(torch.ones(2, 19))},
-        r"mask: expected intervals of shape \[1 or 2, 20\] .*got \[2, 19\]",
+        r"mask: expected one over 20 keys of 1 or 2 batch rows, .*over 19 keys of 2 batch rows",
     ),
     "mask-batch": (
         {"mask": AttentionMask.from_padding(torch.ones(3, 20))},
-        r"mask: expected intervals of shape \[1 or 2, 20\] .*got \[3, 20\]",
+        r"mask: expected one over 20 keys of 1 or 2 batch rows, .*over 20 keys of 3 batch rows",
+    ),
+    "swapped-lengths-and-heads": (
+        {"query": torch.zeros(2, 1, 6, 16), "key": torch.zeros(2, 20, 2, 16),
+         "value": torch.zeros(2, 20, 2, 16)},
+        r"query: .*a multiple of key's 20, got 1; the layout is \[batch, .*transpose\(1, 2\)",
+    ),
+    "query-none": ({"query": None}, r"query: expected a tensor, got NoneType"),
+    "bias-number": ({"bias": 1.0}, r"bias: expected a tensor, got float"),
+    "slopes-list": ({"alibi_slopes": [1.0] * 6}, r"alibi_slopes: expected a tensor, got list"),
+    "scale-nan": ({"scale": math.nan}, r"scale: expected None or a finite number, got nan"),
+    "scale-inf": ({"scale": math.inf}, r"scale: expected None or a finite number, got inf"),
+    "scale-text": ({"scale": "large"}, r"scale: expected a number, got 'large'"),
+    "scale-gradient": (
+        {"scale": torch.ones((), requires_grad=True)}, r"scale: no gradient .*multiply query by it"
+    ),
+    "softcap-inf": ({"softcap": math.inf}, r"softcap: .*got inf"),
+    "dropout-nan": ({"dropout_p": math.nan}, r"dropout_p: .*got nan"),
+    "dropout-none": ({"dropout_p": None}, r"dropout_p: expected a number, got None"),
+    "seed-float": (
+        {"dropout_p": 0.1, "dropout_seed": 1.5}, r"dropout_seed: expected None or an .*got 1.5"
+    ),
+    "seed-large": ({"dropout_p": 0.1, "dropout_seed": 2**64}, r"dropout_seed: .*of 64 bits"),
+    "seed-dtype": (
+        {"dropout_p": 0.1, "dropout_seed": torch.ones(1)},
+        r"dropout_seed: expected an integer tensor, got torch.float32",
     ),
     "bias-bool": ({"bias": torch.ones(9, 20).bool()}, r"bias: expected a float .*`mask`"),
     "bias-shape": ({"bias": torch.zeros(9, 19)}, r"bias: .*\[2, 6, 9, 20\], got \[9, 19\]"),
@@ -1013,3 +1176,26 @@ def test_refusal(arguments: dict, message: str) -> None:
     tensors = {"query": torch.zeros(Q), "key": torch.zeros(K), "value": torch.zeros(K)}
     with pytest.raises(ValueError, match=message):
         flash_attention(**(tensors | arguments))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("causal", r"; here it is mask=AttentionMask.causal\(\)"),
+        ("is_causal", r"; here it is mask=AttentionMask.causal\(\)"),
+        ("softmax_scale", "; here it is scale"),
+        ("colour", "$"),
+    ],
+)
+def test_names_of_other_libraries(name: str, hint: str) -> None:
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'{hint}"):
+        flash_attention(*inputs(9, 20), **{name: True})
+
+
+def test_constant_slopes_may_belong_to_parameters() -> None:
+    """They are refused where a gradient for them would be missing, and nowhere else."""
+    tensors, slopes = inputs(9, 20), torch.rand(6, requires_grad=True)
+    want = flash_attention(*tensors, alibi_slopes=slopes.detach())
+    for guard in (torch.no_grad, torch.inference_mode):
+        with guard():
+            assert torch.equal(flash_attention(*tensors, alibi_slopes=slopes), want)

@@ -53,6 +53,45 @@ def test_a_peer_that_disagrees_is_not_timed(run, monkeypatch) -> None:
         run("--lengths", "64", "--head-dims", "16", "--workloads", "full", "--repeats", "1")
 
 
+def test_a_missing_matplotlib_is_told_before_the_run(run, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        run("--plot", "bars.png")
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", ["", "--model --width 64 --layers 1 --new-tokens 1"])
+def test_a_plot_that_fails_loses_no_result(options, run, monkeypatch, capsys) -> None:
+    """Neither library nor file need be what they are said to be."""
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: True)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    sizes = "--lengths 40 --workloads {} --repeats 1 --plot bars.png"
+    sizes = sizes.format("plain --modes train" if options else "full --head-dims 16")
+    with pytest.raises(ImportError):
+        run(*sizes.split(), *options.split())
+    *_, last = capsys.readouterr().out.strip().split("\n")
+    assert json.loads(last)[0]["ms"] > 0
+
+
+@pytest.mark.parametrize("timing", [benchmark, benchmark_model], ids=["attention", "models"])
+def test_columns_do_not_touch(timing, capsys) -> None:
+    row = {
+        "workload": "softcapped", "mode": "backward", "dtype": "bfloat16", "length": 12345678,
+        "head_dim": 12345, "batch": 1234, "peer": "sdpa-a-long-name-of-it", "ms": 1e9,
+        "gflops": 1e12, "tokens_per_s": 1e12, "peak_mib": 1e12, "ratio": 0.4,
+    }  # fmt: skip
+    timing.show([row])
+    head, shown = capsys.readouterr().out.strip().split("\n")
+    columns = ["softcapped", "backward", "bfloat16", "12345678"]
+    assert shown.split()[:4] == columns and len(shown.split()) == 11
+    assert shown.endswith("2.50x slower") and len(head.split()) == 12
+
+
+def test_faster_and_slower() -> None:
+    assert benchmark_model.compared(1.25) == "1.25x faster"
+    assert benchmark_model.compared(0.8) == "1.25x slower"
+
+
 def test_an_unknown_workload_is_refused(run, capsys) -> None:
     with pytest.raises(SystemExit):
         run("--workloads", "softcap")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -20,12 +22,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import DistributedType
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
+from safetensors import SafetensorError
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    ByT5Tokenizer,
+)
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "finetune.py"
 sys.path.insert(0, str(SCRIPT.parent))
 import finetune  # noqa: E402
 
+TEXT = Path(__file__).parent / "data" / "ferry.txt"
 SMALL = "--max-length 64 --batch-size 4 --steps 12 --warmup-steps 2 --save-every 3".split()
 SMALL += "--eval-fraction 0.01 --sample-tokens 5".split()
 
@@ -94,6 +104,49 @@ def kill_while_the_model_is_saved() -> None:
     kill_before(finetune.PreTrainedTokenizerBase, "save_pretrained", 1)
 
 
+def wait_before_the_fifth_update() -> None:
+    original, calls = torch.optim.AdamW.step, []
+
+    def step(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 5:
+            signal.pause()
+        return original(*args, **kwargs)
+
+    torch.optim.AdamW.step = step
+
+
+def allow_files_of(limit: int) -> None:
+    """In what a run writes, but for its words: as on a disk that is nearly full."""
+    writing = finetune.writing
+
+    @contextlib.contextmanager
+    def limited(path: Path):
+        with writing(path):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            try:
+                yield
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+
+    finetune.writing = limited
+
+
+def fill_the_disk() -> None:
+    allow_files_of(100)
+
+
+def fill_the_disk_but_for_the_log() -> None:
+    allow_files_of(10_000)
+
+
+def register_a_broken_attention() -> None:
+    def broken(*args, **kwargs):
+        raise KeyError("no such kernel")
+
+    AttentionInterface.register("broken", broken)
+
+
 def call(arguments: list[str], output: Path, sabotage: Callable[[], None] | None) -> None:
     sys.stdout = sys.stderr = open(output, "a", buffering=1)
     sys.argv = [str(SCRIPT), *arguments]
@@ -107,8 +160,7 @@ def call(arguments: list[str], output: Path, sabotage: Callable[[], None] | None
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Documents shorter and longer than a row, so that rows differ in their number of targets."""
     path = tmp_path_factory.mktemp("data") / "paragraphs.jsonl"
-    text = "\n\n".join(finetune.load_documents(None, "text"))
-    paragraphs = [{"text": part} for part in text.split("\n\n")[:300]]
+    paragraphs = [{"text": part} for part in TEXT.read_text(encoding="utf-8").split("\n\n")]
     path.write_text("".join(json.dumps(record) + "\n" for record in paragraphs))
     return path
 
@@ -133,11 +185,16 @@ def rows(data: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """tokens, positions that those runs train on, and that they hold out."""
     documents = finetune.load_documents(str(data), "text")
     packed = finetune.pack(finetune.tokenize(documents, ByT5Tokenizer()), 64)
-    cut = len(packed[0]) - round(0.01 * len(packed[0]))
-    return {
-        "training": tuple(tensor[:cut] for tensor in packed),
-        "held out": tuple(tensor[cut:] for tensor in packed),
-    }
+    return dict(zip(("training", "held out"), finetune.split(*packed, 0.01), strict=True))
+
+
+def untrained(**changes) -> finetune.PreTrainedModel:
+    """The small model that those runs begin with."""
+    settings = {
+        "model": None, "seed": 0, "attn_implementation": "eager", "max_length": 64,
+        "precision": "no", "lora_rank": 0, "gradient_checkpointing": False,
+    }  # fmt: skip
+    return finetune.load_model(SimpleNamespace(**settings | changes), ByT5Tokenizer())
 
 
 def log(folder: Path) -> list[dict]:
@@ -184,12 +241,7 @@ def test_loss_falls_and_all_steps_are_logged(finished: Path) -> None:
 
 
 def test_first_loss_is_the_mean_over_documents_taken_alone(finished: Path, rows) -> None:
-    tokenizer = ByT5Tokenizer()
-    args = SimpleNamespace(
-        model=None, seed=0, attn_implementation="eager", max_length=64, lora_rank=0,
-        gradient_checkpointing=False,
-    )  # fmt: skip
-    model = finetune.load_model(args, tokenizer).eval()
+    model = untrained().eval()
     tokens, positions = rows["training"]
     chosen = finetune.rows_of_step(0, 4, len(tokens), seed=0)
     assert (positions[chosen][:, 1:] == 0).any(), "no document begins inside these rows"
@@ -282,7 +334,6 @@ def test_two_processes_give_the_losses_of_one(
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=200,
     )
     assert done.returncode == 0, done.stderr
     assert "2 x cpu" in done.stdout
@@ -293,12 +344,13 @@ def test_two_processes_give_the_losses_of_one(
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def test_lora_trains_adapters_and_saves_them_merged(run, finished: Path, tmp_path: Path) -> None:
+def test_lora_trains_adapters_and_saves_them_merged(run, tmp_path: Path) -> None:
     base, folder = tmp_path / "base", tmp_path / "lora"
     arguments = ["--model", str(base), "--lora-rank", "4", "--learning-rate", "1e-2"]
-    shutil.copytree(finished / "model", base)
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.3}))
+    model = untrained()
+    model.config.attention_dropout = 0.3
+    model.save_pretrained(base)
+    ByT5Tokenizer().save_pretrained(base)
 
     assert run(tmp_path / "whole", *arguments) == 0, words(tmp_path / "whole")
     assert run(folder, *arguments, sabotage=kill_between_accumulation_and_update) == -9
@@ -347,14 +399,14 @@ def test_resume_continues_to_the_same_losses(
 def test_resume_after_a_kill_from_outside(run, data: Path, finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     arguments = ["--output-dir", str(folder), "--data", str(data), *SMALL]
-    process = PROCESSES.Process(target=call, args=(arguments, tmp_path / "run.txt", None))
+    sabotage = wait_before_the_fifth_update
+    process = PROCESSES.Process(target=call, args=(arguments, tmp_path / "run.txt", sabotage))
     process.start()
-    seen = folder / "losses.jsonl"
-    while process.is_alive() and not (seen.exists() and len(seen.read_bytes()) > 300):
-        time.sleep(0.001)
+    while process.is_alive() and not ((folder / "losses.jsonl").exists() and len(log(folder)) == 5):
+        time.sleep(0.01)
     process.kill()
     process.join()
-    assert process.exitcode == -signal.SIGKILL and 0 < len(losses(folder)) < 12
+    assert process.exitcode == -signal.SIGKILL and len(losses(folder)) == 4
     assert run(folder, "--resume") == 0, words(folder)
     assert log(folder) == log(finished)
 
@@ -379,6 +431,107 @@ def test_resume_refuses_another_run(run, finished: Path) -> None:
     assert (finished / "losses.jsonl").read_bytes() == before
 
 
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path: Path) -> None:
+    """Of the weights, at which torch.load does not look."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert torch.load(path).keys() >= {"step", "weights"}
+
+
+DAMAGES = {
+    "truncated": truncate,
+    "empty": lambda path: path.write_bytes(b""),
+    "bit flipped": flip_a_bit,
+    "another file": lambda path: path.write_text("Remember the milk."),
+    "another tensor": lambda path: torch.save(torch.ones(3), path),
+    "another dict": lambda path: torch.save({"model": {}, "epoch": 3}, path),
+    "objects": lambda path: torch.save({"step": SimpleNamespace()}, path),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+DAMAGED = pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+
+
+def copied(finished: Path, folder: Path) -> tuple[Path, dict]:
+    """A run's folder to damage, and what says that it is the same run."""
+    shutil.copytree(finished, folder)
+    return folder, torch.load(folder / "step-00000012.pt")["identity"]
+
+
+@DAMAGED
+def test_a_damaged_checkpoint_is_named_and_an_older_one_is_taken(
+    damage: Callable[[Path], None], finished: Path, capsys, tmp_path: Path
+) -> None:
+    folder, identity = copied(finished, tmp_path / "run")
+    assert finetune.load_checkpoint(folder, identity)["step"] == 12
+    assert not capsys.readouterr().err
+    damage(folder / "step-00000012.pt")
+    assert finetune.load_checkpoint(folder, identity)["step"] == 9
+    assert f"warning: {folder}/step-00000012.pt is no whole checkpoint" in capsys.readouterr().err
+
+
+@DAMAGED
+def test_where_no_checkpoint_is_whole_nothing_is_written_over(
+    damage: Callable[[Path], None], finished: Path, tmp_path: Path
+) -> None:
+    folder, identity = copied(finished, tmp_path / "run")
+    for path in (folder / "step-00000012.pt", folder / "step-00000009.pt"):
+        damage(path)
+    with pytest.raises(SystemExit, match="--resume: no checkpoint in .* is whole; name another"):
+        finetune.load_checkpoint(folder, identity)
+
+
+@pytest.mark.parametrize("log_is", ["missing", "short"])
+def test_resume_mends_the_log_and_replaces_the_damaged_checkpoint(
+    run, log_is: str, finished: Path, tmp_path: Path
+) -> None:
+    folder, _ = copied(finished, tmp_path / "run")
+    truncate(folder / "step-00000012.pt")
+    (folder / "step-00000012 of friday.pt").write_text("a file of the user's own")
+    truncate(folder / "losses.jsonl") if log_is == "short" else (folder / "losses.jsonl").unlink()
+    assert run(folder, "--resume", "--keep", "1") == 0, words(folder)
+    assert "steps  9 to 12" in words(folder) and log(folder) == log(finished)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["losses.jsonl", "model", "step-00000012 of friday.pt", "step-00000012.pt"]
+
+
+def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(finished: Path, tmp_path: Path) -> None:
+    folder, identity = copied(finished, tmp_path / "run")
+    truncate(folder / "step-00000012.pt")
+    args = SimpleNamespace(output_dir=folder, keep=1)
+    finetune.save_checkpoint(args, {**torch.load(folder / "step-00000009.pt"), "step": 10})
+    assert finetune.load_checkpoint(folder, identity)["step"] == 10
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "name"),
+    [(fill_the_disk_but_for_the_log, "step-00000003.pt"), (fill_the_disk, "losses.jsonl")],
+    ids=["checkpoint", "log"],
+)
+def test_a_full_disk_is_told_and_resumed_from(
+    run, sabotage: Callable[[], None], name: str, finished: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    assert run(folder, sabotage=sabotage) == 1
+    assert f"error: cannot write {folder / name}: " in words(folder)
+    assert run(folder, "--resume") == 0, words(folder)
+    assert log(folder) == log(finished)
+
+
+@pytest.mark.parametrize("error", [OSError, RuntimeError, SafetensorError])
+def test_what_cannot_be_written_is_named(error: type[Exception], tmp_path: Path) -> None:
+    """By Python, by torch.save or by save_pretrained."""
+    with pytest.raises(
+        SystemExit, match=f"error: cannot write {tmp_path}/model: the disk is full; "
+    ):
+        with finetune.writing(tmp_path / "model"):
+            raise error("the disk is full")
+
+
 # Packing
 
 
@@ -396,6 +549,26 @@ def test_pack_matches_a_loop_over_the_tokens() -> None:
     assert tokens.shape == positions.shape == (5, 4)
     assert tokens.flatten().tolist() == [*flat, 0, 0, 0]
     assert positions.flatten().tolist() == [*position, 0, 0, 0]
+
+
+def test_rows_without_a_target_are_neither_trained_on_nor_held_out() -> None:
+    """The last row of this text is the end of its only document."""
+    text = finetune.tokenize(["hello world " * 40], ByT5Tokenizer())
+    tokens, positions = finetune.pack(text, 32)
+    assert not positions[-1].any()
+    (training, _), (held_out, places) = finetune.split(tokens, positions, 0.05)
+    assert torch.equal(training, tokens[:14])
+    assert torch.equal(held_out, tokens[14:15]) and torch.equal(places, positions[14:15])
+
+
+@pytest.mark.parametrize(
+    ("documents", "found"),
+    [([], "no row"), ([[1]] * 99, "no row"), ([[5] * 33, *[[1]] * 99], "one row")],
+    ids=["no text", "tokens alone", "one row"],
+)
+def test_texts_that_teach_nothing_are_refused(documents: list[list[int]], found: str) -> None:
+    with pytest.raises(SystemExit, match=f"--data: the text fills {found} of 32 tokens"):
+        finetune.split(*finetune.pack(documents, 32), 0.05)
 
 
 def test_a_document_does_not_change_the_losses_of_others(finished: Path) -> None:
@@ -428,10 +601,26 @@ def test_attention_that_leaks_between_documents_is_refused(finished: Path) -> No
         model = AutoModelForCausalLM.from_pretrained(
             finished / "model", attn_implementation=attention
         )
-        finetune.check_isolation(model, 384)
+        finetune.check_model(model, 384)
     model = AutoModelForCausalLM.from_pretrained(finished / "model", attn_implementation="leaking")
     with pytest.raises(SystemExit, match="documents see each other in LlamaForCausalLM"):
-        finetune.check_isolation(model, 384)
+        finetune.check_model(model, 384)
+
+
+@pytest.mark.parametrize("attention", ["flash_two", "eager"])
+def test_models_that_are_not_causal_are_refused(attention: str) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = BertConfig(num_attention_heads=2, **sizes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    with pytest.raises(SystemExit, match="--model: BertLMHeadModel is not causal"):
+        finetune.check_model(model, 384)
+
+
+def test_a_bert_that_decodes_is_causal() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = BertConfig(num_attention_heads=2, is_decoder=True, **sizes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="flash_two")
+    finetune.check_model(model, 384)
 
 
 def test_every_epoch_visits_every_row_once_in_a_new_order() -> None:
@@ -455,7 +644,7 @@ def test_learning_rate_warms_up_and_falls_to_zero() -> None:
 def refusal(capsys: pytest.CaptureFixture, monkeypatch, *arguments: str) -> str:
     monkeypatch.setattr(sys, "argv", ["finetune.py", *arguments])
     with pytest.raises(SystemExit) as stop:
-        finetune.parse_arguments()
+        finetune.check_names(finetune.parse_arguments())
     return f"{stop.value} {capsys.readouterr().err}"
 
 
@@ -466,14 +655,18 @@ def refusal(capsys: pytest.CaptureFixture, monkeypatch, *arguments: str) -> str:
         ("--batch-size two", "--batch-size: expected int of at least 1, got 'two'"),
         ("--learning-rate nan", "--learning-rate: expected float of at least 0, got 'nan'"),
         ("--eval-fraction 0.6", "--eval-fraction: expected float from 0 to 0.5, got '0.6'"),
-        ("--precision fp8", "--precision: invalid choice: 'fp8'"),
+        ("--precision fp8", "argument --precision: "),
         ("--warmup-steps 500", "--warmup-steps: expected fewer than --steps 500, got 500"),
         ("--attn-implementation flash", "--attn-implementation: expected one of eager, "),
         ("--compare sdap", "--compare: expected one of eager, "),
         ("--data missing.txt", "--data: there is no file missing.txt"),
         (f"--data {__file__}", "--data: expected a .txt or .jsonl file, or a data set, got "),
         (f"--seed {2**32}", "--seed: expected int from 0 to 4294967295, got '4294967296'"),
-        ("--model /missing", "--model: cannot read '/missing'"),
+        ("--model /missing", "--model: there is no folder /missing"),
+        ("--model ./missing", "--model: there is no folder ./missing"),
+        (f"--model {__file__}", "--model: there is no folder "),
+        ("--prompt \ud800", "--prompt: it is no Unicode text: "),
+        ("--steps 1 --warmup-steps 1", "--warmup-steps: expected fewer than --steps 1, got 1"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message, capsys, monkeypatch, tmp_path) -> None:
@@ -482,9 +675,70 @@ def test_bad_arguments_are_refused(arguments, message, capsys, monkeypatch, tmp_
     assert not Path(folder).exists()
 
 
+def test_a_mistake_is_told_before_the_libraries_are_imported(tmp_path: Path) -> None:
+    for name in ("torch", "transformers", "accelerate"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('imported')")
+    finished = subprocess.run(
+        [sys.executable, str(SCRIPT), "--output-dir", str(tmp_path), "--model", "./nowhere"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert finished.stderr == "error: argument --model: there is no folder ./nowhere\n"
+    assert finished.returncode == 1
+
+
+def parsed(monkeypatch, folder: Path, *arguments: str):
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "--output-dir", str(folder), *arguments])
+    return finetune.parse_arguments()
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (6, 0), (50, 5), (200, 20), (1000, 20)])
+def test_few_steps_warm_up_in_a_tenth_of_them(steps, warmup, monkeypatch, tmp_path) -> None:
+    args = parsed(monkeypatch, tmp_path, "--steps", str(steps))
+    assert args.warmup_steps == warmup
+    assert finetune.learning_rate(0, args) > 0
+
+
+def test_the_precision_of_the_launcher_is_the_default(monkeypatch, tmp_path) -> None:
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    assert parsed(monkeypatch, tmp_path).precision == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert parsed(monkeypatch, tmp_path).precision == "bf16"
+    assert parsed(monkeypatch, tmp_path, "--precision", "no").precision == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(SystemExit, match="--precision: accelerate is set up for fp8; pass"):
+        parsed(monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        ("flash_attention_2", "flash_attention_2"),
+        ("broken", "--compare: broken cannot run LlamaForCausalLM in float32 on .*no such kernel"),
+    ],
+)
+def test_a_comparison_that_cannot_be_is_refused_before_training(
+    run, attention: str, message: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    assert run(folder, "--compare", attention, sabotage=register_a_broken_attention) == 1
+    assert re.search(f"error: argument .*{message}", words(folder))
+    assert not folder.exists()
+
+
+def test_tokens_that_the_model_does_not_know_are_refused(run, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    model = untrained()
+    model.resize_token_embeddings(100)
+    model.save_pretrained(base)
+    ByT5Tokenizer().save_pretrained(base)
+    assert run(tmp_path / "run", "--model", str(base)) == 1
+    message = r"--model: its tokenizer gives token 1\d\d, and it knows 100"
+    assert re.search(message, words(tmp_path / "run"))
+
+
 def test_an_output_folder_is_needed(capsys, monkeypatch) -> None:
     message = refusal(capsys, monkeypatch)
-    assert "the following arguments are required: --output-dir" in message
+    assert "--output-dir" in message
 
 
 def test_an_output_folder_that_cannot_be_is_refused(capsys, monkeypatch) -> None:
@@ -560,6 +814,11 @@ def test_text_too_short_for_two_rows_is_refused(run, tmp_path: Path) -> None:
     assert not folder.exists()
 
 
+def test_without_data_there_is_the_text_of_this_python() -> None:
+    documents = finetune.load_documents(None, "text")
+    assert len(documents) > 10 and all(isinstance(document, str) for document in documents)
+
+
 def test_records_without_text_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"text": "good"}\n\n{"body": "bad", "title": 1}\n')
@@ -572,11 +831,14 @@ def test_records_without_text_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"text": "good"}\n\n{"text": bad}', "--data: line 3 of .* is no JSON: Expecting value"),
+        (b'{"text": "good"}\n\n{"text": bad}', "--data: line 3 of .* is no JSON: "),
         (b'["good"]', "--text-field: record 0 of .* its fields are none"),
-        (b'{"text": "\xff"}', "--data: cannot read .*: 'utf-8' codec"),
+        (b'{"text": "\xff"}', "--data: cannot read .*"),
+        (b'{"text": "a"}\n{"text": "b\\ud800"}', "--data: record 1 of .* is no Unicode text: "),
+        (b"", "--data: there is no text in .*data.jsonl"),
+        (b'{"text": ""}\n{"text": ""}', "--data: there is no text in .*data.jsonl"),
     ],
-    ids=["no JSON", "a list", "no UTF-8"],
+    ids=["no JSON", "a list", "no UTF-8", "half a character", "empty", "empty documents"],
 )
 def test_files_that_cannot_be_read_are_refused(content, message, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
@@ -596,18 +858,12 @@ def test_a_folder_without_a_model_is_refused(finished: Path, tmp_path: Path) -> 
     shutil.copy(finished / "model" / "config.json", tmp_path)
     with pytest.raises(SystemExit, match="--model: cannot load the tokenizer of "):
         finetune.load_tokenizer(str(tmp_path / "missing"))
-    args = SimpleNamespace(
-        model=str(tmp_path), seed=0, attn_implementation="eager", precision="no", lora_rank=0
-    )
-    with pytest.raises(SystemExit, match="--model: cannot load .* with eager: .*safetensors"):
-        finetune.load_model(args, ByT5Tokenizer())
-
-
-def test_another_precision_of_the_launcher_is_refused(monkeypatch) -> None:
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    args = SimpleNamespace(precision="no")
-    with pytest.raises(SystemExit, match="set up for bf16, and this is no; pass --precision bf16"):
-        finetune.check_processes(args, SimpleNamespace())
+    with pytest.raises(SystemExit, match="--model: cannot load .* with eager: "):
+        untrained(model=str(tmp_path))
+    shutil.copy(finished / "model" / "model.safetensors", tmp_path)
+    truncate(tmp_path / "model.safetensors")
+    with pytest.raises(SystemExit, match="--model: cannot load .* with eager: "):
+        untrained(model=str(tmp_path))
 
 
 def test_models_without_position_ids_are_refused(tmp_path: Path) -> None:
@@ -615,9 +871,5 @@ def test_models_without_position_ids_are_refused(tmp_path: Path) -> None:
 
     config = BloomConfig(vocab_size=384, hidden_size=16, n_layer=1, n_head=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bloom")
-    args = SimpleNamespace(
-        model=str(tmp_path / "bloom"), seed=0, attn_implementation="eager", precision="no",
-        lora_rank=0, gradient_checkpointing=False,
-    )  # fmt: skip
     with pytest.raises(SystemExit, match="BloomForCausalLM takes no position_ids"):
-        finetune.load_model(args, ByT5Tokenizer())
+        untrained(model=str(tmp_path / "bloom"))

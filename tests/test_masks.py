@@ -9,15 +9,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_attention import LargestTensor
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 
-from hf_flash_two import AttentionMask
-from hf_flash_two.masks import FAR, KEY_GRANULE, TileMap
+from hf_flash_two import AttentionMask, flash_attention
+from hf_flash_two.masks import FAR, KEY_GRANULE, Lasting, TileMap
 
 BATCH = 3
 
@@ -611,6 +613,158 @@ def test_independent_of_what_it_was_made_from() -> None:
         assert torch.equal(mask.to_dense(4, 4), dense)
 
 
+WRITES = {
+    "copy_": lambda old, new: old.copy_(new),
+    "data.copy_": lambda old, new: old.data.copy_(new),
+    "data": lambda old, new: setattr(old, "data", new.clone()),
+    "numpy": lambda old, new: np.copyto(old.numpy(), new.numpy()),
+    "dlpack": lambda old, new: torch.from_dlpack(old).copy_(new),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@pytest.mark.parametrize("own", [False, True], ids=["from_intervals", "fields"])
+def test_what_was_worked_out_is_never_of_other_values(write: Callable, own: bool) -> None:
+    """A mask keeps what it was made from or reads it live: it never mixes old and new."""
+    first = torch.full((1, 200), 150, dtype=torch.int32)
+    last = torch.full_like(first, 180)
+    make = AttentionMask if own else AttentionMask.from_intervals
+    mask = make(first_query=first, last_query=last, query_offset=0)
+    tensors = [torch.randn(1, 1, 200, 8) for _ in range(3)]
+
+    def attend(mask: AttentionMask | Tensor) -> Tensor:
+        return flash_attention(*tensors, mask=mask, q_bucket_size=16)
+
+    attend(mask)
+    write(first, torch.arange(200, dtype=torch.int32)[None])
+    write(last, torch.full_like(last, FAR))
+    assert torch.equal(attend(mask), attend(mask.to_dense(200, 200)))
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_dense_mask_is_read_in_each_call(write: Callable) -> None:
+    given = torch.ones(30, 40, dtype=torch.bool).tril(10)
+    mask = AttentionMask.from_dense(given)
+    combined = mask & AttentionMask.from_padding(torch.ones(40))
+    tensors = [torch.randn(1, 1, n, 8) for n in (30, 40, 40)]
+    for each in (mask, combined):
+        flash_attention(*tensors, mask=each)
+    other = torch.rand(30, 40) > 0.5
+    write(given, other)
+    for each in (mask, combined):
+        want = flash_attention(*tensors, mask=each.to_dense(30, 40))
+        assert torch.equal(flash_attention(*tensors, mask=each), want)
+
+
+WORDS = {
+    "full": AttentionMask.full,
+    "causal": AttentionMask.causal,
+    "causal, window=4": lambda: AttentionMask.causal(4),
+    "window left=3 right=None": lambda: AttentionMask.window(3, None),
+    "causal, query_offset=3": lambda: AttentionMask.causal(query_offset=3),
+    "intervals over 128 keys, batch 2, on cpu": lambda: (
+        AttentionMask.causal() & AttentionMask.from_padding(torch.ones(2, 128))
+    ),
+    "dense [1, 1, 5, 7] on cpu": lambda: AttentionMask.from_dense(torch.ones(5, 7).bool()),
+}
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_repr_says_what_it_is(words: str) -> None:
+    assert repr(WORDS[words]()) == f"AttentionMask({words})"
+
+
+# Under vmap
+
+
+IDS = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 1, 1, 1, 2, 2], [3, 3, 3, 3, 3, 3]])
+MAPPED: dict[str, tuple[Callable, Tensor]] = {
+    "padding": (AttentionMask.from_padding, torch.rand(3, 2, 6) > 0.3),
+    "padding-one-row": (AttentionMask.from_padding, torch.rand(3, 6) > 0.3),
+    "padding-int": (AttentionMask.from_padding, (torch.rand(3, 2, 6) > 0.3).long()),
+    "padding-float": (AttentionMask.from_padding, (torch.rand(3, 2, 6) > 0.3).float()),
+    "intervals": (lambda x: AttentionMask.from_intervals(x, x + 2), IDS),
+    "intervals-and-plain": (
+        lambda x: AttentionMask.from_intervals(x, torch.full((6,), 9)), IDS
+    ),
+    "segments": (lambda x: AttentionMask.from_documents(segment_ids=x, causal=True), IDS),
+    "positions": (
+        lambda x: AttentionMask.from_documents(position_ids=x),
+        torch.tensor([[0, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5], [5, 6, 0, 0, 1, 2]]),
+    ),
+    "boundaries": (
+        lambda x: AttentionMask.from_documents(x, key_length=6, causal=True, window=2),
+        torch.tensor([[0, 2, 6], [0, 5, 6], [0, 1, 5]]),
+    ),
+    "prefix": (lambda x: AttentionMask.from_prefix(x, 6), torch.tensor([[1, 2], [0, 6], [3, 3]])),
+    "blocks": (AttentionMask.from_blocks, IDS - 1),
+    "chunked": (
+        lambda x: AttentionMask.chunked(2, 6, starts=x), torch.tensor([[0, 1], [1, 1], [2, 0]])
+    ),
+    "dense": (AttentionMask.from_dense, torch.rand(3, 6, 6) > 0.3),
+    "bool": (lambda x: x, torch.rand(3, 6, 6) > 0.3),
+    "intersection": (
+        lambda x: AttentionMask.from_padding(x) & AttentionMask.causal(3), torch.rand(3, 6) > 0.3
+    ),
+    "slices": (
+        lambda x: (AttentionMask.from_padding(x) & AttentionMask.causal()).slice_keys(0, 6, 6, 6)
+        .slice_queries(0, 6, 6, 6),
+        torch.rand(3, 6) > 0.3,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "given"), MAPPED.values(), ids=MAPPED)
+def test_made_under_vmap(make: Callable, given: Tensor) -> None:
+    """Each sample gets the mask of its own values; with gradients, and mapped twice."""
+    tensors = [torch.randn(2, 2, 6, 8) for _ in range(3)]
+
+    def attend(given: Tensor, query: Tensor) -> Tensor:
+        return flash_attention(query, *tensors[1:], mask=make(given))
+
+    def loss(query: Tensor, given: Tensor) -> Tensor:
+        return attend(given, query).sin().sum()
+
+    for function in (attend, lambda given, query: torch.func.grad(loss)(query, given)):
+        once = torch.vmap(function, in_dims=(0, None))
+        got = once(given, tensors[0])
+        twice = torch.vmap(once, in_dims=(0, None))(torch.stack([given, given]), tensors[0])
+        for n in range(3):
+            want = function(given[n], tensors[0])
+            for result in (got[n], twice[0, n], twice[1, n]):
+                torch.testing.assert_close(result, want)
+
+
+def test_values_are_looked_at_under_vmap() -> None:
+    """A mask that is added to scores is refused there, too."""
+    added = torch.tensor([[1.0, 0.0], [0.0, -1e9]])
+    with pytest.raises(ValueError, match="keep: expected zeros and ones"):
+        torch.vmap(lambda keep: AttentionMask.from_padding(keep).first_query)(added)
+
+
+def test_boundaries_under_vmap_need_a_length() -> None:
+    def make(boundaries: Tensor) -> Tensor:
+        return AttentionMask.from_documents(boundaries).first_query
+
+    with pytest.raises(ValueError, match="key_length: expected the number of keys"):
+        torch.vmap(make)(torch.tensor([[0, 2, 6], [0, 5, 6]]))
+
+
+def test_fake_tensors_leave_nothing_behind() -> None:
+    """What is worked out without data is not taken for the mask's own later on."""
+    keep = torch.rand(2, 100) > 0.3
+    mask = AttentionMask.from_padding(keep)
+    tensors = [torch.randn(2, 2, 100, 8) for _ in range(3)]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(x).requires_grad_() for x in tensors]
+        for each in (mask, AttentionMask.from_padding(mode.from_tensor(keep))):
+            out = flash_attention(*fakes, mask=each)
+            (grad,) = torch.autograd.grad(out.sum(), fakes[1])
+            assert is_fake(out) and out.shape == grad.shape == (2, 2, 100, 8)
+    want = flash_attention(*tensors, mask=AttentionMask.from_padding(keep))
+    assert torch.equal(flash_attention(*tensors, mask=mask), want)
+
+
 def test_inputs_are_not_written_to() -> None:
     ids = torch.tensor([[0, 0, 1, 1, 2]])
     cu = torch.tensor([0, 2, 5])
@@ -642,6 +796,10 @@ REFUSALS = {
     "padding-4d": (
         lambda: AttentionMask.from_padding(torch.ones(1, 1, 1, 4)),
         r"keep: expected shape \[Tk\] or \[B, Tk\], got \[1, 1, 1, 4\]",
+    ),
+    "padding-added": (
+        lambda: AttentionMask.from_padding(torch.tensor([0.0, -1e9])),
+        r"keep: expected zeros and ones \(1 may be seen\), got torch.float32 with other values",
     ),
     "documents-none": (lambda: AttentionMask.from_documents(), r"give exactly one of cu_seqlens"),
     "documents-two": (
@@ -704,7 +862,7 @@ REFUSALS = {
     ),
     "check-batch": (
         lambda: AttentionMask.from_padding(torch.ones(2, 4)).check(3, 1, 4, 4),
-        r"mask: expected intervals of shape \[1 or 3, 4\] .*got \[2, 4\]",
+        r"mask: expected one over 4 keys of 1 or 3 batch rows, .*over 4 keys of 2 batch rows",
     ),
     "check-dense": (
         lambda: AttentionMask.from_dense(torch.ones(3, 4).bool()).check(1, 1, 4, 4),
@@ -722,6 +880,45 @@ def test_refusal(make: Callable, message: str) -> None:
     """Names the argument, what was expected and what came."""
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_what_is_kept_waits_for_the_stream_that_made_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for each use on another stream; not while a graph is captured, which may not."""
+
+    class Stream:
+        waited = 0
+
+        def record_event(self) -> str:
+            return "made"
+
+        def wait_event(self, event: str) -> None:
+            assert event == "made"
+            self.waited += 1
+
+    class OnGPU:
+        is_cuda, device, readers = True, "cuda:0", []
+
+        def record_stream(self, stream: Stream) -> None:
+            self.readers.append(stream)
+
+    own, other = Stream(), Stream()
+    current, capturing = [own], [False]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    tensor = OnGPU()
+    kept = Lasting(tensor)
+    assert kept.read() is tensor and not own.waited and not tensor.readers
+    current[0] = other
+    assert kept.read() is tensor and other.waited == 1 and tensor.readers == [other]
+    capturing[0] = True
+    assert kept.read() is tensor and other.waited == 1
+
+
+def test_a_used_mask_can_be_copied() -> None:
+    mask = AttentionMask.from_padding(torch.tensor([True, False, True]))
+    assert torch.equal(copy.deepcopy(mask).key_bounds(), mask.key_bounds())
+    mask.key_bounds()
+    assert torch.equal(copy.deepcopy(mask).key_bounds(), mask.key_bounds())
 
 
 def test_and_with_something_else() -> None:

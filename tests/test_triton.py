@@ -223,6 +223,29 @@ def test_a_known_launch_skips_the_jit_unless_a_profiler_watches(
     assert calls == ["jit", known, "jit"]
 
 
+def test_a_missing_compiler_is_named() -> None:
+    class Kernel:
+        def __getitem__(self, grid):
+            def launch(*args, **kwargs):
+                raise RuntimeError("Failed to find C compiler. Please specify via CC")
+
+            return launch
+
+    tiles = triton_config.Tiles(16, 16, 16, 16, 4, 1)
+    with pytest.raises(RuntimeError, match="no C compiler.*install gcc or clang.*'blockwise'"):
+        triton_launch.Launch(Kernel(), (1,), (), {}, tiles)()
+
+
+@pytest.mark.parametrize("group", [65, 71, 128])
+def test_many_heads_to_a_key_decode_packed(device: str, group: int) -> None:
+    """More than one tile of queries; keys are still read once for all of a tile's heads."""
+    tensors = inputs(1, 300, heads=(group, 1), device=device)
+    problem = SimpleNamespace(bias=None, dense=None, block_q=None, block_k=None)
+    assert triton_config.forward_tiles(*tensors, problem).pack == group
+    expected = dense_attention(*tensors)[0]
+    torch.testing.assert_close(attend(*tensors), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("programs", [1, 8, 70, 100, 128, 133, 512, 4096])
 def test_decode_keeps_the_processors_busy(programs: int) -> None:
     splits = triton_config._splits(programs, 132, 128)
@@ -338,3 +361,205 @@ def test_nothing_is_compiled_as_the_cache_grows(device: str) -> None:
         triton.knobs.runtime.jit_post_compile_hook = before
     # From one split of the keys to several is one kernel more, and the one that merges them.
     assert len(compiled) <= 2
+
+
+# Hidden pairs, whatever they hold
+
+
+def hiding(name: str, query_length: int, length: int, device: str) -> AttentionMask:
+    """Masks whose tiles hold hidden pairs beside visible ones."""
+    keep = torch.ones(BATCH, length, device=device)
+    keep[0, : length // 3] = 0
+    keep[1, length // 2 : length // 2 + 10] = 0
+    some = torch.rand(BATCH, 1, query_length, length).to(device) > 0.4
+    some[:, :, 1] = some[..., 5] = False
+    if name == "packed":
+        ids = torch.arange(length, device=device) // 25
+        return AttentionMask.from_documents(segment_ids=ids, causal=True)
+    return {
+        "causal": AttentionMask.causal(),
+        "window": AttentionMask.causal(window=20),
+        "padded": AttentionMask.causal() & AttentionMask.from_padding(keep),
+        "dense": AttentionMask.from_dense(some),
+    }[name]
+
+
+class Hidden:
+    """One call with a mask, to be repeated with some of its numbers replaced."""
+
+    def __init__(self, name: str, query_length: int, length: int, device: str, **given) -> None:
+        self.mask = hiding(name, query_length, length, device)
+        visible = self.mask.to_dense(query_length, length, device)[:, 0]
+        self.visible = visible.expand(BATCH, -1, -1)
+        query, key, value = inputs(query_length, length, heads=(2, 1), device=device, **given)
+        d_out = torch.randn(query.shape, dtype=query.dtype).to(device)
+        self.tensors = {"query": query, "key": key, "value": value, "d_out": d_out}
+        if name == "dense":
+            self.tensors["bias"] = torch.randn(1, 2, query_length, length).to(device)
+
+    def run(self, change: Callable[[dict[str, Tensor]], None]) -> dict[str, Tensor]:
+        tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        change(tensors)
+        d_out = tensors.pop("d_out")
+        leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+        # Small tiles: some are whole, some are hidden in part.
+        out, lse = attend(
+            **leaves, mask=self.mask, return_lse=True, q_bucket_size=32, k_bucket_size=32
+        )
+        grads = torch.autograd.grad(out, list(leaves.values()), d_out)
+        found = {f"d_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+        return found | {"out": out.detach(), "lse": lse.detach()}
+
+
+SQUARE = [("padded", 70, 70), ("dense", 70, 70), ("packed", 70, 70), ("causal", 70, 70)]
+SPLIT = [("padded", 2, 600), ("dense", 2, 600)]
+BIG = [
+    pytest.param(name, 300, 300, dtype, dim, marks=needs_gpu)
+    for name, dtype, dim in itertools.product(
+        ("padded", "dense", "packed", "causal", "window"),
+        (torch.bfloat16, torch.float16, torch.float32),
+        (64, 128, 256),
+    )
+]
+
+
+def of_few(cases: list) -> list:
+    return [(*case, torch.float32, 16) for case in cases]
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("name", "query_length", "length", "dtype", "dim"), of_few(SQUARE[:2] + SPLIT) + BIG, ids=str
+)
+def test_who_is_seen_by_nobody_does_not_matter(
+    device: str, name: str, query_length: int, length: int, dtype, dim: int, poison: float
+) -> None:
+    """Padding keys and rows that see nothing: bit for bit what finite numbers give there."""
+    call = Hidden(name, query_length, length, device, dtype=dtype, head_dim=dim)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for names, axis in ((("key", "value"), 1), (("query", "d_out"), 2)):
+            alone = ~call.visible.any(axis)
+            for each in names:
+                tensors[each].masked_fill_(alone[:, None, :, None], poison)
+
+    clean, found = call.run(lambda tensors: None), call.run(change)
+    for what, tensor in found.items():
+        assert torch.equal(tensor, clean[what]), what
+
+
+@pytest.mark.parametrize("what", ["key", "value", "row"])
+@pytest.mark.parametrize(
+    ("name", "query_length", "length", "dtype", "dim"), of_few(SQUARE[1:] + SPLIT) + BIG, ids=str
+)
+def test_what_is_not_finite_reaches_only_who_sees_it(
+    device: str, name: str, query_length: int, length: int, dtype, dim: int, what: str
+) -> None:
+    """One key, one value or one row: all others that do not meet it stay bit for bit the same."""
+    call = Hidden(name, query_length, length, device, dtype=dtype, head_dim=dim)
+    visible = call.visible
+    key, row = (30, 40) if query_length > 2 else (length - 1, 0)
+    rows = visible[..., key] if what != "row" else torch.zeros_like(visible[..., 0])
+    if what == "row":
+        rows[:, row] = True
+    assert rows.any() and not rows.all()
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        if what == "value":
+            tensors["value"][:, :, key, 3] = math.nan
+            tensors["value"][:, :, key, 5] = math.inf
+        elif what == "key":
+            tensors["key"][:, :, key] = math.nan
+        else:
+            tensors["query"][:, :, row] = math.inf
+            tensors["d_out"][:, :, row] = math.nan
+
+    clean, found = call.run(lambda tensors: None), call.run(change)
+    keys = (visible & rows[..., None]).any(1)  # that share a row with it
+    for names, apart in (
+        (("out", "lse", "d_query"), ~rows), (("d_key", "d_value"), ~keys),
+    ):  # fmt: skip
+        for each in names:
+            same = found[each].eq(clean[each]) | ~apart.reshape(
+                BATCH, 1, -1, *[1] * (found[each].dim() - 3)
+            )
+            assert same.all(), each
+    if what == "value":
+        seen = rows[:, None].expand(-1, 2, -1)
+        assert torch.equal(found["out"][..., 3].isnan(), seen)
+        assert torch.equal(~found["out"][..., 5].isfinite(), seen)
+        others = [column for column in range(dim) if column not in (3, 5)]
+        assert torch.equal(found["out"][..., others], clean["out"][..., others])
+
+
+@pytest.mark.parametrize("query_length", [70, 2])
+@pytest.mark.parametrize("low", [torch.finfo(torch.float32).min, -1e9])
+def test_a_bias_that_is_low_everywhere_hides_nothing(
+    device: str, low: float, query_length: int
+) -> None:
+    """It shifts all scores of a row alike, as in the dense formula, and what it rounds away."""
+    query, key, value = inputs(query_length, 300, device=device)
+    bias = torch.zeros(1, 1, query_length, 300, device=device)
+    bias[:, :, 0] = low
+    bias[:, :, 1, 50:] = low
+    upstream = torch.randn_like(query)
+    results = []
+    for function in (lambda *t, bias: attend(*t, bias=bias, return_lse=True), dense_attention):
+        leaves = [x.clone().requires_grad_() for x in (query, key, value, bias)]
+        out, lse = function(*leaves[:3], bias=leaves[3])
+        results.append([out, lse, *torch.autograd.grad(out, leaves, upstream)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(
+    ("heads", "query_length", "key_length", "batch"), [((0, 2), 5, 7, 2), ((4, 2), 0, 7, 2)],
+    ids=["Hq0", "Tq0"],
+)  # fmt: skip
+def test_no_queries_leave_gradients_of_zero(
+    device: str, heads: tuple[int, int], query_length: int, key_length: int, batch: int
+) -> None:
+    tensors = inputs(query_length, key_length, heads=heads, batch=batch, device=device)
+    leaves = [x.requires_grad_() for x in (*tensors, torch.ones(1, 1, 1, 1, device=device))]
+    out = attend(*leaves[:3], bias=leaves[3])
+    for leaf, grad in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
+        assert torch.equal(grad, torch.zeros_like(leaf))
+
+
+@pytest.mark.parametrize("query_length", [40, 1])
+def test_per_head_tensors_are_read_by_their_strides(device: str, query_length: int) -> None:
+    """Also where they are given to the op itself, which makes no copies."""
+    tensors = inputs(query_length, 300, device=device)
+    fields = dict.fromkeys(Problem._fields) | dict(
+        query_offset=300 - query_length, scale=0.25, softcap=0.0, dropout_p=0.0
+    )
+    columns = torch.randn(6, 3).to(device)
+    outs = []
+    for lay_out in (lambda x: x, Tensor.contiguous):
+        slopes, sinks = (lay_out(columns[None, :, index]) for index in (0, 2))
+        problem = Problem(**fields | {"alibi_slopes": slopes, "sinks": sinks})
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        out, lse = torch.ops.hf_flash_two.flash_attn_fwd(*leaves, *problem, "triton")
+        grads = torch.ops.hf_flash_two.flash_attn_bwd(
+            torch.ones_like(out), None, *leaves, out, lse, *problem, "triton", False
+        )
+        outs.append([out, lse, *grads])
+    for strided, contiguous in zip(*outs, strict=True):
+        assert torch.equal(strided, contiguous)
+
+
+@needs_gpu
+def test_what_a_mask_keeps_is_read_on_any_stream(device: str) -> None:
+    """Key ranges still being made on one stream, when another wants them."""
+    tensors = inputs(300, 300, dtype=torch.float16, device=device)
+    expected = attend(*tensors, mask=masks(300, device)["padded"])
+    mask = masks(300, device)["padded"]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(2 * 10**9)
+        attend(*tensors, mask=mask)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        found = attend(*tensors, mask=mask)
+    torch.cuda.synchronize()
+    assert torch.equal(found, expected)

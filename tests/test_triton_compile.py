@@ -7,6 +7,7 @@ nothing of registers and shared memory.
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -28,17 +29,26 @@ from hf_flash_two.kernels import (  # noqa: E402
     triton_ranges,
 )
 
-TARGETS = {
-    "turing": (GPUTarget("cuda", 75, 32), 2**16),
-    "ampere": (GPUTarget("cuda", 80, 32), 163 * 2**10),
-    "ada": (GPUTarget("cuda", 89, 32), 99 * 2**10),
-    "hopper": (GPUTarget("cuda", 90, 32), 227 * 2**10),
-    "mi300": (GPUTarget("hip", "gfx942", 64), 2**16),
-}
 TYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
     torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
 }  # fmt: skip
+
+
+def gpu(kib: int, *engines: str) -> triton_config.Device:
+    """A GPU of so much shared memory for a program."""
+    return triton_config.Device(132, kib * 2**10, **dict.fromkeys(engines, True))
+
+
+TARGETS = {
+    "turing": (GPUTarget("cuda", 75, 32), gpu(64)),
+    "ampere": (GPUTarget("cuda", 80, 32), gpu(163)),
+    "ada": (GPUTarget("cuda", 89, 32), gpu(99)),
+    "hopper": (GPUTarget("cuda", 90, 32), gpu(227, "bulk_copy")),
+    "blackwell": (GPUTarget("cuda", 100, 32), gpu(227, "bulk_copy", "tensor_memory")),
+    "rtx-blackwell": (GPUTarget("cuda", 120, 32), gpu(99, "bulk_copy")),
+    "mi300": (GPUTarget("hip", "gfx942", 64), gpu(64)),
+}
 
 
 class Recorder:
@@ -104,10 +114,16 @@ def problem(mask: AttentionMask, length: int, **changes) -> Problem:
     return Problem(**(settings | changes))
 
 
+def pretend(monkeypatch: pytest.MonkeyPatch, device: triton_config.Device) -> None:
+    for module in (triton_config, triton_launch):
+        monkeypatch.setattr(module, "device_of", lambda index: device)
+
+
 FEATURES = ("causal", "padded", "everything", "decode", "wide")
 ALWAYS = {
     ("hopper", "causal"), ("hopper", "everything"), ("hopper", "decode"), ("ampere", "padded"),
-    ("ada", "wide"), ("turing", "causal"), ("mi300", "padded"),
+    ("ada", "wide"), ("turing", "causal"), ("mi300", "padded"), ("blackwell", "padded"),
+    ("rtx-blackwell", "causal"),
 }  # fmt: skip
 
 
@@ -119,10 +135,8 @@ ALWAYS = {
     ],
 )
 def test_compiles(monkeypatch, launches, target, feature):
-    gpu, shared_memory = TARGETS[target]
-    device = triton_config.Device(132, shared_memory, bulk_copy=target == "hopper")
-    for module in (triton_config, triton_launch):
-        monkeypatch.setattr(module, "device_of", lambda index: device)
+    gpu, device = TARGETS[target]
+    pretend(monkeypatch, device)
     length, head_dim = 512, {"wide": 320}.get(feature, 128)
     # Turing has no bfloat16.
     dtype = torch.float16 if target == "turing" else torch.bfloat16
@@ -150,7 +164,7 @@ def test_compiles(monkeypatch, launches, target, feature):
     assert launches
     for kernel, _, args, kwargs in launches:
         compiled = compile_launch(kernel, args, kwargs, gpu)
-        assert compiled.metadata.shared <= shared_memory, kernel.__name__
+        assert compiled.metadata.shared <= device.shared_memory, kernel.__name__
 
 
 def test_any_number_of_heads_fits_the_grid(launches):
@@ -168,3 +182,155 @@ def test_any_number_of_heads_fits_the_grid(launches):
     }  # fmt: skip
     for kernel, (_, *others), *_ in launches:
         assert max(others, default=1) < 2**16, kernel.__name__
+
+
+@pytest.fixture
+def no_code(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    """Kernels are compiled until their shared memory is known, and kept by nobody."""
+
+    def nothing(*args):
+        next(x for x in args if isinstance(x, dict))["name"] = "kernel"
+        return ""
+
+    nvidia = pytest.importorskip("triton.backends.nvidia.compiler")
+    amd = pytest.importorskip("triton.backends.amd.compiler")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(nvidia.CUDABackend, "make_ptx", nothing)
+    monkeypatch.setattr(nvidia.CUDABackend, "make_cubin", lambda *args: b"")
+    monkeypatch.setattr(amd.HIPBackend, "make_amdgcn", staticmethod(nothing))
+    monkeypatch.setattr(amd.HIPBackend, "make_hsaco", staticmethod(lambda *args: b""))
+    monkeypatch.setattr(nvidia.llvm, "optimize_module", lambda *args: None)
+
+
+EXTREMES = {
+    "plain": "",
+    "bias": "bias",
+    "terms": "bias alibi softcap dropout sinks",
+    "everything": "bias dense alibi softcap dropout sinks",
+    "half-bias": "half-bias",
+}
+SAMPLED = {
+    ("ampere", torch.float16, (256, 256), "bias", 512),
+    ("ampere", torch.float16, (64, 64), "everything", 512),
+    ("blackwell", torch.bfloat16, (256, 256), "bias", 512),
+    ("turing", torch.float16, (576, 512), "bias", 30),
+}
+
+
+def extremes() -> list:
+    dims = ((64, 64), (128, 128), (192, 128), (256, 256), (576, 512))
+    cases = itertools.product(
+        TARGETS, (torch.float16, torch.bfloat16, torch.float32), dims, EXTREMES, (512, 30, 1)
+    )
+    return [
+        pytest.param(*case, marks=() if case in SAMPLED else pytest.mark.sweep)
+        for case in cases
+        if case[:2] != ("turing", torch.bfloat16)
+    ]
+
+
+@pytest.mark.usefixtures("no_code")
+@pytest.mark.parametrize(
+    ("target", "dtype", "dims", "extreme", "query_length"), extremes(), ids=str
+)
+def test_shared_memory_suffices(
+    monkeypatch: pytest.MonkeyPatch,
+    launches: list,
+    target: str,
+    dtype: torch.dtype,
+    dims: tuple[int, int],
+    extreme: str,
+    query_length: int,
+) -> None:
+    """Of every kernel and table row, with everything that wants tiles of its own."""
+    compiler, device = TARGETS[target]
+    pretend(monkeypatch, device)
+    words, length = EXTREMES[extreme].split(), 512
+    query, key, value = (
+        torch.empty(1, heads, tokens, dim, dtype=dtype)
+        for heads, tokens, dim in ((4, query_length, dims[0]), (2, length, dims[0]),
+                                   (2, length, dims[1]))
+    )  # fmt: skip
+    shape = (1, 4, query_length, length)
+    given = {
+        "bias": dict(bias=torch.empty(shape)),
+        "half-bias": dict(bias=torch.empty(shape, dtype=dtype)),
+        "alibi": dict(alibi_slopes=torch.empty(1, 4)),
+        "softcap": dict(softcap=30.0),
+        "dropout": dict(seed=torch.empty(1, dtype=torch.int64), dropout_p=0.1),
+        "sinks": dict(sinks=torch.empty(1, 4)),
+    }
+    changes = {name: x for word in words for name, x in given.get(word, {}).items()}
+    for band in (True, False):
+        mask = AttentionMask.causal()
+        if not band:
+            mask = mask & AttentionMask.from_padding(torch.ones(1, length))
+        if "dense" in words:
+            mask = mask & AttentionMask.from_dense(torch.ones(shape, dtype=torch.bool))
+        described = problem(mask, length, **changes)
+        out, lse = triton_forward.forward(query, key, value, described)
+        triton_backward.backward(
+            out, None, query, key, value, out, lse, described, described.bias is not None
+        )
+    for kernel, _, args, kwargs in launches:
+        shared = compile_launch(kernel, args, kwargs, compiler).metadata.shared
+        assert shared <= device.shared_memory, (kernel.__name__, shared, kwargs)
+
+
+def unguarded(ptx: str) -> list[str]:
+    """What is written to shared memory after products were waited for, and no barrier between."""
+    events, labels = [], {}
+    for line in map(str.strip, ptx.splitlines()):
+        if label := re.match(r"(\$L__BB\w+):", line):
+            labels[label[1]] = len(events)
+        for kind, pattern in (
+            ("wait", r"wgmma\.wait_group"),
+            ("barrier", r"bar\.sync|barrier\.sync"),
+            ("write", r"cp\.async\.(bulk\.tensor|c[ag])|st\.shared|stmatrix"),
+            ("branch", r"\bbra(?:\.uni)?\s+(\$L__BB\w+)"),
+        ):
+            if match := re.search(pattern, line):
+                events.append((kind, match[1] if kind == "branch" else line))
+    found = []
+    for wait in (at for at, (kind, _) in enumerate(events) if kind == "wait"):
+        ahead, known = [wait + 1], set()
+        while ahead:
+            at = ahead.pop()
+            if at in known or at == len(events) or events[at][0] == "barrier":
+                continue
+            known.add(at)
+            kind, what = events[at]
+            if kind == "write":
+                found.append(what)
+                continue
+            ahead += [at + 1, *([labels[what]] if kind == "branch" and what in labels else [])]
+    return found
+
+
+@pytest.mark.parametrize("length", [512, 128], ids=["copy-engine", "pointers"])
+def test_warps_wait_for_each_other_before_a_tile_is_overwritten(
+    monkeypatch: pytest.MonkeyPatch, launches: list, length: int
+) -> None:
+    """Before 3.9 Triton may forget that where 8 warps multiply on Hopper; not in our launch."""
+    compiler, device = TARGETS["hopper"]
+    pretend(monkeypatch, device)
+    query, key, value = (
+        torch.empty(1, heads, length, 256, dtype=torch.bfloat16) for heads in (4, 2, 2)
+    )
+    described = problem(AttentionMask.causal(), length)
+    out, lse = triton_forward.forward(query, key, value, described)
+    triton_backward.backward(out, None, query, key, value, out, lse, described, False)
+    many = [launch for launch in launches if launch[3]["num_warps"] > 4]
+    assert {kernel.__name__ for kernel, *_ in many} >= {"_queries_kernel"}
+    for kernel, _, args, kwargs in many:
+        ptx = compile_launch(kernel, args, kwargs, compiler).asm["ptx"]
+        assert not unguarded(ptx), kernel.__name__
+
+
+def test_a_missing_barrier_is_found() -> None:
+    loop = "$L__BB0_1:\n{}\nwgmma.wait_group.sync.aligned 0;\n{}\n@%p1 bra $L__BB0_1;"
+    copy, barrier = "cp.async.bulk.tensor.4d [%r1];", "bar.sync 0;"
+    assert not unguarded(loop.format(copy, barrier))
+    assert not unguarded(loop.format(barrier + "\n" + copy, ""))
+    assert unguarded(loop.format(copy, ""))
+    assert unguarded(loop.format(barrier, copy))

@@ -25,7 +25,6 @@ def register() -> None:
     compat.check_names()
     compat.describe_mask_functions()
     compat.note("flash_two", compat.allow_flash_two())
-    compat.note("packing", compat.isolate_packed_documents())
     compat.note("loading", compat.patch_at_load(patch_built, patch_asked))
     compat.note("serving", compat.check_before_serving(check_serving))
     if not compat.offers("loading"):

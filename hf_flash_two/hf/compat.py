@@ -39,9 +39,10 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
+from torch._C import _functorch as functorch
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedConfig, PreTrainedModel
-
-from hf_flash_two.hf.packing import all_visible, document_ids, falls, may_be_packed, recording
 
 
 def _module(name: str) -> ModuleType | None:
@@ -73,6 +74,8 @@ _FLASH_TEST_MODULES = (
     "transformers.generation.utils",
 )
 _DESCRIPTION = "flash_two_description"
+# Those of Transformers that need nothing installed.
+_IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flex_attention")
 # The functions that make mask functions, and the variables that those close over.
 _BUILDERS = {
     "and_masks": ("mask_functions",),
@@ -99,18 +102,15 @@ _SERVING = "init_continuous_batching"
 # The class of the cache of continuous batching.
 PagedCache: type = getattr(_continuous_batching, "PagedAttentionCache", object)
 
-_PREPARE = "_preprocess_mask_arguments"
-# The fourth is the cache: "past_key_values" up to 5.23, "cache" since.
-_PREPARE_ARGUMENTS = [
-    ["config", "inputs_embeds", "attention_mask", cache, "position_ids"]
-    for cache in ("past_key_values", "cache")
-]
-
 # Families that ask whether the mask is a tensor, by model_type: bool where they know it.
 WANTS_BOOL_TENSOR = frozenset({"doge"})
 WANTS_FLOAT_TENSOR = frozenset({"deepseek_v4", "gemma4_audio", "glm_moe_dsa", "informer"})
 # Families that read the mask as additive, without a look at its dtype: to route tokens to experts.
 READS_ADDITIVE = frozenset({"nllb-moe"})
+# Families whose masks are causal though their configs do not say so.
+CAUSAL = frozenset({"openai-gpt"})
+# Families that hand zeros for positions to a decoder, since they add embeddings of time.
+WITHOUT_POSITIONS = frozenset({"decision_transformer"})
 # Families with bidirectional layers that say is_causal, or nothing, which no mask bears out.
 NOT_CAUSAL_WITHOUT_MASK = frozenset(
     {
@@ -130,13 +130,14 @@ _TURN_TO_SDPA = frozenset(
 # Families whose bidirectional layers name a window that only their cache keeps.
 NO_WINDOW_WITHOUT_MASK = frozenset({"diffusion_gemma_text"})
 
+# Families whose models return the weights of layers that are no decoder's in every call.
+RETURNS_WEIGHTS = frozenset({"kosmos_2_text_model", "kosmos_2_5_text_model"})
+# Families whose weights leave out what goes to the sinks.
+WEIGHTS_WITHOUT_SINKS = frozenset({"granite_swa", "granitemoe_swa"})
+
 
 # What needs names of Transformers that are no public interface, and what does without.
 _FEATURES = {
-    "attentions": (
-        "output_attentions of layers that compute attention themselves",
-        "load the model with attn_implementation='eager'",
-    ),
     "configs": (
         "switching the attention of a model",
         "use a version of transformers that docs/versions.md lists",
@@ -150,7 +151,6 @@ _FEATURES = {
         "load it as it is and call hf_flash_two.patch(model)",
     ),
     "masks": ("an attention mask of this kind", "load the model with attn_implementation='eager'"),
-    "packing": ("packed documents", "give each document a row of its own"),
     "serving": ("continuous batching", "use `generate`"),
 }
 _missing: dict[str, str] = {}
@@ -160,7 +160,7 @@ def note(feature: str, reason: str | None) -> None:
     """Remember why ``feature`` is impossible with this version of Transformers; None if it is not.
 
     Args:
-        feature: "attentions", "configs", "flash_two", "loading", "masks", "packing" or "serving".
+        feature: "configs", "flash_two", "loading", "masks" or "serving".
     """
     if reason is None:
         _missing.pop(feature, None)
@@ -195,6 +195,11 @@ def neutral_if_needed() -> str:
 def is_ours(implementation: str | None) -> bool:
     """Whether this is one of our names, for continuous batching or not."""
     return (implementation or "").removeprefix(PAGED) in (FLASH_TWO, FA_TWO)
+
+
+def uses_ours(config: transformers.PreTrainedConfig) -> bool:
+    """Whether the layers of a watched model with this config use flash_two."""
+    return is_ours(implementation(config)) or needs_its_sdpa(config)
 
 
 def with_paged_names(names: list[str]) -> list[str]:
@@ -305,47 +310,6 @@ def _false_for_flash_two(test: Callable) -> Callable:
     return is_flash_attention_requested
 
 
-def isolate_packed_documents() -> str | None:
-    """Let masks under our names separate packed documents in every case; the reason if impossible.
-
-    Transformers looks for them only without a cache and without an attention mask, though a cache
-    is made by default and a mask of ones is what many collators send.
-    """
-    if not offers("configs"):
-        return _missing["configs"]
-    prepare = getattr(masking_utils, _PREPARE, None)
-    if prepare is None:
-        return f"transformers.masking_utils.{_PREPARE} is missing"
-    if list(inspect.signature(prepare).parameters)[:5] not in _PREPARE_ARGUMENTS:
-        return f"{_PREPARE} takes other arguments: {inspect.signature(prepare)}"
-    if not hasattr(prepare, FLASH_TWO):
-        setattr(masking_utils, _PREPARE, _finding_documents(prepare))
-    return None
-
-
-def _finding_documents(prepare: Callable) -> Callable:
-    @functools.wraps(prepare)
-    def preprocess_mask_arguments(
-        config, inputs_embeds, attention_mask, cache, position_ids, *args, **kwargs
-    ):
-        prepared = prepare(
-            config, inputs_embeds, attention_mask, cache, position_ids, *args, **kwargs
-        )
-        early_exit, mask, ids, queries, keys, offset, *rest = prepared
-        if early_exit or ids is not None or not is_ours(config._attn_implementation):
-            return prepared
-        if isinstance(offset, torch.Tensor) or offset != 0:
-            return prepared
-        if not may_be_packed(position_ids, inputs_embeds.shape[0], queries, keys):
-            return prepared
-        if recording() or (falls(position_ids) and all_visible(mask)):
-            ids = document_ids(position_ids, all_visible(mask))
-        return early_exit, mask, ids, queries, keys, offset, *rest
-
-    setattr(preprocess_mask_arguments, FLASH_TWO, True)
-    return preprocess_mask_arguments
-
-
 def check_names() -> None:
     """Note what is impossible for want of names that are only read."""
     config = PreTrainedConfig()
@@ -363,9 +327,6 @@ def check_names() -> None:
     }
     lost = [name for name, found in known.items() if found is None]
     note("masks", f"transformers.masking_utils.{lost[0]} is missing" if lost else None)
-    collects = hasattr(output_capturing, "_active_collector")
-    name = "transformers.utils.output_capturing._active_collector"
-    note("attentions", None if collects else f"{name} is missing")
 
 
 def patch_at_load(
@@ -514,6 +475,91 @@ def _is_part_of_another(model: PreTrainedModel) -> bool:
     return False
 
 
+def transforms_by_vmap() -> bool:
+    """Whether `torch.func.vmap` maps what runs, so that no value can be looked at."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+
+
+def only_inlined(function: Callable) -> Callable:
+    """Let torch.compile trace into ``function`` from what it compiles, but not start with it."""
+    torch._dynamo.eval_frame.skip_code(function.__code__)
+    return function
+
+
+def runs_on_fakes() -> bool:
+    """Whether operations yield tensors without values, as in a `FakeTensorMode`."""
+    return active_fake_mode() is not None
+
+
+def has_one_value(x: torch.Tensor) -> bool:
+    """Whether ``x`` is neither without values nor mapped by `torch.func.vmap`."""
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return False
+        x = functorch.get_unwrapped(x)
+    return not isinstance(x, FakeTensor)
+
+
+def all_values(x: torch.Tensor) -> torch.Tensor:
+    """``x`` with a dimension for what `torch.func.vmap` maps."""
+    while functorch.is_functorch_wrapped_tensor(x):
+        x = functorch.get_unwrapped(x)
+    return x
+
+
+def has_cross_attention(model: transformers.PreTrainedModel) -> bool:
+    """Whether a bidirectional mask of this model may be one from a decoder to an encoder."""
+    names = ("is_decoder", "is_encoder_decoder", "add_cross_attention")
+    return any(getattr(model.config, name, False) for name in names)
+
+
+def has_positions(model: transformers.PreTrainedModel) -> bool:
+    """Whether the ``position_ids`` that a model is given tell where its tokens stand."""
+    return model.config.model_type not in WITHOUT_POSITIONS
+
+
+def is_causal_model(model: transformers.PreTrainedModel) -> bool:
+    """Whether a model that makes its own masks makes causal ones."""
+    config = model.config
+    return config.model_type in CAUSAL or any(
+        getattr(config, name, False) for name in ("is_decoder", "causal")
+    )
+
+
+@torch.compiler.assume_constant_result
+def is_read_by_attention(name: str, modeling: str) -> bool:
+    """Whether an attention function of Transformers reads the argument ``name``.
+
+    Args:
+        modeling: name of a layer's Python module, whose own attention functions count as well.
+    """
+    return name in _arguments_of_attention(modeling)
+
+
+@functools.cache
+def _arguments_of_attention(modeling: str) -> frozenset[str]:
+    functions = [transformers.AttentionInterface()[name] for name in _IMPLEMENTATIONS]
+    for module, pattern in (
+        (modeling, "attention_forward"),
+        ("transformers.modeling_flash_attention_utils", "_flash_attention"),
+    ):
+        members = vars(importlib.import_module(module)).items()
+        functions += [f for n, f in members if pattern in n and inspect.isfunction(f)]
+    return frozenset().union(*map(_read_by, functions))
+
+
+def _read_by(function: Callable) -> set[str]:
+    """The names that a function takes, or looks up among its keyword arguments."""
+    function = inspect.unwrap(function)
+    named = inspect.signature(function).parameters.values()
+    return {p.name for p in named if p.kind is not p.VAR_KEYWORD} | {
+        text for text in function.__code__.co_consts if isinstance(text, str)
+    }
+
+
 def remaps_positions() -> bool:
     """Whether masks of packed documents come with their positions, as in newer versions."""
     return hasattr(masking_utils, "remap_positions_for_packed_sequence")
@@ -578,6 +624,16 @@ def has_window_without_mask(module: torch.nn.Module) -> bool:
     return _family(module) not in NO_WINDOW_WITHOUT_MASK
 
 
+def returns_weights(module: torch.nn.Module) -> bool:
+    """Whether the model returns the weights of this layer whoever calls it."""
+    return _family(module) in RETURNS_WEIGHTS and not getattr(module, "is_decoder", True)
+
+
+def weights_without_sinks(module: torch.nn.Module) -> bool:
+    """Whether eager weights of this layer sum to 1, though it has sinks."""
+    return _family(module) in WEIGHTS_WITHOUT_SINKS
+
+
 def _family(module: torch.nn.Module) -> str | None:
     return getattr(getattr(module, "config", None), "model_type", None)
 
@@ -609,7 +665,10 @@ def needs_its_sdpa(config: transformers.PretrainedConfig) -> bool:
 def records_attentions() -> bool:
     """Whether a model is collecting the attention weights that its layers return."""
     collector = getattr(output_capturing, "_active_collector", None)
-    collected = collector.get() if collector is not None else None
+    if collector is None:
+        return False
+    compiling = torch.compiler.is_compiling()  # the compiler cannot read context variables
+    collected = getattr(collector, "global_var", None) if compiling else collector.get()
     return any("attentions" in name for name in collected or ())
 
 

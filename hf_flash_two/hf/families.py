@@ -1,17 +1,24 @@
-"""Classes that compute attention themselves instead of through Transformers' interface.
+"""Which classes compute attention, and which do so themselves instead of through the interface.
 
-All are carried out by one mechanism, `own_attention`. Listed are those that tests prove to give the
-same numbers, as ``family.class``, and those that cannot, with the reason.
+All of the latter are carried out by one mechanism, `own_attention`. Listed are those that tests
+prove to give the same numbers, as ``family.class``, and those that cannot, with the reason; users
+register their own. Everything else is told by the names its code uses.
 """
 
 from __future__ import annotations
 
+import dis
 import inspect
 import re
+from collections.abc import Iterator
 from functools import cache
+from types import CodeType, FunctionType
+from typing import TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
+
+Module = TypeVar("Module", bound=type[nn.Module])
 
 _BY_FAMILY = {
     "aimv2": "Aimv2AttentionPoolingHead",
@@ -172,16 +179,55 @@ UNLESS = {
 }
 """Layers of classes in OWN_ATTENTION that cannot: (attribute that tells, reason)."""
 
-_PRODUCT = re.compile(r"matmul|bmm\(|einsum\(| @ |scaled_dot_product_attention\(")
+_TRANSFORMERS = "transformers.models."
+_NAMED = re.compile(r"att(ention|n)|mha", re.IGNORECASE)
+_QUERY = re.compile(r"^qk?v?$|quer|q_?proj|qkv", re.IGNORECASE)
+_WHOLE = re.compile(
+    "scaled_dot_product_attention|^_?flash_attn_|flash_attention_forward|flex_attention"
+)
+_PRODUCT = re.compile("matmul|^(bmm|baddbmm|einsum)$|^@$|scaled_dot_product_attention")
+
+_registered: set[type[nn.Module]] = set()
+
+
+def register_attention(cls: Module) -> Module:
+    """Let `patch` switch a class of your own that writes softmax attention out in its ``forward``.
+
+    Its forward then runs as it is, while the product of queries and keys is recorded and computed
+    by the kernels; what has no counterpart there raises NotImplementedError in the first call.
+    Probabilities that it returns are None, unless the model's caller asks for
+    ``output_attentions``. `check_parity` compares the layers with what they were. May decorate the
+    class; subclasses that do not override ``forward`` are registered with it.
+
+    Raises:
+        TypeError: not a class of modules.
+        ValueError: it is switched without this, or known to be impossible.
+    """
+    if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
+        raise TypeError(f"cls: expected a subclass of torch.nn.Module, got {cls!r}")
+    name = key(cls)
+    if name in NOT_POSSIBLE:
+        raise ValueError(f"cls: {cls.__name__} cannot be carried out: {NOT_POSSIBLE[name]}")
+    if name not in OWN_ATTENTION and attention_kind(cls) == "interface":
+        raise ValueError(
+            f"cls: {cls.__name__} goes through Transformers' attention interface; "
+            "attn_implementation='flash_two' or `patch` switch it as it is"
+        )
+    _registered.add(_defines_forward(cls))
+    attention_kind.cache_clear()
+    return cls
 
 
 def why_not(layer: nn.Module) -> str | None:
     """Why a layer that computes attention itself cannot be carried out; None if it can."""
-    name = key(type(layer))
+    cls = type(layer)
+    name = key(cls)
     if name in NOT_POSSIBLE:
         return NOT_POSSIBLE[name]
-    if name not in OWN_ATTENTION:
-        return "computes attention itself in a way not known"
+    if name not in OWN_ATTENTION and _defines_forward(cls) not in _registered:
+        register = f"; hf_flash_two.register_attention({_defines_forward(cls).__name__}) allows it"
+        reason = "computes attention itself in a way not known"
+        return reason + (register if ":" in name else "")
     attribute, reason = UNLESS.get(name, ("", ""))
     return reason if attribute and getattr(layer, attribute) else None
 
@@ -189,34 +235,74 @@ def why_not(layer: nn.Module) -> str | None:
 @cache
 def attention_kind(cls: type[nn.Module]) -> str | None:
     """ "interface", "own" or None for a class that is no attention layer."""
-    name = key(cls)
-    text = "" if issubclass(cls, PreTrainedModel) else _source(cls)
+    name, owner = key(cls), _defines_forward(cls)
+    functions = [] if issubclass(cls, PreTrainedModel) else _functions(cls)
+    names = {name for function in functions for name in _names(function.__code__)}
     # Before the lists: some classes in them use the interface in newer versions.
-    if "ALL_ATTENTION_FUNCTIONS" in text:
+    if "ALL_ATTENTION_FUNCTIONS" in names:
         return "interface"
-    if name in OWN_ATTENTION or name in NOT_POSSIBLE:
+    if name in OWN_ATTENTION or name in NOT_POSSIBLE or owner in _registered:
         return "own"
-    softmax = re.search("softmax|scaled_dot_product_attention", text, re.IGNORECASE)
-    named = re.search("att(ention|n)", cls.__name__, re.IGNORECASE)
-    return "own" if named and softmax and _PRODUCT.search(text) else None
+    if issubclass(cls, PreTrainedModel) or owner.__module__.startswith("torch."):
+        return None
 
+    def uses(what: re.Pattern[str]) -> bool:
+        return any(map(what.search, names))
 
-def _source(cls: type[nn.Module]) -> str:
-    """The methods of a class of Transformers' models; empty of others, and where it is missing."""
-    try:
-        return "\n".join(
-            inspect.getsource(member)
-            for owner in cls.__mro__
-            if owner.__module__.startswith("transformers.models.")
-            for member in vars(owner).values()
-            if inspect.isfunction(member)
-        )
-    except OSError:
-        return ""
+    named = _NAMED.search(cls.__name__)
+    if ":" in name:
+        named = named or uses(_WHOLE) or uses(_QUERY)
+    attends = uses(_WHOLE) or any("softmax" in name.lower() for name in names) and uses(_PRODUCT)
+    # Of a class that is compiled nothing but the name tells.
+    return "own" if named and (attends or not functions) else None
 
 
 def key(cls: type) -> str:
-    """``family.class`` of the class that defines ``forward``; PyTorch's own family is ``torch``."""
-    cls = next((owner for owner in cls.__mro__ if "forward" in vars(owner)), cls)
-    family = cls.__module__.removeprefix("transformers.models.").partition(".")[0]
-    return f"{family}.{cls.__qualname__}"
+    """``family.class`` of the class that defines ``forward``; PyTorch's own family is ``torch``.
+
+    ``module:class`` where neither Transformers nor PyTorch ships it.
+    """
+    cls = _defines_forward(cls)
+    if not cls.__module__.startswith((_TRANSFORMERS, "torch.")):
+        return f"{cls.__module__}:{cls.__qualname__}"
+    return f"{cls.__module__.removeprefix(_TRANSFORMERS).partition('.')[0]}.{cls.__qualname__}"
+
+
+def _defines_forward(cls: type) -> type:
+    return next((owner for owner in cls.__mro__ if "forward" in vars(owner)), cls)
+
+
+def _functions(cls: type) -> list[FunctionType]:
+    """What an instance of ``cls`` may run of its own code, helpers of the same module included."""
+    found: dict[FunctionType, None] = {}
+    settled: set[str] = set()
+    for owner in cls.__mro__:
+        if owner is object or owner.__module__.startswith("torch."):
+            continue
+        for name, member in vars(owner).items():
+            function = inspect.unwrap(getattr(member, "__func__", member))
+            if inspect.isfunction(function) and name not in settled:
+                found[function] = None
+                if "super" not in function.__code__.co_names:
+                    settled.add(name)
+    waiting = list(found)
+    while waiting:
+        function = waiting.pop()
+        for name in _names(function.__code__):
+            helper = function.__globals__.get(name)
+            if inspect.isfunction(helper) and helper.__module__ == function.__module__:
+                if helper not in found:
+                    found[helper] = None
+                    waiting.append(helper)
+    return list(found)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """The names that ``code`` uses, and "@" where it multiplies matrices so."""
+    yield from (*code.co_names, *code.co_varnames)
+    for step in dis.get_instructions(code):
+        if step.opname == "BINARY_OP" and step.argrepr.startswith("@"):
+            yield "@"
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)

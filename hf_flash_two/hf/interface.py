@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from hf_flash_two.attention import flash_attention
-from hf_flash_two.hf import compat
-from hf_flash_two.hf.mask_carrier import MaskCarrier, documents
+from hf_flash_two.hf import compat, forward_pass
+from hf_flash_two.hf.forward_pass import once
+from hf_flash_two.hf.mask_carrier import MaskCarrier
 from hf_flash_two.hf.mask_function import from_tiles
-from hf_flash_two.hf.memo import once
-from hf_flash_two.hf.packing import falls, may_be_packed, recording
+from hf_flash_two.hf.packing import demand, document_starts, may_be_packed, recording
 from hf_flash_two.masks import AttentionMask
 
-# What models and trainers send along and attention has no use for.
+# What attention functions of Transformers read, though here it changes no result: lengths that
+# cu_seq_lens already hold; every kernel is deterministic; how another kernel is tuned; groups of
+# heads, which the shapes tell.
 _INFORMATIONAL = frozenset(
     {
-        # lengths that cu_seq_lens already hold; the same documents once more
-        "max_length_q", "max_length_k", "max_seqlen_q", "max_seqlen_k", "seq_idx",
-        # asked of the model, answered elsewhere
-        "use_cache", "past_key_values", "cache_position", "output_hidden_states",
-        "output_router_logits", "return_dict", "logits_to_keep", "logits_indices",
-        "user_cache",  # what Nemotron-H of transformers 5.4 calls it
-        # of the loss
-        "num_items_in_batch", "labels", "shift_labels", "loss_kwargs",
-        # every kernel here is deterministic
-        "deterministic",
-        # used by the model before attention, or where the mask was made
-        "position_embeddings", "token_type_ids", "mm_token_type_ids", "grid_thw",
-        "input_features",
-        # of continuous batching, read by its cache and its sampler
-        "read_index", "write_index", "logits_processor_args",
+        "max_length_q", "max_length_k", "max_seqlen_q", "max_seqlen_k", "deterministic",
+        "kernel_options", "layer_idx", "num_key_value_groups",
     }
 )  # fmt: skip
 
@@ -58,7 +49,7 @@ def attention_forward(
     cache=None,
     output_attentions: bool | None = None,
     **kwargs,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | tuple[Tensor, ...] | None]:
     """Attention with the signature of `transformers.AttentionInterface`.
 
     Args:
@@ -79,18 +70,24 @@ def attention_forward(
 
     Returns:
         out [B, Tq, Hq, Dv], contiguous, and the attention weights [B, Hq, Tq, Tk] if
-        ``output_attentions`` (before dropout; they take the memory that attention here avoids).
+        ``output_attentions`` (before dropout; they take the memory that attention here avoids), or
+        one such tensor for each image of a tower.
         A query that sees no key gets 0, where "eager" gives it the average of all values.
 
     Raises:
-        TypeError: an argument that is not known and could change the result.
+        TypeError: an argument that another attention of Transformers, or the family's own eager
+            one, would use, and that is not known here. What no attention uses is passed over, as
+            models hand down all sorts of arguments.
         ValueError: arguments that contradict each other or do not fit.
     """
     for name, given in kwargs.items():
-        if name not in _INFORMATIONAL and given is not None and given is not False:
+        if given is None or given is False or name in _INFORMATIONAL:
+            continue
+        if compat.is_read_by_attention(name, type(module).__module__):
             raise TypeError(
-                f"{name}: flash_two does not know this argument and will not ignore it; drop it "
-                "from the call of the model, or use attn_implementation='eager'"
+                f"{name}: other attention implementations of Transformers use this argument, and "
+                "flash_two does not; drop it from the call of the model, or use "
+                "attn_implementation='eager'"
             )
     if cache is not None or kwargs.get("write_index") is not None:
         compat.require("serving")
@@ -115,9 +112,10 @@ def attention_forward(
     row_sinks = sinks if sinks is not None and sinks.dim() == 4 else None
     if sinks is not None and row_sinks is None:
         s_aux = sinks
-    wants_weights = output_attentions or (
-        output_attentions is None
-        and getattr(getattr(module, "config", None), "output_attentions", False)
+    if output_attentions is None:
+        output_attentions = getattr(getattr(module, "config", None), "output_attentions", False)
+    wants_weights = (
+        output_attentions or compat.returns_weights(module) or forward_pass.asks_for_weights()
     )
     out = flash_attention(
         query,
@@ -140,7 +138,11 @@ def attention_forward(
             out = out * share[..., None].to(out.dtype)
             lse = torch.logaddexp(lse, row_sinks[..., 0].to(lse.dtype))
         if wants_weights:
+            lse = None if compat.weights_without_sinks(module) else lse
             weights = _weights(query, key, mask, bias, lse, scaling, softcap)
+            if cu_seq_lens_q is not None and is_causal is False and attention_mask is None:
+                # Towers, which under "eager" attend within one image at a time.
+                weights = _blocks(weights, cu_seq_lens_q, cu_seq_lens_k)
     return out.transpose(1, 2).contiguous(), weights
 
 
@@ -171,20 +173,22 @@ def _settle_mask(
     """(mask, additive bias or None)"""
     batch, heads, queries, _ = query.shape
     keys = key.shape[2]
-    carried = isinstance(attention_mask, MaskCarrier)
-    if carried:
-        if attention_mask.shape[2:] == (1, keys):
-            attention_mask = attention_mask.for_all_queries(queries)
+    bias = padding = None
+    if isinstance(attention_mask, MaskCarrier):
+        attention_mask = attention_mask.broadcast_to(queries, keys)
         if attention_mask.shape[2:] != (queries, keys):
             raise ValueError(
                 f"attention_mask: made for {list(attention_mask.shape[2:])} queries and keys, but "
                 f"the layer attends with {queries} to {keys}"
             )
-        mask = attention_mask.mask
+        mask, padding = attention_mask.mask, attention_mask.padding
+        if attention_mask.packed:
+            return mask, None
     elif attention_mask is None:
         mask = _without_mask(module, queries, keys, causal, sliding_window)
     elif isinstance(attention_mask, Tensor):
-        return _from_tensor(attention_mask, (batch, heads, queries, keys), causal)
+        mask, bias = _from_tensor(attention_mask, (batch, heads, queries, keys), causal)
+        padding = attention_mask
     else:
         raise TypeError(
             "attention_mask: expected None, a tensor or a mask of flash_two, got "
@@ -192,12 +196,16 @@ def _settle_mask(
             "transformers.masking_utils under the same attn_implementation"
         )
     if cu_seq_lens_q is not None:
-        return mask & _from_cu_seqlens(cu_seq_lens_q, cu_seq_lens_k, batch, queries, keys), None
-    if may_be_packed(position_ids, batch, queries, keys):
-        if carried:
-            return attention_mask.packed(position_ids), None
-        return mask & once(position_ids, "documents", lambda: _from_positions(position_ids)), None
-    return mask, None
+        documents = _from_cu_seqlens(cu_seq_lens_q, cu_seq_lens_k, batch, queries, keys)
+    elif may_be_packed(position_ids, batch, queries) and (padding is None or padding.dim() == 2):
+        documents = _from_positions(position_ids, padding, mask, queries, keys)
+    else:
+        return mask, bias
+    forward_pass.keep_apart()
+    if documents is None:
+        return mask, bias
+    described_by = position_ids if cu_seq_lens_q is None else cu_seq_lens_q
+    return once(described_by, (mask, documents), lambda: mask & documents), bias
 
 
 def _without_mask(
@@ -278,10 +286,35 @@ def _from_additive(mask: Tensor, queries: int, keys: int) -> AttentionMask | Non
     return _from_dense(visible, queries, keys)
 
 
-def _from_positions(position_ids: Tensor) -> AttentionMask:
-    if not recording() and not falls(position_ids):
-        return AttentionMask.full()
-    return documents(position_ids)
+def _from_positions(
+    position_ids: Tensor, padding: Tensor | None, mask: AttentionMask, queries: int, keys: int
+) -> AttentionMask | None:
+    """The documents that restarting positions tell of; None if there is one to a row.
+
+    Raises:
+        ValueError: there are several, behind a cache of earlier tokens.
+    """
+    if padding is not None:
+        at = mask.resolve_offset(queries, keys)
+        padding = padding[:, at : at + queries]
+
+    def build() -> AttentionMask | None:
+        starts = document_starts(position_ids, padding)
+        if not recording() and not starts.any():
+            return None
+        if queries != keys:
+            message = (
+                "position_ids: tell of packed documents behind a cache that is longer than they "
+                "are; pass them without a cache"
+            )
+            if not recording():
+                raise ValueError(message)
+            demand(~starts.any(), message)
+            return None
+        return AttentionMask.from_documents(segment_ids=starts.cumsum(1))
+
+    others = () if padding is None else (padding,)
+    return once(position_ids, ("documents of layers", queries, keys), build, *others)
 
 
 def _from_cu_seqlens(
@@ -322,6 +355,7 @@ def _from_paged_cache(
 ) -> tuple[Tensor, Tensor, AttentionMask]:
     """The keys and values of all requests end to end, and the mask that keeps these apart."""
     key, value, key_ends, window = compat.update_paged_cache(cache, key, value, module, paged)
+    forward_pass.keep_apart()
     keys = key.shape[2]
 
     def build() -> AttentionMask:
@@ -360,20 +394,33 @@ def _weights(
     key: Tensor,
     mask: AttentionMask,
     bias: Tensor | None,
-    lse: Tensor,
+    lse: Tensor | None,
     scale: float | None,
     softcap: float | None,
 ) -> Tensor:
-    """The probabilities once more, [B, Hq, Tq, Tk] in the dtype of ``query``, from the lse."""
+    """The probabilities once more, [B, Hq, Tq, Tk] in the dtype of ``query``.
+
+    Args:
+        lse: [B, Hq, Tq], sinks included; None: of the keys alone.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
     group = query.shape[1] // key.shape[1]
-    key = key.repeat_interleave(group, dim=1).to(lse.dtype)
+    key = key.repeat_interleave(group, dim=1).to(dtype)
     scale = query.shape[3] ** -0.5 if scale is None else scale
     with torch.autocast(query.device.type, enabled=False):
-        scores = query.to(lse.dtype) @ key.transpose(2, 3) * scale
+        scores = query.to(dtype) @ key.transpose(2, 3) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias
     visible = mask.to(query.device).to_dense(query.shape[2], key.shape[2], device=query.device)
-    scores = scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]
-    return torch.where(visible, scores, -torch.inf).exp().to(query.dtype)
+    scores = torch.where(visible, scores, -torch.inf)
+    lse = scores.logsumexp(-1) if lse is None else lse
+    return (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp().to(query.dtype)
+
+
+def _blocks(weights: Tensor, query_ends: Tensor, key_ends: Tensor | None) -> tuple[Tensor, ...]:
+    """Of [1, Hq, Tq, Tk] what each document [1, Hq, its queries, its keys] has."""
+    key_ends = query_ends if key_ends is None else key_ends
+    runs = (pairwise(ends.tolist()) for ends in (query_ends, key_ends))
+    return tuple(weights[:, :, a:b, c:d] for (a, b), (c, d) in zip(*runs, strict=True))

@@ -10,7 +10,6 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._pytree import tree_map
 from transformers.utils import logging
 
-from hf_flash_two.hf.packing import document_ids, falls, recording
 from hf_flash_two.masks import AttentionMask
 
 logger = logging.get_logger(__name__)
@@ -30,8 +29,8 @@ class MaskCarrier(BlockMask):
         mask: what the attention uses.
         dtype: that of the tensor it stands for.
         causal: whether causality is part of the mask.
-        may_pack: whether ``position_ids`` that restart say more than the mask: False if it already
-            holds the documents, or padding. A bool tensor [] where only the device knows.
+        packed: whether it holds the packed documents that the model's caller told of.
+        padding: [B, L], nonzero for visible tokens, that it was made with; None if all are.
     """
 
     ndim = 4
@@ -44,15 +43,15 @@ class MaskCarrier(BlockMask):
         dtype: torch.dtype = torch.bool,
         *,
         causal: bool,
-        may_pack: bool | Tensor,
+        packed: bool = False,
+        padding: Tensor | None = None,
     ):
         self.mask = mask
         self._shape = tuple(shape)
         self.device = torch.device(device)
         self.dtype = dtype
         self.causal = causal
-        self.may_pack = may_pack
-        self._packed: tuple[Tensor, AttentionMask] | None = None
+        self.packed, self.padding = packed, padding
 
     @property
     def shape(self) -> torch.Size:
@@ -65,24 +64,20 @@ class MaskCarrier(BlockMask):
     def dim(self) -> int:
         return 4
 
-    def packed(self, position_ids: Tensor) -> AttentionMask:
-        """The mask within the documents that ``position_ids`` [1 or B, T] tell of."""
-        if self.may_pack is False or self._shape[2] != self._shape[3]:
-            return self.mask
-        if recording():
-            return self.mask & documents(position_ids, self.may_pack)
-        if self._packed is None or self._packed[0] is not position_ids:
-            restarts = documents(position_ids, self.may_pack) if falls(position_ids) else None
-            self._packed = (position_ids, self.mask if restarts is None else self.mask & restarts)
-        return self._packed[1]
-
-    def for_all_queries(self, queries: int) -> MaskCarrier:
-        """The mask of one query, broadcast to all."""
-        if self._shape[2] == queries:
+    def broadcast_to(self, queries: int, keys: int) -> MaskCarrier:
+        """The mask of one query, or to one key, as that of all; any other as it is."""
+        batch, heads, own_queries, own_keys = self._shape
+        shape = tuple(
+            want if own == 1 else own for own, want in ((own_queries, queries), (own_keys, keys))
+        )
+        if shape == (own_queries, own_keys):
             return self
-        batch, heads, _, keys = self._shape
-        mask = AttentionMask.from_padding(self.as_bool()[:, 0, 0])
-        return self._replace(mask, (batch, heads, queries, keys))
+        if own_queries == 1:
+            seen = self.as_bool()[:, 0, 0]
+            mask = AttentionMask.from_padding(seen.expand(batch, shape[1]))
+        else:
+            mask = AttentionMask.from_dense(self.as_bool())
+        return self._replace(mask, (batch, heads, *shape))
 
     def as_bool(self) -> Tensor:
         """bool [B, 1, Tq, Tk], True may attend."""
@@ -132,16 +127,15 @@ class MaskCarrier(BlockMask):
         return self.as_tensor(other.dtype)
 
     def _replace(self, mask: AttentionMask, shape=None, device=None) -> MaskCarrier:
-        may_pack = self.may_pack
-        if device is not None and isinstance(may_pack, Tensor):
-            may_pack = may_pack.to(device)
+        padding = self.padding
         return MaskCarrier(
             mask,
             self._shape if shape is None else shape,
             self.device if device is None else device,
             self.dtype,
             causal=self.causal,
-            may_pack=may_pack,
+            packed=self.packed,
+            padding=padding if device is None or padding is None else padding.to(device),
         )
 
     def __getitem__(self, index) -> MaskCarrier | Tensor:
@@ -158,9 +152,12 @@ class MaskCarrier(BlockMask):
             if part is not None and part.shape[0] > 1:
                 parts[name] = part[batch]
         count = len(range(self._shape[0])[batch])
-        return self._replace(
+        carrier = self._replace(
             replace(mask, _bounds=[], **parts), (count, 1, stop_q - start_q, stop_k - start_k)
         )
+        if self.padding is not None:
+            carrier.padding = self.padding[batch]
+        return carrier
 
     def __and__(self, other) -> MaskCarrier | Tensor:
         if not isinstance(other, MaskCarrier) or other._shape != self._shape:
@@ -171,7 +168,7 @@ class MaskCarrier(BlockMask):
             return torch.bitwise_and(self, other)
         both = replace(self.mask, query_offset=offset) & replace(other.mask, query_offset=offset)
         carrier = self._replace(both)
-        carrier.causal, carrier.may_pack = self.causal or other.causal, False
+        carrier.causal, carrier.packed = self.causal or other.causal, self.packed or other.packed
         return carrier
 
     def __getattr__(self, name: str):
@@ -204,11 +201,6 @@ class MaskCarrier(BlockMask):
         return f"MaskCarrier({self.mask}, shape={list(self._shape)}, device={self.device})"
 
     __str__ = __repr__
-
-
-def documents(position_ids: Tensor, condition: bool | Tensor = True) -> AttentionMask:
-    """The documents of `packing.document_ids` as a mask: none sees another."""
-    return AttentionMask.from_documents(segment_ids=document_ids(position_ids, condition))
 
 
 def _slices(index, shape):

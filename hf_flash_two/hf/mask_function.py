@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.utils import logging
 
-from hf_flash_two.hf import compat
+from hf_flash_two.hf import compat, forward_pass
 from hf_flash_two.hf.mask_carrier import MaskCarrier
-from hf_flash_two.hf.packing import all_visible, recording
+from hf_flash_two.hf.packing import all_visible, demand, positions_of, recording
 from hf_flash_two.masks import FAR, AttentionMask
 
 logger = logging.get_logger(__name__)
@@ -68,7 +68,8 @@ def make_mask(
         q_offset: position of query 0; a tensor [] under a static cache, which goes on counting in
             it, so its value is used up here.
         attention_mask: None or [B, L], nonzero where the key may be seen; L may exceed
-            ``kv_offset + kv_length`` or, with a static cache, fall short of it.
+            ``kv_offset + kv_length`` or, with a static cache, fall short of it. Rows beyond the
+            batch, as MusicGen has one for each code book, count for nothing.
         allow_is_bidirectional_skip: None may stand for "all see all"; done where a family computes
             attention itself, and would add a mask of zeros.
         use_vmap: ``mask_function`` must be called with scalars.
@@ -82,13 +83,23 @@ def make_mask(
             f"{list(attention_mask.shape)}"
         )
     place = _Place(kv_length, q_offset, kv_offset, device)
-    keep, unpadded = _padding(attention_mask, place, q_length)
-    mask = _convert(mask_function, place)
+    if attention_mask is not None:
+        attention_mask = attention_mask[:batch_size]
+    keep = _padding(attention_mask, place, q_length)
     kinds = _kinds(mask_function)
+    causal = "causal" in kinds
+    documents, packed = _documents(batch_size, q_length, place, causal, kinds)
+    positions = None if documents is None else _positions(documents, attention_mask)
+    mask = _convert(mask_function, place, positions)
     if mask is not None:
+        if documents is not None:
+            apart = AttentionMask.from_documents(segment_ids=documents)
+            mask = mask & replace(apart, query_offset=None)
         mask = _at_queries(mask, q_length, place)
         mask = mask if keep is None else mask & AttentionMask.from_padding(keep)
     else:
+        if documents is not None:
+            mask_function = _within(mask_function, documents, positions, batch_size)
 
         def visible(start: int, stop: int) -> Tensor:
             compat.require("masks")
@@ -119,10 +130,9 @@ def make_mask(
         shape,
         device,
         dtype if own_attention or family in compat.READS_ADDITIVE else torch.bool,
-        causal="causal" in kinds,
-        may_pack=False
-        if "packed_sequence_mask_function" in kinds or q_length != kv_length
-        else unpadded,
+        causal=causal,
+        packed=packed,
+        padding=attention_mask,
     )
     if family in compat.WANTS_BOOL_TENSOR:
         return carrier.as_bool()
@@ -160,21 +170,97 @@ def from_tiles(
     return replace(AttentionMask.from_dense(torch.cat(tiles, dim=2)), query_offset=0)
 
 
-def _padding(
-    attention_mask: Tensor | None, place: _Place, q_length: int
-) -> tuple[Tensor | None, bool | Tensor]:
-    """(bool [B, Tk] or None if nothing is hidden, whether no token at all is hidden)."""
+def _padding(attention_mask: Tensor | None, place: _Place, q_length: int) -> Tensor | None:
+    """[B, Tk], nonzero for the keys that are not hidden; None if none is."""
     if attention_mask is None:
-        return None, True
+        return None
     keep = place.of_keys(attention_mask)
     missing = place.kv_length - keep.shape[1]
     keep = pad(keep, (0, missing)) if missing > 0 else keep
     if q_length != place.kv_length and (isinstance(place.q_offset, Tensor) or place.kv_offset):
         # Intervals in any case, or few keys. Another kind of mask once the padding has left the
         # window would be compiled anew, and to ask would make the device wait.
-        return keep, False
-    unpadded = all_visible(keep)
-    return (None if unpadded is True else keep), unpadded
+        return keep
+    return None if all_visible(keep) is True else keep
+
+
+def _documents(
+    batch: int, queries: int, place: _Place, causal: bool, kinds: set[str]
+) -> tuple[Tensor | None, bool]:
+    """What the caller of the model told of packed documents.
+
+    Returns:
+        The number of the document of each key, [1 or B, Tk], None if there is one to a row; and
+        whether a layer has nothing to add to it.
+    """
+    running = forward_pass.current()
+    found = "packed_sequence_mask_function" in kinds
+    if running is None:
+        return None, found
+    if not causal and (queries != place.kv_length or compat.has_cross_attention(running.model)):
+        return None, found  # what else attends in such a model are decoders to encoders
+    bounded = running.said.cu_seq_lens_q is not None
+    if found and not bounded and compat.remaps_positions():
+        running.apart = True
+        return None, True
+    offset = place.q_offset
+    documents = running.documents(batch, queries, offset, causal=causal)
+    if documents is not None:
+        documents = _over_keys(documents, place)
+    return documents, running.apart and (causal or bounded)
+
+
+def _over_keys(documents: Tensor, place: _Place) -> Tensor:
+    """From the documents of the queries, [B, Tq], to those of the keys.
+
+    Raises:
+        ValueError: the cache holds earlier tokens, and of which document is not known.
+    """
+    over_keys, queries = documents, documents.shape[1]
+    if place.kv_length != queries:
+        unused = documents.new_full((documents.shape[0], place.kv_length - queries), -1)
+        over_keys = torch.cat([documents, unused], dim=1)
+    at_start = (place.q_offset == 0) & (place.kv_offset == 0)
+    message = (
+        "position_ids: documents start among these tokens, but the cache holds earlier ones, and "
+        "which of them those may see is not known; pass packed documents in one forward"
+    )
+    if not recording():
+        if not at_start:
+            raise ValueError(message)
+    elif at_start is not True:
+        several = (documents != documents[:, :1]).any()
+        demand(~several | at_start, message)
+        return torch.where(several, over_keys, 0)
+    return over_keys
+
+
+def _positions(documents: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """[B, Tk], what stands for a token's place in the row: how far it is into its document.
+
+    Padding on the left counts as before, since chunks are told how much of it there is.
+    """
+    positions = positions_of(documents)
+    if attention_mask is None:
+        return positions
+    left = (attention_mask.cumsum(1) == 0).sum(1, keepdim=True)
+    return positions + torch.where(documents > 0, left, 0)
+
+
+def _within(function: Callable, documents: Tensor, positions: Tensor, batch: int) -> Callable:
+    """``function`` within each document; blocks and padding are looked up by place in the row."""
+    documents, positions = (x.expand(batch, -1) for x in (documents, positions))
+
+    def moved(function: Callable) -> Callable:
+        builder, arguments = compat.describe(function) or ("", ())
+        if builder in ("and_masks", "or_masks"):
+            return getattr(compat.masking_utils, builder)(*map(moved, arguments[0]))
+        if builder in ("blockwise_overlay", "padding_mask_function"):
+            return function
+        return lambda b, h, q, k: function(b, h, positions[b, q], positions[b, k])
+
+    inside = moved(function)
+    return lambda b, h, q, k: inside(b, h, q, k) & (documents[b, q] == documents[b, k])
 
 
 def _at_queries(mask: AttentionMask, q_length: int, place: _Place) -> AttentionMask:
@@ -256,7 +342,7 @@ def _combine(builder: str, functions, place: _Place, position) -> AttentionMask 
             # The library numbers documents in order, so no number comes back.
             if not remapped:  # a user's own numbers look the same
                 in_order = (arguments[0][:, 1:] >= arguments[0][:, :-1]).all()
-                torch._assert_async(in_order, "flash_two: document ids that fall need eager mode")
+                demand(in_order, "flash_two: document ids that fall need eager mode")
             runs = AttentionMask.from_documents(segment_ids=arguments[0])
             masks.append(replace(runs, query_offset=None))
         else:

@@ -7,7 +7,8 @@ the scores is computed, and the layer's forward runs as its authors wrote it.
 
 What is done to scores and has no counterpart computes them after all, by the operations noted: that
 is how a layer makes a bias out of another product. Probabilities are never computed: what has no
-counterpart there raises, and so does a layer of which nothing was carried out.
+counterpart there raises, and so does a layer of which nothing was carried out; but where values
+cannot be read (see `packing.recording`), such a layer computes its attention as it always did.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from hf_flash_two.hf.packing import recording
 from hf_flash_two.hf.rules import (
     PRODUCTS,
     RULES_OF,
@@ -36,8 +38,8 @@ from hf_flash_two.hf.scores import Lazy, Scores, version_of
 
 
 @contextmanager
-def own_attention(layer: str) -> Iterator[None]:
-    """Within the block products of queries and keys are `Scores`.
+def own_attention(layer: str) -> Iterator[OwnAttention]:
+    """Within the block products of queries and keys are `Scores`; yields what sees to it.
 
     Args:
         layer: named in errors.
@@ -48,8 +50,8 @@ def own_attention(layer: str) -> Iterator[None]:
     """
     mode = OwnAttention(layer)
     with mode:
-        yield
-    if mode.multiplied and not mode.attended:
+        yield mode
+    if mode.multiplied and not mode.attended and not recording():
         mode.refuse("what this layer does with its scores")
 
 
@@ -127,6 +129,16 @@ class OwnAttention(TorchFunctionMode):
             vars(first).update(vars(result))
             return first
         return result
+
+    def settled(self, part):
+        """What stands for ``part`` of the layer's result once it is through.
+
+        None for probabilities, which were not computed; of a layer that computed its attention as
+        it always did, the last product.
+        """
+        if not isinstance(part, Lazy):
+            return part
+        return None if self.attended else part.tensor("returning")
 
     @contextmanager
     def pause(self) -> Iterator[None]:

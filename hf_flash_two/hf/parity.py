@@ -23,6 +23,7 @@ from hf_flash_two.hf.replay import (
     Replay,
     Slot,
     as_it_was,
+    check_batch,
     configs_of,
     eagerly,
     has_precision,
@@ -159,9 +160,12 @@ def check_parity(model: nn.Module, batch: Mapping[str, Any]) -> ParityReport:
         A `ParityReport`; its ``ok`` says it in one word and its ``str`` in a table.
 
     Raises:
+        TypeError: not a model, or not a batch.
         ValueError: the model cannot run under flash_two or eager, or the batch holds packed
             documents that cannot be taken apart.
     """
+    patching.check_model(model)
+    check_batch(batch)
     weights = [p for p in model.parameters() if has_precision(p)]
     if not weights:
         raise ValueError(f"model: {type(model).__name__} has no floating-point parameters")

@@ -2,8 +2,7 @@
 
 Layers that go through Transformers' attention interface are switched by their configs. Layers that
 compute attention themselves run under `own_attention`: the layer object gets a ``forward`` of its
-own that calls the class's, and so does a model whose layers cannot tell whether anyone wants their
-probabilities. No class is edited; modules and state_dict stay as they are.
+own that calls the class's. No class is edited; modules and state_dict stay as they are.
 """
 
 from __future__ import annotations
@@ -13,19 +12,15 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
 
-import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from hf_flash_two.hf import compat
-from hf_flash_two.hf.call_guard import guard_calls
+from hf_flash_two.hf import compat, layer_forward
 from hf_flash_two.hf.families import ALWAYS_ASKED, attention_kind, key, why_not
-from hf_flash_two.hf.own_attention import own_attention
-from hf_flash_two.hf.scores import Lazy
+from hf_flash_two.hf.forward_pass import unwatch, watch
+from hf_flash_two.hf.layer_forward import LayerForward
 
 logger = logging.get_logger(__name__)
 
@@ -82,8 +77,10 @@ def patch(model: nn.Module) -> PatchReport:
         model: a Transformers model, bare or inside PEFT, DDP, FSDP or any other module.
 
     Raises:
+        TypeError: not a module.
         ValueError: there is no Transformers model in it, or nothing in it can be switched.
     """
+    check_model(model)
     parts = list(_parts(model))
     if not parts:
         raise ValueError(
@@ -102,18 +99,40 @@ def patch(model: nn.Module) -> PatchReport:
 
 def unpatch(model: nn.Module) -> None:
     """Undo `patch` to the letter; a model that is not patched stays as it is."""
+    check_model(model)
     _restore(model.modules())
 
 
 @contextmanager
 def patched(model: nn.Module) -> Iterator[PatchReport]:
     """`patch` for the length of a block, yielding the report; undone also after an exception."""
+    check_model(model)
     before = _patched_modules(model)
     report = patch(model)
     try:
         yield report
     finally:
         _restore(module for module in model.modules() if id(module) not in before)
+
+
+def check_model(model: object) -> None:
+    """Refuse what is no loaded model, with a word on how to come by one.
+
+    Raises:
+        TypeError: not a module.
+    """
+    if isinstance(model, nn.Module):
+        return
+    got, instead = type(model).__name__, "pass the model"
+    if isinstance(model, str):
+        got, instead = repr(model), "load it: AutoModelForCausalLM.from_pretrained(...)"
+    elif isinstance(model, PreTrainedConfig):
+        instead = "build the model: AutoModelForCausalLM.from_config(config)"
+    elif inspect.isclass(model):
+        got, instead = f"the class {model.__name__}", "load or build a model of it"
+    elif isinstance(getattr(model, "model", None), nn.Module):
+        instead = "pass its `.model`"
+    raise TypeError(f"model: expected a loaded model (torch.nn.Module), got {got}; {instead}")
 
 
 def patch_built(model: PreTrainedModel) -> None:
@@ -183,7 +202,8 @@ def check_built(model: PreTrainedModel, asks: bool) -> None:
     Raises:
         NotImplementedError: ``model`` asks for us, and its family computes attention itself.
     """
-    guard_calls(model)
+    if asks:
+        watch(model)
     module = sys.modules[type(model).__module__]
     classes = [x for x in vars(module).values() if inspect.isclass(x) and issubclass(x, nn.Module)]
     kinds = {attention_kind(x) for x in classes if x.__module__ == module.__name__}
@@ -194,7 +214,6 @@ def check_built(model: PreTrainedModel, asks: bool) -> None:
 def _patch_part(part: PreTrainedModel, name: str | None = None) -> None:
     """Switch the layers that are ``part``'s own, not those of other models in it, to ``name``."""
     name = compat.neutral_if_needed() if name is None else name
-    guard_calls(part)
     layers = list(_layers_of(part))
     ours = [
         (at, layer)
@@ -211,20 +230,12 @@ def _patch_part(part: PreTrainedModel, name: str | None = None) -> None:
     for config in configs:
         if config is not None:
             _switch(part, config, "sdpa" if ours and compat.needs_its_sdpa(config) else name)
-    asked = _Asked(_position_of_output_attentions(type(part)))
+    if configs:
+        watch(part)
     for at, layer in ours:
-        if key(type(layer)) not in ALWAYS_ASKED:
-            _give_forward(layer, _forward, f"{at} ({type(layer).__name__})", None)
-        elif _slot(layer) is None:
-            _give_forward(layer, _forward, f"{at} ({type(layer).__name__})", asked)
-            _give_forward(part, _forward_of_part, "", asked)
-
-
-def _give_forward(module: nn.Module, forward, name: str, asked: _Asked | None) -> None:
-    if _slot(module) is None:
-        ours = partial(forward, module, name, module.__dict__.get("forward"), asked)
-        ours.__signature__ = inspect.signature(module.forward)
-        module.forward = ours
+        if layer_forward.of(layer) is None:
+            believed = key(type(layer)) not in ALWAYS_ASKED
+            LayerForward(layer, f"{at} ({type(layer).__name__})", believed=believed)
 
 
 def _switch(part: PreTrainedModel, config: PreTrainedConfig, name: str) -> None:
@@ -234,90 +245,28 @@ def _switch(part: PreTrainedModel, config: PreTrainedConfig, name: str) -> None:
         compat.set_implementation(config, name)
 
 
-@dataclass
-class _Asked:
-    """Whether the caller of a model asked for attention weights.
-
-    Attributes:
-        position: at which the model's forward takes ``output_attentions``.
-    """
-
-    position: int | None
-    attentions: bool = False
-
-
-def _forward_of_part(part: PreTrainedModel, _, previous, asked: _Asked, *args, **kwargs):
-    said = _output_attentions(asked.position, args, kwargs)
-    asked.attentions = bool(part.config.output_attentions if said is None else said)
-    return _call(part, previous, args, kwargs)
-
-
-def _forward(layer: nn.Module, name: str, previous, asked: _Asked | None, *args, **kwargs):
-    if torch.compiler.is_compiling() and isinstance(layer, nn.MultiheadAttention):
-        # PyTorch's own is compiled whole, and as thrifty.
-        return type(layer).forward(layer, *args, **kwargs)
-    return _carried_out(layer, name, previous, asked, args, kwargs)
-
-
-@torch.compiler.disable(reason="attention that a layer writes out itself runs uncompiled")
-def _carried_out(
-    layer: nn.Module, name: str, previous, asked: _Asked | None, args: tuple, kwargs: dict
-):
-    position = _position_of_output_attentions(type(layer))
-    wanted = _output_attentions(position, args, kwargs) if asked is None else asked.attentions
-    if wanted or compat.records_attentions():
-        return _call(layer, previous, args, kwargs)  # the caller wants what is saved here
-    with own_attention(name):
-        outputs = _call(layer, previous, args, kwargs)
-    # Layers return their probabilities too: none were computed.
-    return tree_map(lambda part: None if isinstance(part, Lazy) else part, outputs)
-
-
-def _call(module: nn.Module, previous, args: tuple, kwargs: dict):
-    # Not bound: the compiler takes a bound one for the module's own, which is ours.
-    if previous is None:
-        return type(module).forward(module, *args, **kwargs)
-    return previous(*args, **kwargs)
-
-
-def _output_attentions(position: int | None, args: tuple, kwargs: dict) -> bool | None:
-    if position is not None and position < len(args):
-        return args[position]
-    return kwargs.get("output_attentions")
-
-
-@cache
-def _position_of_output_attentions(cls: type[nn.Module]) -> int | None:
-    names = list(inspect.signature(cls.forward).parameters)
-    return names.index("output_attentions") - 1 if "output_attentions" in names else None
-
-
 def _restore(modules: Iterable[nn.Module]) -> None:
     for module in modules:
-        slot = _slot(module)
-        if slot is not None:
-            previous = module.__dict__[slot].args[2]
-            delattr(module, slot)
-            if previous is not None or slot != "forward":
-                setattr(module, slot, previous or type(module).forward.__get__(module))
-        for config, before in reversed(module.__dict__.pop(_UNDO, ())):
+        forward = layer_forward.of(module)
+        if forward is not None:
+            forward.remove(module)
+        for config, before in reversed(vars(module).pop(_UNDO, ())):
             compat.set_implementation(config, before)
+        if isinstance(module, PreTrainedModel) and not compat.uses_ours(module.config):
+            unwatch(module)
 
 
 def _restore_part(part: PreTrainedModel) -> None:
     _restore([part, *(layer for _, layer in _layers_of(part))])
+    unwatch(part)
 
 
 def _patched_modules(model: nn.Module) -> frozenset[int]:
-    return frozenset(id(m) for m in model.modules() if _UNDO in m.__dict__ or _slot(m) is not None)
-
-
-def _slot(layer: nn.Module) -> str | None:
-    """The attribute that holds our forward: Accelerate's hooks wrap what they find."""
-    for slot in ("forward", "_old_forward"):
-        if getattr(layer.__dict__.get(slot), "func", None) in (_forward, _forward_of_part):
-            return slot
-    return None
+    return frozenset(
+        id(module)
+        for module in model.modules()
+        if _UNDO in vars(module) or layer_forward.of(module) is not None
+    )
 
 
 def _parts(model: nn.Module) -> Iterable[PreTrainedModel]:
@@ -348,7 +297,7 @@ def _report_part(part: PreTrainedModel, name: str = "") -> Iterator[Layer]:
         if attention_kind(type(layer)) == "interface":
             uses = compat.implementation(getattr(layer, "config", None) or part.config)
             yield Layer(at, kind, uses, "" if compat.is_ours(uses) else f"its config says {uses!r}")
-        elif _slot(layer) is not None:
+        elif layer_forward.of(layer) is not None:
             yield Layer(at, kind, compat.FLASH_TWO)
         else:
             yield Layer(at, kind, "its own code", why_not(layer) or "not patched")

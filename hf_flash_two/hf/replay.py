@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig
 
-from hf_flash_two.hf import compat, patching
-from hf_flash_two.hf.packing import all_visible, document_ids, falls, may_be_packed
+from hf_flash_two.hf import compat, forward_pass, patching
+from hf_flash_two.hf.packing import document_ids, may_be_packed
 from hf_flash_two.kernels import select
 
 Slot = tuple[str, int, str | int]
@@ -29,9 +28,15 @@ Slot = tuple[str, int, str | int]
 
 OUTPUT, GRADIENT = "output", "gradient at the first attention layer"
 # What patching puts on a module.
-_PATCHED = ("forward", "_old_forward", patching._UNDO)
+_PATCHED = ("forward", "_old_forward", patching._UNDO, forward_pass._HOOKS)
+_HOOKS = tuple(
+    f"_forward_{kind}"
+    for kind in ("pre_hooks", "pre_hooks_with_kwargs", "hooks", "hooks_always_called")
+)
 # Describe packed documents, and are dropped where each document runs by itself.
-_BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+_BOUNDARIES = (
+    "attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx",
+)  # fmt: skip
 
 
 # The model, made ready and put back
@@ -41,7 +46,13 @@ _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
 def as_it_was(model: nn.Module, configs: list[PreTrainedConfig]) -> Iterator[None]:
     """Unpatched, in evaluation mode, all weights trained; at the end everything as it was."""
     modules = [
-        (m, m.training, {k: vars(m)[k] for k in _PATCHED if k in vars(m)}) for m in model.modules()
+        (
+            module,
+            module.training,
+            {k: vars(module)[k] for k in _PATCHED if k in vars(module)},
+            {k: dict(vars(module)[k]) for k in _HOOKS},
+        )
+        for module in model.modules()
     ]
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     with _implementations(configs):
@@ -54,9 +65,12 @@ def as_it_was(model: nn.Module, configs: list[PreTrainedConfig]) -> Iterator[Non
         finally:
             for parameter, was in trained.items():
                 parameter.requires_grad_(was)
-            for module, training, patch in modules:
+            for module, training, patch, hooks in modules:
                 module.training = training
                 vars(module).update(patch)
+                for kind, had in hooks.items():
+                    vars(module)[kind].clear()
+                    vars(module)[kind].update(had)
 
 
 @contextmanager
@@ -127,6 +141,35 @@ def has_precision(x: Tensor) -> bool:
 
 # The batch
 
+# What must be a tensor, and at least so many dimensions of it.
+_DIMENSIONS = {"input_ids": 2, "inputs_embeds": 3, "attention_mask": 2, "position_ids": 1}
+
+
+def check_batch(batch: object) -> None:
+    """Refuse what is not the arguments of a model's forward by name.
+
+    Raises:
+        TypeError: no mapping, or an entry that must be a tensor is none.
+        ValueError: tokens without a batch dimension.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            "batch: expected the arguments of the model's forward by name, as a tokenizer or a "
+            f"collator returns them ({{'input_ids': ids, ...}}), got {type(batch).__name__}"
+        )
+    for name, x in batch.items():
+        ending = str(name).removeprefix("decoder_")
+        if ending not in _DIMENSIONS or x is None or isinstance(x, dict):
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"batch[{name!r}]: expected a tensor, got {type(x).__name__}; a tokenizer returns "
+                "tensors with return_tensors='pt'"
+            )
+        if x.dim() < _DIMENSIONS[ending]:
+            shape = ["batch", "tokens", "hidden size"][: _DIMENSIONS[ending]]
+            raise ValueError(f"batch[{name!r}]: expected [{', '.join(shape)}], got {list(x.shape)}")
+
 
 class Batch:
     """The user's batch, whole and with each packed document by itself.
@@ -152,20 +195,20 @@ class Batch:
             if name.endswith(("token_id", "token_index")) and isinstance(number, int)
         }
         if self.documents is not None:
-            places = []
-            for row, numbers in enumerate(self.documents):
-                lengths = numbers.unique_consecutive(return_counts=True)[1].tolist()
-                ends = accumulate(lengths, initial=0)
-                places += [(slice(row, row + 1), slice(*span)) for span in pairwise(ends)]
-                self.lengths += lengths
-            self.apart = [self._cut(place) for place in places]
+            places = [
+                (row, (numbers == number).nonzero()[:, 0])
+                for row, numbers in enumerate(self.documents)
+                for number in numbers[numbers >= 0].unique()
+            ]
+            self.lengths = [len(tokens) for _, tokens in places]
+            self.apart = [self._cut(row, tokens) for row, tokens in places]
 
     def mask(self, prefix: str) -> Tensor | None:
         """bool [B, T], True for real tokens; None if all are, one document to a row."""
         mask = self.whole.get(f"{prefix}attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             return mask != 0
-        return None if self.documents is None else torch.ones_like(self.documents, dtype=torch.bool)
+        return None if self.documents is None else self.documents >= 0
 
     def of(self, layer: str) -> Tensor | None:
         """The mask of the tokens in ``layer``; "" is the whole model."""
@@ -208,22 +251,21 @@ class Batch:
         other = ordinary[(torch.searchsorted(ordinary, ids) + 1) % len(ordinary)]
         return {f"{prefix}input_ids": ids.where(~where, other)}
 
-    def _cut(self, place: tuple[slice, slice]) -> dict:
-        """The packed document at ``place``, as a batch by itself."""
+    def _cut(self, row: int, tokens: Tensor) -> dict:
+        """The packed document of these ``tokens`` of a row, as a batch by itself."""
         shape = self.documents.shape
-        positions = torch.arange(shape[1], device=self.documents.device)
-        batch = {"position_ids": positions[None, place[1]]}
+        batch = {"position_ids": tokens[None]}
         for name, x in self.whole.items():
             if name in _BOUNDARIES:
                 continue
             if not isinstance(x, Tensor) or x.dim() == 0:
                 batch[name] = x
             elif x.shape[:2] == shape:
-                batch[name] = x[place]
+                batch[name] = x[row : row + 1, tokens]
             elif x.shape[-2:] == shape:
-                batch[name] = x[(..., *place)]
+                batch[name] = x[..., row : row + 1, tokens]
             elif name == "position_ids":
-                batch[name] = x[..., place[1]]
+                batch[name] = x[..., tokens]
             else:
                 raise ValueError(
                     f"{name}: expected a batch of text alone where documents are packed, got a "
@@ -233,25 +275,33 @@ class Batch:
 
 
 def _documents(batch: dict) -> Tensor | None:
-    """[B, T], the number of the packed document that each token belongs to; None if not packed."""
+    """[B, T], the number of the packed document that each token belongs to, -1 in padding.
+
+    None if no row holds several.
+    """
     tokens = batch.get("input_ids", batch.get("inputs_embeds"))
     if tokens is None:
         return None
     shape = tokens.shape[:2]
-    ends, position_ids = batch.get("cu_seq_lens_q"), batch.get("position_ids")
+    ends, positions = batch.get("cu_seq_lens_q"), batch.get("position_ids")
+    mask = batch.get("attention_mask")
+    if isinstance(positions, Tensor) and positions.dim() == 3 and len(positions) == 4:
+        positions = positions[0]  # the text's, before those of the rotary embedding
+    if not may_be_packed(positions, *shape):
+        positions = None
     if ends is not None:
         numbers = torch.zeros(shape, dtype=torch.long, device=tokens.device)
         numbers[0, ends[1:-1].long()] = 1
         numbers = numbers.cumsum(1)
+    elif mask is not None and (not isinstance(mask, Tensor) or mask.shape != shape):
+        return None  # it says itself who sees whom
+    elif positions is None and mask is None:
+        return None
     else:
-        if position_ids is not None and position_ids.dim() == 3 and len(position_ids) == 4:
-            position_ids = position_ids[0]  # the text's, before those of the rotary embedding
-        if not may_be_packed(position_ids, *shape, shape[1]) or not falls(position_ids):
-            return None
-        if not all_visible(batch.get("attention_mask")):
-            return None
-        numbers = document_ids(position_ids).expand(shape)
-    return numbers if numbers.any() else None
+        numbers = document_ids(positions, mask).expand(shape)
+    if isinstance(mask, Tensor) and mask.shape == shape:
+        numbers = numbers.masked_fill(mask == 0, -1)
+    return numbers if (numbers > 0).any() else None
 
 
 # Runs
@@ -372,10 +422,10 @@ class Replay:
         others, itself = [], []
         for bit in range(int(documents.max()).bit_length()):
             for value in (0, 1):
-                where = (documents >> bit) & 1 == value
+                where = (documents >= 0) & ((documents >> bit) & 1 == value)
                 changed = self.data.with_other_tokens("", where, special_too=False)
                 moved = self._movement(changed)
-                others.append(moved[~where].max())
+                others.append(moved[(documents >= 0) & ~where].max())
                 itself.append(moved[where].max())
         most, least = torch.stack(others).max(), torch.stack(itself).min()
         return most.item(), least.item(), len(self.data.apart)

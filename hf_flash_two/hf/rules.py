@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_flash_two.hf.mask_carrier import MaskCarrier
+from hf_flash_two.hf.packing import readable
 from hf_flash_two.hf.scores import HIDDEN, Lazy, RowArgmax, RowMax, Scores, Turned, version_of
 
 _UNREACHED = 5e4
@@ -279,6 +280,8 @@ def _masked_fill(scores, mask, value) -> Scores | None:
         return None
     visible = mask.logical_not()
     if scores.softmaxed and value == 0:
+        if not readable(visible):
+            return None
         known = any(torch.equal(seen, visible) for _, seen in scores.visible)
         return scores.but() if known else None
     return scores.hide(visible) if _hides(value) else None
@@ -286,7 +289,7 @@ def _masked_fill(scores, mask, value) -> Scores | None:
 
 def _hides(value) -> bool:
     if isinstance(value, Tensor):
-        return bool((value <= HIDDEN).all())
+        return readable(value) and bool((value <= HIDDEN).all())
     return isinstance(value, (int, float)) and value <= HIDDEN
 
 
@@ -300,7 +303,7 @@ class Largest(NamedTuple):
 def _at_least(scores, least) -> Scores | None:
     if not isinstance(scores, Scores) or scores.softmaxed or isinstance(least, Lazy):
         return None
-    if isinstance(least, Tensor) and least.numel() > 1:
+    if isinstance(least, Tensor) and (least.numel() > 1 or not readable(least)):
         return None
     return scores.but() if least <= -_UNREACHED else None
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from hf_flash_two.attention import flash_attention
+from hf_flash_two.hf.forward_pass import once
 from hf_flash_two.hf.interface import _from_dense
 from hf_flash_two.hf.leading import Lead, Leading
 from hf_flash_two.hf.mask_carrier import MaskCarrier
-from hf_flash_two.hf.memo import once
+from hf_flash_two.hf.packing import readable
 from hf_flash_two.masks import AttentionMask
 
 HIDDEN = -1e4
@@ -161,10 +162,11 @@ class Scores(Lazy):
 
     def plus(self, term: Tensor | MaskCarrier) -> Scores | None:
         carried = isinstance(term, MaskCarrier)
-        if self.softmaxed or not (carried or term.is_floating_point()):
+        if self.softmaxed or not self.holds(*term.shape):
             return None
-        if not self.holds(*term.shape):
-            return None
+        if not carried and not term.is_floating_point():
+            # A mask of the user that says who may attend: added as it is, it would hide nothing.
+            return self.hide(term) if term.dtype == torch.bool and term.dim() > 2 else None
         if self.gate is not None:
             return None if carried else self._closed(term)
         dtype = torch.promote_types(self.dtype, term.dtype)
@@ -179,6 +181,8 @@ class Scores(Lazy):
     def _closed(self, term: Tensor) -> Scores | None:
         """``scores * gate + term`` if the term hides what the gate set to 0, and nothing else."""
         opened = self.gate == 1
+        if not readable(self.gate) or not readable(term):
+            return None
         if not torch.where(opened, term == 0, (self.gate == 0) & (term <= HIDDEN)).all():
             return None
         return self.but(gate=None).hide(opened)
@@ -187,7 +191,7 @@ class Scores(Lazy):
         if self.softmaxed or self.gate is not None:
             return None
         if isinstance(factor, Tensor) and factor.numel() == 1 and not factor.requires_grad:
-            factor = factor.item()
+            factor = factor.item() if readable(factor) else factor.reshape(1, 1)
         masked = self.visible or any(isinstance(term, MaskCarrier) for _, term in self.terms)
         if isinstance(factor, Tensor):
             return None if masked else self._times_tensor(factor)
@@ -242,7 +246,7 @@ class Scores(Lazy):
                 if seen is not None:
                     visible.append((lead, seen))
             elif len(lead) == 2:
-                mask = mask & term.for_all_queries(queries).mask
+                mask = mask & term.broadcast_to(queries, keys).mask
                 batch = lead[0] if term.shape[0] > 1 else batch
             else:
                 visible.append((lead, term.as_bool()))
@@ -250,7 +254,7 @@ class Scores(Lazy):
         spread = [leading.spread(seen, lead) for lead, seen in visible]
         place = leading.place(spread if bias is None else [*spread, bias], batch)
         for (_, seen), whole in zip(visible, spread, strict=True):
-            made_for = (leading.ends, place, queries, keys)
+            made_for = (*leading.ends, place, queries, keys)
             whole = leading.fold(whole, place)
             found = once(seen, made_for, partial(_from_dense, whole, queries, keys))
             mask = mask & _moved(found, mask, queries, keys)
@@ -342,14 +346,15 @@ def _parted(term: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
     def hidden() -> Tensor | None:
         found = term <= HIDDEN
-        return found.logical_not_() if found.any() else None
+        return found.logical_not_() if not readable(found) or found.any() else None
 
     with torch.no_grad():
         visible = once(term, "hidden", hidden)
     if visible is None:
         return term, None
     bias = torch.where(visible, term, 0)
-    return (bias if term.requires_grad or bias.any() else None), visible
+    needed = term.requires_grad or not readable(bias) or bias.any()
+    return (bias if needed else None), visible
 
 
 def _moved(seen: AttentionMask, mask: AttentionMask, queries: int, keys: int) -> AttentionMask:

@@ -85,6 +85,7 @@ class Call:
     key: Tensor
     value: Tensor
     problem: Problem
+    guarded: bool
     block_q: int
     block_k: int
     workspace: Workspace
@@ -92,14 +93,24 @@ class Call:
 
 
 def lanes(
-    query: Tensor, key: Tensor, value: Tensor, problem: Problem, gradients: bool = False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    problem: Problem,
+    guarded: bool,
+    gradients: bool = False,
 ) -> Iterator[Lane]:
-    """The lanes of one call; with ``gradients`` those of keys and values take room too."""
+    """The lanes of one call.
+
+    Args:
+        guarded: see `Lane.seen`.
+        gradients: those of keys and values take room too.
+    """
     batch, heads, query_length, _ = query.shape
     key_heads, key_length = key.shape[1:3]
     if not (batch and heads):
         return
-    call = _call(query, key, value, problem)
+    call = _call(query, key, value, problem, guarded)
     tile_bytes = (
         heads // key_heads * call.block_q * call.block_k * _product_dtype(query.dtype).itemsize
     )
@@ -125,7 +136,7 @@ def _rows_are_heads(x: Tensor) -> bool:
     return x.stride(0) == x.shape[1] * x.stride(1)
 
 
-def _call(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Call:
+def _call(query: Tensor, key: Tensor, value: Tensor, problem: Problem, guarded: bool) -> Call:
     query_length, key_length = query.shape[2], key.shape[2]
     group = query.shape[1] // key.shape[1]
     rows, block_k = query_length * group, _BLOCK_K
@@ -134,7 +145,7 @@ def _call(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Call:
         block_k = _TILE_BYTES // max(1, rows * _product_dtype(query.dtype).itemsize)
     block_q = max(1, _BLOCK_Q // group)
     return Call(
-        query, key, value, problem,
+        query, key, value, problem, guarded,
         max(1, min(problem.block_q or block_q, query_length)),
         max(1, min(problem.block_k or block_k, key_length)),
         Workspace(query.device),
@@ -253,6 +264,9 @@ class Lane:
     dtype: of the products; stats: of sums and statistics.
     few: there are so few queries that products are bound by reading the keys.
     plain: the scores are the scaled products and nothing else.
+    unit: what a score of 1 is kept as. Plain ones are in base 2, whose power is the cheaper one and
+        whose factor the product takes for nothing; others, which may be as large as a float can be,
+        as they are.
     """
 
     def __init__(self, call: Call, batch: slice, key_heads: slice, query_tiles: list[QueryTile]):
@@ -267,7 +281,10 @@ class Lane:
         self.dtype = _product_dtype(call.query.dtype)
         self.stats = statistics_dtype(call.query.dtype)
         self.few = call.query.shape[2] * self.group_size <= _FEW_ROWS
-        self.plain = problem.bias is None and problem.alibi_slopes is None and not problem.softcap
+        # On CPUs PyTorch leaves a bfloat16 product with a factor of 0 unwritten.
+        modified = problem.bias is not None or problem.alibi_slopes is not None or problem.softcap
+        self.plain = not modified and problem.scale != 0
+        self.unit = LOG2E if self.plain else 1.0
         self.batch_size = batch.stop - batch.start
         self._query = call.query[self.index].flatten(0, 1)
         self.key_blocks = self._blocks(call.key)
@@ -379,7 +396,7 @@ class Lane:
     def scores(
         self, query: Tensor, rows: slice, tile: KeyTile, shift: Tensor | None, by_key: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Base-2 scores [heads, group * rows, cols] plus ``shift``, and softcap's tanh.
+        """Scores [heads, group * rows, cols] in `unit` plus ``shift``, and softcap's tanh.
 
         Plain scores come in the dtype of the products, shifted inside the product before it rounds;
         modified ones in the dtype of the statistics.
@@ -391,7 +408,7 @@ class Lane:
         problem, cols = self.problem, tile.cols
         key, capped = self.key(tile), None
         if self.plain:
-            s = self.product("scores", query, key, shift, problem.scale * LOG2E, by_key)
+            s = self.product("scores", query, key, shift, problem.scale * self.unit, by_key)
         else:
             s = self.product("scores", query, key, None, 1, by_key)
             s = s.to(self.stats).mul_(problem.scale)
@@ -405,13 +422,24 @@ class Lane:
                 position, key_position = self.positions(rows, cols)
                 slopes = self.by_head(self.per_row(problem.alibi_slopes, rows))
                 by_head -= slopes * (position - key_position).abs()
-            s.mul_(LOG2E)
             if shift is not None:
                 s.add_(shift)
         for run in tile.masked:
             at = slice(cols.start + run.start, cols.start + run.stop)
             self.by_head(s[:, :, run]).masked_fill_(self.hidden(rows, at), -math.inf)
         return s, capped
+
+    def exp(self, x: Tensor) -> Tensor:
+        """e to the power of scores, in their place."""
+        return x.exp2_() if self.plain else x.exp_()
+
+    def seen(self, scores: Tensor) -> Tensor | None:
+        """Where queries see keys, from the scores; None unless the call is guarded.
+
+        Elsewhere weights are 0, which hides every number but NaN and infinity. A guarded call, made
+        if they are in the result of one that is not, passes what is hidden over in each product.
+        """
+        return scores != -math.inf if self.call.guarded else None
 
     def product(
         self, name: str, a: Tensor, b: Tensor, shift: Tensor | None, scale: float, by_key: bool
@@ -429,9 +457,22 @@ class Lane:
             torch.baddbmm(shift, a, b.transpose(1, 2), alpha=scale, out=product)
         return product.transpose(1, 2) if by_key else product
 
-    def add_product(self, acc: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-        """acc + A B, added up in the dtype of the statistics."""
+    def add_product(
+        self, acc: Tensor | None, a: Tensor, b: Tensor, seen: Tensor | None = None
+    ) -> Tensor:
+        """acc + A B, added up in the dtype of the statistics; what A does not see counts nothing.
+
+        Args:
+            seen: bool, as A; None if B is known to be finite.
+        """
         a, b = a.to(self.dtype), b.to(self.dtype)
+        if seen is not None:
+            finite = b.isfinite()
+            start = None if acc is None else acc.clone()
+            clean = self.add_product(start, a, b.where(finite, 0))
+            met = torch.bmm(seen.to(self.dtype), (~finite).to(self.dtype)) > 0
+            acc = self.add_product(acc, a, b)
+            return acc.copy_(torch.where(met, acc, clean))
         if acc is None:
             return torch.bmm(a, b).to(self.stats)
         return acc.baddbmm_(a, b) if self.dtype == self.stats else acc.add_(torch.bmm(a, b))

@@ -15,7 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_flash_two.kernels.problem import LOG2E, Layout, Problem, output_layout
+from hf_flash_two.kernels.problem import (
+    LOG2E,
+    Layout,
+    Problem,
+    empty_output,
+    output_layout,
+)
 from hf_flash_two.kernels.triton_config import (
     BackwardTiles,
     Tiles,
@@ -31,13 +37,17 @@ from hf_flash_two.kernels.triton_launch import Launch, planned
 from hf_flash_two.kernels.triton_ranges import key_ranges
 from hf_flash_two.kernels.triton_tile import (
     bulk_load,
+    hides,
+    holds_nan,
     intervals,
     kept,
     key_tiles,
     nth_tile,
     probabilities,
     query_tiles,
+    seen_product,
     stages_of,
+    unit,
     visible,
 )
 from hf_flash_two.masks import KEY_GRANULE
@@ -65,14 +75,32 @@ def backward(
         x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value, d_out)
     )
     lse = lse.contiguous()
+    if query.numel() == 0:
+        gradients = [empty_output(x, x.shape[3]).zero_() for x in (query, key, value)]
+        extras = (problem.bias if need_d_bias else None, problem.sinks)
+        return *gradients, *(x if x is None else torch.zeros_like(x) for x in extras)
     with torch.cuda.device_of(query):
         plan = planned(_plan, problem, query, key, value, d_out, out, lse, d_lse)
         dq, dk, dv = (query.new_empty_strided(*layout) for layout in plan.gradients)
         lse_2, delta = (lse.new_empty(plan.stats_shape) for _ in range(2))
-        tensors = (query, key, value, d_out, lse_2, delta, problem.first_query, problem.last_query)
+        weigh = problem.bias is not None and problem.sinks is None
+        weight = torch.empty_like(delta) if weigh else None
+        stats = (lse_2, delta, weight)
+        tensors = (query, key, value, d_out, *stats, problem.first_query, problem.last_query)
         extras = (problem.dense, problem.bias, problem.alibi_slopes, problem.seed)
         if delta.numel():
             plan.stats(out, d_out, lse, d_lse, lse_2, delta)
+        tiles = plan.tiles.queries
+        ranges = key_ranges(problem, tiles, query.shape[2], key.shape[2])
+        if dq.numel():
+            plan.queries(
+                *tensors, ranges, *extras,
+                bulk_tiles(key, plan.bulk_key, tiles.block_k, tiles.block_d),
+                bulk_tiles(value, plan.bulk_value, tiles.block_k, tiles.block_v),
+                bulk_run(problem.first_query, plan.bulk_key, tiles.block_k),
+                bulk_run(problem.last_query, plan.bulk_key, tiles.block_k),
+                dq,
+            )  # fmt: skip
         if dk.numel():
             walks = [(plan.keys, plan.tiles.keys, dk, dv if plan.values is None else None)]
             if plan.values is not None:
@@ -85,17 +113,6 @@ def backward(
                     *(bulk_run(x, plan.bulk_query, tiles.block_q) for x in (lse_2, delta)),
                     *gradients,
                 )  # fmt: skip
-        tiles = plan.tiles.queries
-        ranges = key_ranges(problem, tiles, query.shape[2], key.shape[2])
-        if dq.numel():
-            plan.queries(
-                *tensors, ranges, *extras,
-                bulk_tiles(key, plan.bulk_key, tiles.block_k, tiles.block_d),
-                bulk_tiles(value, plan.bulk_value, tiles.block_k, tiles.block_v),
-                bulk_run(problem.first_query, plan.bulk_key, tiles.block_k),
-                bulk_run(problem.last_query, plan.bulk_key, tiles.block_k),
-                dq,
-            )  # fmt: skip
         d_bias = d_sinks = None
         if need_d_bias:
             d_bias = torch.empty_like(problem.bias, memory_format=torch.contiguous_format)
@@ -138,7 +155,7 @@ def _plan(
     tiles = backward_tiles(query, key, value, problem)
     flags = launch_flags(query, problem)
     flags.pop("SINKS")
-    *strides, _ = strides_of(problem, batch, heads, query_length, key_length)
+    *strides, _, _ = strides_of(problem, batch, heads, query_length, key_length)
     gradients = tuple(output_layout(x, x.shape[3]) for x in (query, key, value))
     (_, dq_strides), (_, dk_strides), (_, dv_strides) = gradients
     scalars = (
@@ -164,7 +181,10 @@ def _plan(
             *out.stride()[:3], *d_out.stride()[:3],
             *((0, 0, 0) if d_lse is None else d_lse.stride()), heads, query_length,
         ),
-        {"DV": value_dim, "BLOCK_V": triton.next_power_of_2(value_dim), "ROWS": _STAT_ROWS},
+        {
+            "PLAIN": flags["PLAIN"], "DV": value_dim,
+            "BLOCK_V": triton.next_power_of_2(value_dim), "ROWS": _STAT_ROWS,
+        },
         tiles.queries,
     )  # fmt: skip
     parts = max(
@@ -212,9 +232,9 @@ def _stats_at(batch, heads, head, length):
 def _stats_kernel(
     out_ptr, d_out_ptr, lse_ptr, d_lse_ptr, lse_2_ptr, delta_ptr,
     o_sb, o_sh, o_st, g_sb, g_sh, g_st, l_sb, l_sh, l_st, heads, length,
-    DV: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
+    PLAIN: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """What the backward needs of each row: lse in base 2, 0 for empty rows, and delta."""
+    """What the backward needs of each row: lse, times `unit`, and delta; 0 for empty rows."""
     tiles = tl.cdiv(length, ROWS)
     program = tl.program_id(0)
     head = (program // tiles % heads).to(tl.int64)
@@ -226,14 +246,16 @@ def _stats_kernel(
     d_out_at = d_out_ptr + batch * g_sb + head * g_sh + row[:, None] * g_st + dv[None, :]
     out = tl.load(out_at, inside, 0.0).to(tl.float32)
     d_out = tl.load(d_out_at, inside, 0.0).to(tl.float32)
-    delta = tl.sum(out * d_out, 1)
+    # A row that sees sinks only is all 0, and what arrives for it, NaN perhaps, is of no account.
+    delta = tl.where(tl.sum(tl.abs(out), 1) == 0, 0.0, tl.sum(out * d_out, 1))
     if d_lse_ptr is not None:
         d_lse_at = d_lse_ptr + batch * l_sb + head * l_sh + row * l_st
         delta -= tl.load(d_lse_at, row < length, 0.0)
     lse = tl.load(lse_ptr + (batch * heads + head) * length + row, row < length, 0.0)
     at = _stats_at(batch, heads, head, length) + row
-    tl.store(lse_2_ptr + at, tl.where(lse == float("-inf"), 0.0, lse * _LOG2E))
-    tl.store(delta_ptr + at, delta)
+    empty = lse == float("-inf")
+    tl.store(lse_2_ptr + at, tl.where(empty, 0.0, lse * (_LOG2E / unit(PLAIN))))
+    tl.store(delta_ptr + at, tl.where(empty, 0.0, delta))
 
 
 @triton.jit
@@ -258,12 +280,12 @@ _PER_LENGTH = [
 
 @triton.jit(do_not_specialize=_PER_LENGTH)
 def _keys_kernel(
-    q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr, weight_ptr,
     first_ptr, last_ptr, bounds_ptr, dense_ptr, bias_ptr, slopes_ptr, seed_ptr,
     q_tiles, g_tiles, lse_tiles, delta_tiles, dk_ptr, dv_ptr,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, g_sb, g_sh, g_st,
     mask_sb, dense_sb, dense_sh, dense_sq, dense_sk, bias_sb, bias_sh, bias_sq, bias_sk,
-    slopes_sb,
+    slopes_sb, slopes_sh,
     heads, group, query_length, key_length, offset, left, right,
     scale, softcap, threshold, keep_scale,
     dk_sb, dk_sh, dk_st, dv_sb, dv_sh, dv_st,
@@ -306,100 +328,126 @@ def _keys_kernel(
     whole = full_end - full
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    for member in range(group):
-        head = key_head * group + member
-        q_head = q_ptr + batch * q_sb + head * q_sh
-        g_head = g_ptr + batch * g_sb + head * g_sh
-        stats = _stats_at(batch, heads, head, query_length)
-        dense_head = dense_ptr
-        bias_head = bias_ptr
-        if DENSE:
-            dense_head += batch * dense_sb + head * dense_sh
-        if BIAS:
-            bias_head += batch * bias_sb + head * bias_sh
-        slope = 0.0
-        if ALIBI:
-            slope = tl.load(slopes_ptr + batch * slopes_sb + head)
-        for phase in tl.static_range(2):
-            if phase == 0:
-                from_tile, to_tile = 0, whole
-            else:
-                from_tile, to_tile = whole, last - first
-            for n in tl.range(from_tile, to_tile, num_stages=stages_of(STAGES, phase, MASK)):
+    for attempt in tl.static_range(2 if hides(MASK, DENSE) else 1):
+        members = group
+        if attempt == 1:
+            again = holds_nan(dk, col_inside) | holds_nan(dv, col_inside)
+            members = tl.where(again, group, 0)
+            dk = tl.where(again, 0.0, dk)
+            dv = tl.where(again, 0.0, dv)
+        for member in range(members):
+            head = key_head * group + member
+            q_head = q_ptr + batch * q_sb + head * q_sh
+            g_head = g_ptr + batch * g_sb + head * g_sh
+            stats = _stats_at(batch, heads, head, query_length)
+            dense_head = dense_ptr
+            bias_head = bias_ptr
+            if DENSE:
+                dense_head += batch * dense_sb + head * dense_sh
+            if BIAS:
+                bias_head += batch * bias_sb + head * bias_sh
+            slope = 0.0
+            if ALIBI:
+                slope = tl.load(slopes_ptr + batch * slopes_sb + head * slopes_sh)
+            for phase in tl.static_range(2 * attempt, 2 + attempt):
                 if phase == 0:
-                    query_tile = full + n
+                    from_tile, to_tile = 0, whole
+                elif phase == 1:
+                    from_tile, to_tile = whole, last - first
                 else:
-                    query_tile = nth_tile(n, first, full, full_end)
-                row = query_tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-                row_inside = row < query_length
-                q_at = q_head + row.to(tl.int64) * q_st
-                g_at = g_head + row.to(tl.int64) * g_st
-                if q_tiles is not None:
-                    q = bulk_load(q_tiles, batch, head, query_tile * BLOCK_Q, 0, BLOCK_Q, BLOCK_D)
-                elif phase == 0 and D == BLOCK_D:
-                    q = tl.load(q_at[:, None] + d[None, :])
-                else:
-                    q = tl.load(
-                        q_at[:, None] + d[None, :], row_inside[:, None] & (d < D)[None, :], 0.0
-                    )
-                if g_tiles is not None:
-                    g = bulk_load(g_tiles, batch, head, query_tile * BLOCK_Q, 0, BLOCK_Q, BLOCK_V)
-                elif phase == 0 and DV == BLOCK_V:
-                    g = tl.load(g_at[:, None] + e[None, :])
-                else:
-                    g = tl.load(
-                        g_at[:, None] + e[None, :], row_inside[:, None] & (e < DV)[None, :], 0.0
-                    )
-                stats_at = stats + query_tile * BLOCK_Q
-                if lse_tiles is not None:
-                    lse = lse_tiles.load([stats_at.to(tl.int32)])
-                else:
-                    lse = tl.load(lse_ptr + stats_at + tl.arange(0, BLOCK_Q))
-                if WIDE:
-                    s = _wide_product(
-                        k_at, q_at, col_inside, row_inside, D, BLOCK_D, BLOCK_K, BLOCK_Q, PRECISION
-                    )
-                else:
-                    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-                if dk_ptr is not None:
-                    if delta_tiles is not None:
-                        delta = delta_tiles.load([stats_at.to(tl.int32)])
+                    from_tile, to_tile = 0, last - first
+                for n in tl.range(from_tile, to_tile, num_stages=stages_of(STAGES, phase, MASK)):
+                    if phase == 0:
+                        query_tile = full + n
                     else:
-                        delta = tl.load(delta_ptr + stats_at + tl.arange(0, BLOCK_Q))
+                        query_tile = nth_tile(n, first, full, full_end)
+                    row = query_tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+                    row_inside = row < query_length
+                    q_at = q_head + row.to(tl.int64) * q_st
+                    g_at = g_head + row.to(tl.int64) * g_st
+                    if q_tiles is not None:
+                        q = bulk_load(
+                            q_tiles, batch, head, query_tile * BLOCK_Q, 0, BLOCK_Q, BLOCK_D
+                        )
+                    elif phase == 0 and D == BLOCK_D:
+                        q = tl.load(q_at[:, None] + d[None, :])
+                    else:
+                        q = tl.load(
+                            q_at[:, None] + d[None, :], row_inside[:, None] & (d < D)[None, :], 0.0
+                        )
+                    if g_tiles is not None:
+                        g = bulk_load(
+                            g_tiles, batch, head, query_tile * BLOCK_Q, 0, BLOCK_Q, BLOCK_V
+                        )
+                    elif phase == 0 and DV == BLOCK_V:
+                        g = tl.load(g_at[:, None] + e[None, :])
+                    else:
+                        g = tl.load(
+                            g_at[:, None] + e[None, :], row_inside[:, None] & (e < DV)[None, :], 0.0
+                        )
+                    stats_at = stats + query_tile * BLOCK_Q
+                    if lse_tiles is not None:
+                        lse = lse_tiles.load([stats_at.to(tl.int32)])
+                    else:
+                        lse = tl.load(lse_ptr + stats_at + tl.arange(0, BLOCK_Q))
                     if WIDE:
-                        dp = _wide_product(
-                            v_at, g_at, col_inside, row_inside,
-                            DV, BLOCK_V, BLOCK_K, BLOCK_Q, PRECISION,
+                        s = _wide_product(
+                            k_at, q_at, col_inside, row_inside,
+                            D, BLOCK_D, BLOCK_K, BLOCK_Q, PRECISION,
                         )  # fmt: skip
                     else:
-                        dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
-                seen = col_inside[:, None] & row_inside[None, :]
-                position = row + offset
-                if phase == 1:
-                    seen = seen & visible(
-                        row[None, :], position[None, :], col[:, None], query_length, key_length,
-                        first_query[:, None], last_query[:, None], dense_head, dense_sq, dense_sk,
-                        left, right, MASK, LEFT, RIGHT, DENSE,
+                        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                    if dk_ptr is not None:
+                        if delta_tiles is not None:
+                            delta = delta_tiles.load([stats_at.to(tl.int32)])
+                        else:
+                            delta = tl.load(delta_ptr + stats_at + tl.arange(0, BLOCK_Q))
+                        if WIDE:
+                            dp = _wide_product(
+                                v_at, g_at, col_inside, row_inside,
+                                DV, BLOCK_V, BLOCK_K, BLOCK_Q, PRECISION,
+                            )  # fmt: skip
+                        else:
+                            dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+                    seen = col_inside[:, None] & row_inside[None, :]
+                    position = row + offset
+                    if phase != 0:
+                        seen = seen & visible(
+                            row[None, :], position[None, :], col[:, None],
+                            query_length, key_length, first_query[:, None], last_query[:, None],
+                            dense_head, dense_sq, dense_sk, left, right, MASK, LEFT, RIGHT, DENSE,
+                        )  # fmt: skip
+                    weight = 1.0
+                    if weight_ptr is not None:
+                        weight = tl.load(weight_ptr + stats_at + tl.arange(0, BLOCK_Q))[None, :]
+                    p, slack = probabilities(
+                        s, lse[None, :], weight, row[None, :], position[None, :], col[:, None],
+                        seen, slope, bias_head, bias_sq, bias_sk, scale, softcap,
+                        phase != 0, PLAIN, SOFTCAP, BIAS, ALIBI,
                     )  # fmt: skip
-                p, slack = probabilities(
-                    s, lse[None, :], row[None, :], position[None, :], col[:, None], seen, slope,
-                    bias_head, bias_sq, bias_sk, scale, softcap,
-                    phase == 1, PLAIN, SOFTCAP, BIAS, ALIBI,
-                )  # fmt: skip
-                if DROPOUT:
-                    keep = kept(seed_ptr, batch, head, row[None, :], col[:, None], threshold)
-                if dv_ptr is not None:
-                    dropped = p
                     if DROPOUT:
-                        dropped = tl.where(keep, p * keep_scale, 0.0)
-                    dv = tl.dot(dropped.to(g.dtype), g, dv, input_precision=PRECISION)
-                if dk_ptr is not None:
-                    if DROPOUT:
-                        dp = tl.where(keep, dp * keep_scale, 0.0)
-                    ds = p * (dp - delta[None, :])
-                    if SOFTCAP:
-                        ds = ds * slack
-                    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+                        keep = kept(seed_ptr, batch, head, row[None, :], col[:, None], threshold)
+                    if dv_ptr is not None:
+                        dropped = p
+                        if DROPOUT:
+                            dropped = tl.where(keep, p * keep_scale, 0.0)
+                        if phase == 2:
+                            g_rows = g_head + query_tile.to(tl.int64) * BLOCK_Q * g_st + e
+                            dv = seen_product(dropped, g, dv, seen, g_rows, g_st, e < DV, PRECISION)
+                        else:
+                            dv = tl.dot(dropped.to(g.dtype), g, dv, input_precision=PRECISION)
+                    if dk_ptr is not None:
+                        if DROPOUT:
+                            dp = tl.where(keep, dp * keep_scale, 0.0)
+                        ds = p * (dp - delta[None, :])
+                        if SOFTCAP:
+                            ds = ds * slack
+                        if phase == 2:
+                            ds = tl.where(seen, ds, 0.0)
+                            q_rows = q_head + query_tile.to(tl.int64) * BLOCK_Q * q_st + d
+                            dk = seen_product(ds, q, dk, seen, q_rows, q_st, d < D, PRECISION)
+                        else:
+                            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     if dk_ptr is not None:
         dk_at = dk_ptr + batch * dk_sb + key_head * dk_sh + col.to(tl.int64) * dk_st
         tl.store(
@@ -418,12 +466,12 @@ def _keys_kernel(
 
 @triton.jit(do_not_specialize=_PER_LENGTH)
 def _queries_kernel(
-    q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr, weight_ptr,
     first_ptr, last_ptr, ranges_ptr, dense_ptr, bias_ptr, slopes_ptr, seed_ptr,
     k_tiles, v_tiles, first_tiles, last_tiles, dq_ptr,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, g_sb, g_sh, g_st,
     mask_sb, dense_sb, dense_sh, dense_sq, dense_sk, bias_sb, bias_sh, bias_sq, bias_sk,
-    slopes_sb,
+    slopes_sb, slopes_sh,
     heads, group, query_length, key_length, offset, left, right,
     scale, softcap, threshold, keep_scale,
     dq_sb, dq_sh, dq_st,
@@ -465,7 +513,7 @@ def _queries_kernel(
         bias_ptr += batch * bias_sb + head * bias_sh
     slope = 0.0
     if ALIBI:
-        slope = tl.load(slopes_ptr + batch * slopes_sb + head)
+        slope = tl.load(slopes_ptr + batch * slopes_sb + head * slopes_sh)
     start = tile * BLOCK_Q + offset
     stop = tl.minimum(tile * BLOCK_Q + BLOCK_Q, query_length) + offset
     first, last, full, full_end = key_tiles(
@@ -473,11 +521,17 @@ def _queries_kernel(
     )
     whole = full_end - full
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    for phase in tl.static_range(2):
+    total_p = tl.zeros([BLOCK_Q], tl.float32)
+    for phase in tl.static_range(3 if hides(MASK, DENSE) else 2):
         if phase == 0:
             from_tile, to_tile = 0, whole
-        else:
+        elif phase == 1:
             from_tile, to_tile = whole, last - first
+        else:
+            again = holds_nan(dq, row_inside)
+            from_tile, to_tile = 0, tl.where(again, last - first, 0)
+            dq = tl.where(again, 0.0, dq)
+            total_p = tl.where(again, 0.0, total_p)
         for n in tl.range(from_tile, to_tile, num_stages=stages_of(STAGES, phase, MASK)):
             if phase == 0:
                 key_tile = full + n
@@ -512,7 +566,7 @@ def _queries_kernel(
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
                 dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
             seen = row_inside[:, None] & col_inside[None, :]
-            if phase == 1:
+            if phase != 0:
                 first_query, last_query = intervals(
                     first_ptr, last_ptr, first_tiles, last_tiles,
                     batch * mask_sb, key_tile * BLOCK_K, key_length, MASK, BLOCK_K,
@@ -523,17 +577,29 @@ def _queries_kernel(
                     left, right, MASK, LEFT, RIGHT, DENSE,
                 )  # fmt: skip
             p, slack = probabilities(
-                s, lse[:, None], row[:, None], position[:, None], col[None, :], seen, slope,
+                s, lse[:, None], 1.0, row[:, None], position[:, None], col[None, :], seen, slope,
                 bias_ptr, bias_sq, bias_sk, scale, softcap,
-                phase == 1, PLAIN, SOFTCAP, BIAS, ALIBI,
+                phase != 0, PLAIN, SOFTCAP, BIAS, ALIBI,
             )  # fmt: skip
+            if weight_ptr is not None:
+                total_p += tl.sum(p, 1)
             if DROPOUT:
                 keep = kept(seed_ptr, batch, head, row[:, None], col[None, :], threshold)
                 dp = tl.where(keep, dp * keep_scale, 0.0)
             ds = p * (dp - delta[:, None])
             if SOFTCAP:
                 ds = ds * slack
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            if phase == 2:
+                ds = tl.where(seen, ds, 0.0)
+                k_rows = k_head + key_tile.to(tl.int64) * BLOCK_K * k_st + d
+                dq = seen_product(ds, k, dq, seen, k_rows, k_st, d < D, PRECISION)
+            else:
+                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    if weight_ptr is not None:
+        weight = 1 / tl.where(total_p == 0, 1.0, total_p)
+        dq *= weight[:, None]
+        if tl.program_id(1) == 0:
+            tl.store(weight_ptr + stats, weight)
     dq_at = dq_ptr + batch * dq_sb + head * dq_sh + row.to(tl.int64) * dq_st
     tl.store(
         dq_at[:, None] + d[None, :],
@@ -544,12 +610,12 @@ def _queries_kernel(
 
 @triton.jit(do_not_specialize=_PER_LENGTH)
 def _bias_kernel(
-    q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr, weight_ptr,
     first_ptr, last_ptr, ranges_ptr, dense_ptr, bias_ptr, slopes_ptr, seed_ptr,
     d_bias_ptr,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, g_sb, g_sh, g_st,
     mask_sb, dense_sb, dense_sh, dense_sq, dense_sk, bias_sb, bias_sh, bias_sq, bias_sk,
-    slopes_sb,
+    slopes_sb, slopes_sh,
     heads, group, query_length, key_length, offset, left, right,
     scale, softcap, threshold, keep_scale,
     batch_size, bias_batch, bias_heads, bias_queries, bias_keys,
@@ -595,7 +661,7 @@ def _bias_kernel(
                 dense_at += batch * dense_sb + head * dense_sh
             slope = 0.0
             if ALIBI:
-                slope = tl.load(slopes_ptr + batch * slopes_sb + head)
+                slope = tl.load(slopes_ptr + batch * slopes_sb + head * slopes_sh)
             for row_tile in range(at_row, row_end):
                 row = row_tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
                 row_inside = row < query_length
@@ -603,6 +669,9 @@ def _bias_kernel(
                 stats = _stats_at(batch, heads, head, query_length) + row
                 lse = tl.load(lse_ptr + stats)
                 delta = tl.load(delta_ptr + stats)
+                weight = 1.0
+                if weight_ptr is not None:
+                    weight = tl.load(weight_ptr + stats)[:, None]
                 start = row_tile * BLOCK_Q + offset
                 stop = tl.minimum(row_tile * BLOCK_Q + BLOCK_Q, query_length) + offset
                 first, last, full, full_end = key_tiles(
@@ -632,14 +701,14 @@ def _bias_kernel(
                         left, right, MASK, LEFT, RIGHT, DENSE,
                     )  # fmt: skip
                     p, slack = probabilities(
-                        s, lse[:, None], row[:, None], position[:, None], col[None, :], seen, slope,
-                        bias_ptr + batch * bias_sb + head * bias_sh, bias_sq, bias_sk,
+                        s, lse[:, None], weight, row[:, None], position[:, None], col[None, :],
+                        seen, slope, bias_ptr + batch * bias_sb + head * bias_sh, bias_sq, bias_sk,
                         scale, softcap, True, PLAIN, SOFTCAP, BIAS, ALIBI,
                     )  # fmt: skip
                     if DROPOUT:
                         keep = kept(seed_ptr, batch, head, row[:, None], col[None, :], threshold)
                         dp = tl.where(keep, dp * keep_scale, 0.0)
-                    total += p * (dp - delta[:, None])
+                    total += tl.where(seen, p * (dp - delta[:, None]), 0.0)
     out_row = at_row * BLOCK_Q + tl.arange(0, BLOCK_Q)
     out_col = at_col * BLOCK_K + tl.arange(0, BLOCK_K)
     if bias_queries == 1:

@@ -23,6 +23,7 @@ _MOST_COLUMNS = 256
 _DECODE_ROWS = 64
 _SPLIT_KEYS = 256
 _BULK_LENGTH = 256
+_MOST_SCORES = 2**13
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class Device:
     processors: int
     shared_memory: int
     bulk_copy: bool = False
+    tensor_memory: bool = False
 
 
 # (block_q, block_k, warps, stages) of the forward, the walk for keys, the walk for queries and,
@@ -122,10 +124,22 @@ def _look_up(table: dict[int, dict], shared_memory: int, wide: bool, width: int)
 
 
 def _table_row(width: int, wide: bool, device: Device, problem: Problem):
-    """The three launches; tiles of a bias or a dense mask leave room for fewer stages."""
+    """The launches, with fewer stages where other tiles want the room.
+
+    Those are a bias and a dense mask, at most 32 KiB of each, and on GPUs with tensor memory what
+    products take through shared memory.
+    """
     row = _look_up(_TABLE, device.shared_memory, wide, width)
-    most = 4 if _few_terms(problem) else 2
-    return [(*sizes, min(stages, most)) for *sizes, stages in row]
+    few = _few_terms(problem)
+    most = 4 if few else 2
+    if width > 128 and (device.tensor_memory or device.shared_memory < 200 * 2**10):
+        most //= 2
+    if few:
+        return [(*sizes, min(stages, most)) for *sizes, stages in row]
+    return [
+        (block_q, min(block_k, _MOST_SCORES // block_q), warps, min(stages, most))
+        for block_q, block_k, warps, stages in row
+    ]
 
 
 @lru_cache
@@ -137,6 +151,7 @@ def device_of(index: int | None) -> Device:
         properties.multi_processor_count,
         getattr(properties, "shared_memory_per_block_optin", 2**16),
         bulk_copy=torch.version.hip is None and properties.major >= 9,
+        tensor_memory=torch.version.hip is None and properties.major in (10, 11),
     )
 
 
@@ -172,18 +187,20 @@ def forward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -
         block_d = 64
     widest = max(block_d, block_v)
     narrow = device.shared_memory < 96 * 2**10 and widest > 128
-    if group * query_length <= (_DECODE_ROWS // 2 if narrow else _DECODE_ROWS):
-        block_q = _padded(group * query_length)
+    rows = _DECODE_ROWS // 2 if narrow else _DECODE_ROWS
+    if query_length <= max(1, rows // group):
+        block_q = min(_padded(group * query_length), rows)
         memory = device.shared_memory
         if not _few_terms(problem):
             memory = min(memory, 128 * 2**10)
         block_k, stages, resident = _look_up(_DECODE_TABLE, memory, wide, widest)
-        block_k = min(block_k, 2**13 // block_q)  # 32 KiB of scores
+        block_k = min(block_k, _MOST_SCORES // block_q)
         blocks = triton.cdiv(key_length, max(block_k, _SPLIT_KEYS))
         programs = batch * key_heads * triton.cdiv(value_dim, block_v)
+        programs *= triton.cdiv(group * query_length, block_q)
         splits = _splits(programs, resident * device.processors, blocks)
         return Tiles(block_q, block_k, block_d, block_v, 4, stages, group, splits)
-    block_q, block_k, warps, stages = _table_row(max(block_d, block_v), wide, device, problem)[0]
+    block_q, block_k, warps, stages = _table_row(widest, wide, device, problem)[0]
     return Tiles(
         min(_cap(block_q, problem.block_q, 16), max(16, _padded(query_length))),
         _cap(block_k, problem.block_k, 16),
@@ -328,8 +345,8 @@ def strides_of(
         of(problem.first_query, batch, key_length)[0],
         *of(problem.dense, *full),
         *of(problem.bias, *full),
-        of(problem.alibi_slopes, batch, heads)[0],
-        of(problem.sinks, batch, heads)[0],
+        *of(problem.alibi_slopes, batch, heads),
+        *of(problem.sinks, batch, heads),
     )
 
 

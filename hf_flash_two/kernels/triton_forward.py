@@ -36,12 +36,16 @@ from hf_flash_two.kernels.triton_launch import Launch, planned
 from hf_flash_two.kernels.triton_ranges import key_ranges
 from hf_flash_two.kernels.triton_tile import (
     bulk_load,
+    hides,
+    holds_nan,
     intervals,
     kept,
     key_tiles,
     modify,
     nth_tile,
+    seen_product,
     stages_of,
+    unit,
     visible,
 )
 
@@ -72,7 +76,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tupl
         part_out, part_lse = out, lse
         if plan.merge is not None:
             part_out = query.new_empty(tiles.splits, *out.shape, dtype=torch.float32)
-            part_lse = query.new_empty(tiles.splits, *lse.shape, dtype=torch.float32)
+            part_lse = query.new_empty(2, tiles.splits, *lse.shape, dtype=torch.float32)
         plan.attend(
             query, key, value,
             bulk_tiles(key, plan.bulk_key, tiles.block_k, tiles.block_d),
@@ -130,11 +134,12 @@ def _plan(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> _Plan:
             _merge_kernel,
             (batch * heads * query_length,),
             (
-                *part_strides, lse_step, *out[1][:3], strides[-1], heads, query_length,
+                *part_strides, lse_step, *out[1][:3], *strides[-2:], heads, query_length,
                 tiles.splits,
             ),
             {
                 "SINKS": flags["SINKS"],
+                "PLAIN": flags["PLAIN"],
                 "DV": value_dim,
                 "BLOCK_V": triton.next_power_of_2(value_dim),
             },
@@ -161,7 +166,7 @@ def _forward_kernel(
     ranges_ptr, dense_ptr, bias_ptr, slopes_ptr, sinks_ptr, seed_ptr,
     q_sb, q_sh, q_st, k_sb, k_sh, k_st, v_sb, v_sh, v_st, o_ss, o_sb, o_sh, o_st, l_ss,
     mask_sb, dense_sb, dense_sh, dense_sq, dense_sk, bias_sb, bias_sh, bias_sq, bias_sk,
-    slopes_sb, sinks_sb,
+    slopes_sb, slopes_sh, sinks_sb, sinks_sh,
     heads, group, query_length, key_length, row_tiles, splits, offset, left, right,
     scale, softcap, threshold, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
@@ -172,6 +177,7 @@ def _forward_kernel(
     DROPOUT: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    UNIT: tl.constexpr = unit(PLAIN)
     program = tl.program_id(0)
     # The last tile of a causal mask is the longest: start with it.
     tile = row_tiles - 1 - program % row_tiles
@@ -196,7 +202,8 @@ def _forward_kernel(
     dv = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     q_at = q_ptr + batch * q_sb + head * q_sh + row.to(tl.int64) * q_st
     k_at = k_ptr + batch * k_sb + key_head * k_sh
-    v_at = v_ptr + batch * v_sb + key_head * v_sh + dv[None, :]
+    v_head = v_ptr + batch * v_sb + key_head * v_sh
+    v_at = v_head + dv[None, :]
     # Intervals of one row may serve all.
     if MASK == 2 and mask_sb != 0:
         ranges_ptr += batch * row_tiles * 4
@@ -210,7 +217,7 @@ def _forward_kernel(
         bias_ptr += batch * bias_sb + head_row * bias_sh
     slope = 0.0
     if ALIBI:
-        slope = tl.load(slopes_ptr + batch * slopes_sb + head_row)
+        slope = tl.load(slopes_ptr + batch * slopes_sb + head_row * slopes_sh)
     if CHUNKS == 1:
         q = tl.load(q_at[:, None] + d[None, :], rows_left[:, None] & (d < D)[None, :], 0.0)
 
@@ -229,11 +236,17 @@ def _forward_kernel(
     total_p = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, BLOCK_V], tl.float32)
     score_scale = scale * _LOG2E
-    for phase in tl.static_range(2):
+    for phase in tl.static_range(3 if hides(MASK, DENSE) else 2):
         if phase == 0:
             from_tile, to_tile = tl.minimum(begin, whole), tl.minimum(end, whole)
-        else:
+        elif phase == 1:
             from_tile, to_tile = tl.maximum(begin, whole), tl.maximum(end, whole)
+        else:
+            again = holds_nan(acc, rows_left)
+            from_tile, to_tile = begin, tl.where(again, end, begin)
+            peak = tl.where(again, float("-inf"), peak)
+            total_p = tl.where(again, 0.0, total_p)
+            acc = tl.where(again, 0.0, acc)
         for n in tl.range(from_tile, to_tile, num_stages=stages_of(STAGES, phase, MASK)):
             if phase == 0:
                 key_tile = full + n
@@ -268,7 +281,7 @@ def _forward_kernel(
                     )
                     s = tl.dot(qc, kc, s, input_precision=PRECISION)
             seen = rows_left[:, None] & (col < key_length)[None, :]
-            if phase == 1:
+            if phase != 0:
                 first_query, last_query = intervals(
                     first_ptr, last_ptr, first_tiles, last_tiles,
                     batch * mask_sb, key_tile * BLOCK_K, key_length, MASK, BLOCK_K,
@@ -279,7 +292,7 @@ def _forward_kernel(
                     left, right, MASK, LEFT, RIGHT, DENSE,
                 )  # fmt: skip
             if PLAIN:
-                if phase == 1:
+                if phase != 0:
                     s = tl.where(seen, s, float("-inf"))
                 new_peak = tl.maximum(peak, tl.max(s, 1) * score_scale)
             else:
@@ -287,17 +300,17 @@ def _forward_kernel(
                     s, row[:, None], position[:, None], col[None, :], seen, slope,
                     bias_ptr, bias_sq, bias_sk, scale, softcap, SOFTCAP, BIAS, ALIBI,
                 )  # fmt: skip
-                if phase == 1:
+                if phase != 0:
                     s = tl.where(seen, s, float("-inf"))
                 new_peak = tl.maximum(peak, tl.max(s, 1))
             origin = new_peak
-            if phase == 1 or BIAS:
+            if phase != 0 or BIAS:
                 origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
             if PLAIN:
                 p = tl.exp2(s * score_scale - origin[:, None])
             else:
-                p = tl.exp2(s - origin[:, None])
-            shrink = tl.exp2(peak - origin)
+                p = tl.exp2((s - origin[:, None]) * UNIT)
+            shrink = tl.exp2((peak - origin) * UNIT)
             peak = new_peak
             total_p = total_p * shrink + tl.sum(p, 1)
             if DROPOUT:
@@ -317,24 +330,33 @@ def _forward_kernel(
                     v = tl.load(v_ptrs, (dv < DV)[None, :], 0.0)
             else:
                 v = tl.load(v_ptrs, (dv < DV)[None, :] & (col < key_length)[:, None], 0.0)
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+            if phase == 2:
+                v_rows = v_head + key_tile.to(tl.int64) * BLOCK_K * v_st + dv
+                acc = seen_product(p, v, acc, seen, v_rows, v_st, dv < DV, PRECISION)
+            else:
+                acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
 
-    if SINKS and not SPLIT:
-        sink = tl.load(sinks_ptr + batch * sinks_sb + head) * _LOG2E
-        new_peak = tl.maximum(peak, sink)
-        origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        shrink = tl.exp2(peak - origin)
-        total_p = total_p * shrink + tl.exp2(sink - origin)
-        acc = acc * shrink[:, None]
-        peak = new_peak
-    acc = acc / tl.where(total_p == 0, 1.0, total_p)[:, None]
-    lse = (peak + tl.log2(total_p)) / _LOG2E
-    lse = tl.where(total_p == 0, float("-inf"), lse)
     out_at = out_ptr + batch * o_sb + head * o_sh + row.to(tl.int64) * o_st
     lse_at = lse_ptr + (batch * heads + head) * query_length + row
     if SPLIT:
+        # The parts' sums stand behind all of their peaks: one number would round their share away.
         out_at += tl.program_id(2).to(tl.int64) * o_ss
         lse_at += tl.program_id(2).to(tl.int64) * l_ss
+        lse = peak
+        if tl.program_id(1) == 0:
+            tl.store(lse_at + splits.to(tl.int64) * l_ss, total_p, rows_left)
+    else:
+        if SINKS:
+            sink = tl.load(sinks_ptr + batch * sinks_sb + head * sinks_sh) * (_LOG2E / UNIT)
+            new_peak = tl.maximum(peak, sink)
+            origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+            shrink = tl.exp2((peak - origin) * UNIT)
+            total_p = total_p * shrink + tl.exp2((sink - origin) * UNIT)
+            acc = acc * shrink[:, None]
+            peak = new_peak
+        acc = acc / tl.where(total_p == 0, 1.0, total_p)[:, None]
+        lse = peak * (UNIT / _LOG2E) + tl.log2(total_p) / _LOG2E
+        lse = tl.where(total_p == 0, float("-inf"), lse)
     tl.store(
         out_at[:, None] + dv[None, :],
         acc.to(out_ptr.dtype.element_ty),
@@ -347,11 +369,12 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=["p_ss", "l_ss", "query_length", "splits"])
 def _merge_kernel(
     part_out_ptr, part_lse_ptr, out_ptr, lse_ptr, sinks_ptr,
-    p_ss, p_sb, p_sh, p_st, l_ss, o_sb, o_sh, o_st, sinks_sb,
+    p_ss, p_sb, p_sh, p_st, l_ss, o_sb, o_sh, o_st, sinks_sb, sinks_sh,
     heads, query_length, splits,
-    SINKS: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr,
+    SINKS: tl.constexpr, PLAIN: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One row: the outputs of its splits, weighted by their shares of the softmax's sum."""
+    """One row: the sums of its splits, each as it would be had all keys the largest peak."""
+    UNIT: tl.constexpr = unit(PLAIN)
     program = tl.program_id(0).to(tl.int64)
     row = program % query_length
     head = (program // query_length) % heads
@@ -362,23 +385,26 @@ def _merge_kernel(
     total = 0.0
     acc = tl.zeros([BLOCK_V], tl.float32)
     if SINKS:
-        peak = tl.load(sinks_ptr + batch * sinks_sb + head) * _LOG2E
+        peak = tl.load(sinks_ptr + batch * sinks_sb + head * sinks_sh) * (_LOG2E / UNIT)
         total = tl.where(peak == float("-inf"), 0.0, 1.0)
     # All splits together are a few tiles per processor: 32 bits reach them.
     for some in range(0, splits, _MERGED):
         split = some + tl.arange(0, _MERGED)
         inside = split < splits
-        lse = tl.load(part_lse_ptr + split * l_ss + program, inside, float("-inf")) * _LOG2E
-        new_peak = tl.maximum(peak, tl.max(lse, 0))
+        part_at = part_lse_ptr + split * l_ss + program
+        part_peak = tl.load(part_at, inside, float("-inf"))
+        part_total = tl.load(part_at + splits * l_ss, inside, 0.0)
+        new_peak = tl.maximum(peak, tl.max(part_peak, 0))
         origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        shrink = tl.exp2(peak - origin)
-        share = tl.exp2(lse - origin)
+        shrink = tl.exp2((peak - origin) * UNIT)
+        share = tl.exp2((part_peak - origin) * UNIT)
         at = part[None, :] + (split * p_ss)[:, None]
         partial = tl.load(at, inside[:, None] & (dv < DV)[None, :], 0.0)
         acc = acc * shrink + tl.sum(partial * share[:, None], 0)
-        total = total * shrink + tl.sum(share, 0)
+        total = total * shrink + tl.sum(part_total * share, 0)
         peak = new_peak
     acc = acc / tl.where(total == 0, 1.0, total)
-    lse = tl.where(total == 0, float("-inf"), (peak + tl.log2(total)) / _LOG2E)
+    lse = peak * (UNIT / _LOG2E) + tl.log2(total) / _LOG2E
+    lse = tl.where(total == 0, float("-inf"), lse)
     tl.store(out_ptr + batch * o_sb + head * o_sh + row * o_st + dv, acc, dv < DV)
     tl.store(lse_ptr + program, lse)

@@ -69,9 +69,18 @@ class Launch:
             stream = self._current_stream(self._device)
             self._compiled.run(*self._grid, stream, *self._handles, *tensors, *self._rest)
             return
-        compiled = self._kernel[self._grid](
-            *tensors, *self._scalars, **self._constants, **self._options
-        )
+        try:
+            compiled = self._kernel[self._grid](
+                *tensors, *self._scalars, **self._constants, **self._options
+            )
+        except RuntimeError as error:
+            # Going on without Triton would be right and, on a GPU, many times slower: say so.
+            if "C compiler" in str(error):
+                raise RuntimeError(
+                    "kernel: Triton finds no C compiler, with which it builds its link to the "
+                    "driver once; install gcc or clang, or set CC, or choose kernel='blockwise'"
+                ) from error
+            raise
         # Interpreted kernels are not compiled.
         if isinstance(compiled, CompiledKernel):
             decided = len(tensors) + len(self._scalars)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_flash_two.kernels.problem import Problem
 from hf_flash_two.kernels.triton_config import Tiles
-from hf_flash_two.masks import KEY_GRANULE, lasts
+from hf_flash_two.masks import KEY_GRANULE, Lasting, lasts
 
 _GRANULE = tl.constexpr(KEY_GRANULE)
 _SCAN = tl.constexpr(128)
@@ -27,8 +27,8 @@ def key_ranges(problem: Problem, tiles: Tiles, query_length: int, key_length: in
     key = (
         problem.query_offset, query_length, key_length, tiles.block_q, tiles.block_k, tiles.pack,
     )  # fmt: skip
-    ranges = known.get(key)
-    if ranges is None:
+    kept = known.get(key)
+    if kept is None:
         count = triton.cdiv(tiles.pack * query_length, tiles.block_q)
         ranges = bounds.new_empty(bounds.shape[0], count, 4, dtype=torch.int32)
         _ranges_kernel[(count * bounds.shape[0],)](
@@ -36,8 +36,9 @@ def key_ranges(problem: Problem, tiles: Tiles, query_length: int, key_length: in
             PACK=tiles.pack, BLOCK_Q=tiles.block_q, BLOCK_K=tiles.block_k, num_warps=1,
         )  # fmt: skip
         if lasts(ranges):
-            known[key] = ranges
-    return ranges
+            known[key] = Lasting(ranges)
+        return ranges
+    return kept.read()
 
 
 @triton.jit(do_not_specialize=["bounds_sb", "count", "query_length", "key_length", "offset"])

@@ -1,6 +1,10 @@
 """What one tile of scores needs, shared by the Triton kernels: its place, its mask, its changes.
 
 Everything here runs inside a kernel. Features are compile-time flags: an absent one costs nothing.
+
+No kernel transposes an accumulator to multiply with it, which Triton 3.4 to 3.7.0 computes wrongly
+on Hopper, and none adds two products to one accumulator in one turn of a loop, which 3.6 to 3.8 do
+on Blackwell.
 """
 
 from __future__ import annotations
@@ -93,7 +97,54 @@ def query_tiles(
 @triton.constexpr_function
 def stages_of(stages, phase, mask):
     """Tiles in flight: fewer of those whose intervals take shared memory as well."""
+    if phase == 2:
+        return 1
     return min(stages, 2) if phase == 1 and mask == INTERVALS else stages
+
+
+@triton.constexpr_function
+def hides(mask, dense):
+    """Whether a tile that is visited may hold hidden pairs inside of the tensors.
+
+    Products of such a tile add 0 for each hidden pair, but 0 times NaN or infinity is NaN. So where
+    a result `holds_nan`, a kernel computes it again, phase 2, with `seen_product`: finite tensors
+    pay one look at the result, and hidden keys, values and rows never matter.
+    """
+    return mask != NO_MASK or dense
+
+
+@triton.jit
+def holds_nan(x, inside):
+    """Whether a row of ``x`` that is ``inside`` holds NaN.
+
+    All axes at once: of one after the other, Triton 3.7 makes no code for Blackwell.
+    """
+    return tl.max(((x != x) & inside[:, None]).to(tl.int32)) != 0
+
+
+@triton.jit
+def seen_product(a, b, acc, seen, b_at, step, inside, PRECISION: tl.constexpr):
+    """acc + A B over the pairs of A that are ``seen``, whatever B holds for the others.
+
+    What is finite is one product. The rows of B that are not, and that matter, are read again, from
+    ``b_at`` in steps of ``step``, and added one by one.
+    """
+    COUNT: tl.constexpr = b.shape[0]
+    index = tl.arange(0, COUNT)
+    finite = tl.abs(b.to(tl.float32)) < float("inf")
+    left = tl.max((finite == 0).to(tl.int32), 1) * tl.max(seen.to(tl.int32), 0)
+    a = a.to(b.dtype)
+    acc = tl.dot(a, tl.where(finite, b, 0.0).to(b.dtype), acc, input_precision=PRECISION)
+    for _ in range(tl.sum(left, 0)):
+        at = tl.min(tl.where(left != 0, index, COUNT), 0)
+        here = index == at
+        left = tl.where(here, 0, left)
+        weight = tl.sum(tl.where(here[None, :], a.to(tl.float32), 0.0), 1)
+        sees = tl.max((here[None, :] & seen).to(tl.int32), 1) != 0
+        row = tl.load(b_at + at.to(tl.int64) * step, inside, 0.0).to(tl.float32)
+        missing = sees[:, None] & ((tl.abs(row) < float("inf")) == 0)[None, :]
+        acc += tl.where(missing, weight[:, None] * row[None, :], 0.0)
+    return acc
 
 
 @triton.jit
@@ -157,12 +208,22 @@ def visible(
     return seen
 
 
+@triton.constexpr_function
+def unit(plain):
+    """Powers of two in a unit of the row's peak: plain scores are kept in base 2.
+
+    The others are not: a bias of the smallest finite number is infinite in base 2, and one of -1e9
+    leaves of the score's own part what rounding leaves to every key alike.
+    """
+    return 1.0 if plain else LOG2E
+
+
 @triton.jit
 def modify(
     s, row, position, col, seen, slope, bias_ptr, bias_sq, bias_sk, scale, softcap,
     SOFTCAP: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr,
 ):  # fmt: skip
-    """Base-2 scores after scale, softcap, bias and ALiBi; and d(capped score) / d(scaled score)."""
+    """Scores after scale, softcap, bias and ALiBi; and d(capped score) / d(scaled score)."""
     s = s * scale
     slack = s
     if SOFTCAP:
@@ -182,16 +243,20 @@ def modify(
         s += tl.load(at, seen, 0).to(tl.float32)
     if ALIBI:
         s -= slope * tl.abs(position - col).to(tl.float32)
-    return s * _LOG2E, slack
+    return s, slack
 
 
 @triton.jit
 def probabilities(
-    s, lse, row, position, col, seen, slope, bias_ptr, bias_sq, bias_sk, scale, softcap,
+    s, lse, weight, row, position, col, seen, slope, bias_ptr, bias_sq, bias_sk, scale, softcap,
     MASKED: tl.constexpr, PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
     ALIBI: tl.constexpr,
 ):  # fmt: skip
-    """Softmax of one tile given its rows' base-2 lse, and `modify`'s derivative."""
+    """Softmax of one tile given its rows' lse, in the peak's unit, and `modify`'s derivative.
+
+    Where a bias has moved all scores of a row far away, lse is too coarse to tell how many there
+    are: ``weight`` makes their sum 1.
+    """
     if PLAIN:
         slack = s
         p = tl.exp2(s * (scale * _LOG2E) - lse)
@@ -200,7 +265,7 @@ def probabilities(
             s, row, position, col, seen, slope, bias_ptr, bias_sq, bias_sk, scale, softcap,
             SOFTCAP, BIAS, ALIBI,
         )  # fmt: skip
-        p = tl.exp2(s - lse)
+        p = tl.exp2((s - lse) * _LOG2E) * weight
     if MASKED:
         p = tl.where(seen, p, 0.0)
     return p, slack

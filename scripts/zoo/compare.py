@@ -19,6 +19,7 @@ from zoo.build import Family
 from zoo.inputs import padded, run
 
 FORWARD, GRADIENT = 2e-5, 1e-4
+WEIGHTS = 1e-4  # computed from scores, of which some models have large ones
 DOCUMENTS = (7, 1, 5, 8)
 NEW_TOKENS = 5
 _CACHES = ("cache", "past_key_values")
@@ -117,6 +118,7 @@ def _check(family: Family, row: Row) -> None:
     if idle:
         row.notes.append(f"not run by these inputs: {', '.join(sorted(idle))}")
     row.layers, row.ours, row.calls = counter.ran, counter.served, counter.calls
+    good &= _weights(row, eager, ours, plain)
     good &= _packed(row, eager, ours, plain)
     good &= _generate(row, eager, ours, cases.get("left") or plain, family.override.caches)
     row.notes += sorted({f"{type(x).__name__}: {_reason(x)}" for x in counter.unserved})
@@ -218,6 +220,36 @@ def outputs(result, mask: Tensor | None) -> dict[str, Tensor]:
 
     visit("", result)
     return found
+
+
+def attention_weights(result, name: str = "") -> dict[str, Tensor]:
+    """What a model's result holds of attention weights, by name."""
+    found: dict[str, Tensor] = {}
+    for part_name, part in result.items() if isinstance(result, dict) else enumerate(result):
+        at = f"{name}.{part_name}".lstrip(".")
+        if isinstance(part, (dict, list, tuple)):
+            found |= attention_weights(part, at)
+        elif isinstance(part, Tensor) and "attentions" in at:
+            found[at] = part
+    return found
+
+
+def _weights(row: Row, eager, ours, plain: dict[str, Tensor]) -> bool:
+    """Every entry that eager returns when it is asked is there, and equal."""
+    asking = plain | {"output_attentions": True, "return_dict": True}
+    try:
+        wanted = attention_weights(run(eager, asking))
+    except Exception:
+        return True  # it takes no such argument
+    got = attention_weights(run(ours, asking))
+    missing = wanted.keys() - got.keys()
+    if missing:
+        row.notes.append(f"attention weights: {', '.join(sorted(missing))} missing")
+        return False
+    name, error = _worst({name: relative(got[name], value) for name, value in wanted.items()})
+    if error > WEIGHTS:
+        row.notes.append(f"attention weights: {name} {error:.0e}")
+    return error <= WEIGHTS
 
 
 def _real(value: Tensor, mask: Tensor | None) -> Tensor:

@@ -203,7 +203,6 @@ def outcomes(request, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str
         [*launcher, f"--nproc-per-node={request.param}", __file__, str(results)],
         capture_output=True,
         text=True,
-        timeout=240,
     )
     assert finished.returncode == 0, finished.stderr
     return [json.loads((results / f"{rank}.json").read_text()) for rank in range(request.param)]

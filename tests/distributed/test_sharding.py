@@ -245,7 +245,6 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | N
         [*launcher, f"--nproc-per-node={WORLD}", __file__, str(results)],
         capture_output=True,
         text=True,
-        timeout=240,
     )
     assert finished.returncode == 0, finished.stderr
     return [json.loads((results / f"{rank}.json").read_text()) for rank in range(WORLD)]

@@ -29,6 +29,9 @@ def snippets(path: Path) -> list:
     ]
 
 
-def run(code: str) -> None:
+def run(code: str) -> dict:
+    """The names that it defines."""
+    names = {"__name__": __name__}
     code = code.replace(MODEL, "tiny").replace(" cache=cache", f" {CACHE}=cache")
-    exec(compile(code, "a snippet", "exec"), {})
+    exec(compile(code, "a snippet", "exec"), names)
+    return names

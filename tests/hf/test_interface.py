@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from models import DECODERS, SEQUENCE_MODELS, Family, left_padded, named, suppor
 from torch import Tensor
 
 from hf_flash_two import AttentionMask
-from hf_flash_two.hf import interface
+from hf_flash_two.hf import compat, interface
 from hf_flash_two.hf.interface import attention_forward
 from hf_flash_two.hf.mask_function import make_mask
 
@@ -451,19 +452,102 @@ def test_positions_that_restart_separate_images() -> None:
     check(out, expected(*states, visible))
 
 
-def test_unknown_arguments_are_refused() -> None:
-    with pytest.raises(TypeError, match="logit_bias: flash_two does not know this argument"):
-        attention_forward(Layer(), *qkv(5), None, logit_bias=torch.ones(5))
+@pytest.mark.parametrize("name", ["window_size", "block_table", "learnable_sink", "k_cache"])
+def test_arguments_that_another_attention_uses_are_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name}: other attention implementations .* use this"):
+        attention_forward(Layer(), *qkv(5), None, **{name: torch.ones(5)})
     with pytest.raises(TypeError, match="attn_implementation='eager'"):
-        DECODERS[0].build("flash_two")(tokens(1, 5), head_scale=2.0)
+        DECODERS[0].build("flash_two")(tokens(1, 5), **{name: 2.0})
 
 
-def test_arguments_that_say_nothing_pass() -> None:
+def test_an_argument_of_the_family_s_own_eager_attention_is_refused(monkeypatch) -> None:
+    """By name, or looked up among the keyword arguments."""
+
+    def eager_attention_forward(module, query, key, value, attention_mask, tilt=None, **kwargs):
+        return kwargs.get("twist", 0)
+
+    monkeypatch.setattr(
+        sys.modules[__name__], "eager_attention_forward", eager_attention_forward, raising=False
+    )
+    compat._arguments_of_attention.cache_clear()
+    for name in ("tilt", "twist"):
+        with pytest.raises(TypeError, match=f"{name}: other attention implementations"):
+            attention_forward(Layer(), *qkv(5), None, **{name: 1.0})
+    monkeypatch.undo()
+    compat._arguments_of_attention.cache_clear()
+
+
+def test_arguments_that_no_attention_uses_pass() -> None:
     states = qkv(5)
     wanted = expected(*states, causal(5))
-    check(attention_forward(Layer(), *states, None, head_mask=None, some_flag=False), wanted)
-    known = {"use_cache": True, "num_items_in_batch": torch.tensor(3), "deterministic": True}
-    check(attention_forward(Layer(), *states, None, **known), wanted)
+    check(attention_forward(Layer(), *states, None, head_mask=None, window_size=False), wanted)
+    unused = {
+        "use_cache": True, "num_items_in_batch": torch.tensor(3), "deterministic": True,
+        "pixel_values": torch.ones(2), "decoder_input_ids": torch.ones(2), "max_length_q": 3,
+    }  # fmt: skip
+    check(attention_forward(Layer(), *states, None, **unused), wanted)
+
+
+def test_an_argument_that_a_model_hands_through_to_attention() -> None:
+    """DETR takes what it does not use, and so do its layers."""
+    backbone = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], out_features=["stage2"]
+    )
+    config = transformers.DetrConfig(
+        use_timm_backbone=False,
+        backbone=None,
+        backbone_config=backbone,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        num_queries=5,
+    )
+    states = []
+    for name in ("eager", "flash_two"):
+        torch.manual_seed(0)
+        model = transformers.DetrModel._from_config(config, attn_implementation=name).eval()
+        image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+        unused = {"decoder_input_ids": torch.ones(1, 3, dtype=torch.long)}
+        states.append(model(pixel_values=image, **unused).last_hidden_state)
+    assert_close(states[1], states[0])
+
+
+def test_a_mask_of_one_key_is_that_of_all() -> None:
+    """BERT's language model, left bidirectional, makes its masks of the newest token alone."""
+    inputs = tokens(2, 7)
+    for missing in (0, 2):
+        given = {"attention_mask": left_padded(2, 7, missing)}
+        made = []
+        for name in ("eager", "flash_two"):
+            torch.manual_seed(0)
+            config = transformers.BertConfig(
+                vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                intermediate_size=37, pad_token_id=0, eos_token_id=None,
+            )  # fmt: skip
+            model = transformers.BertLMHeadModel._from_config(config, attn_implementation=name)
+            made.append(model.eval().generate(inputs, **given, max_new_tokens=4, do_sample=False))
+        assert torch.equal(*made)
+
+
+def test_a_mask_with_rows_beyond_the_batch() -> None:
+    """MusicGen is handed one for each of its code books."""
+    config = transformers.MusicgenDecoderConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=32,
+        num_codebooks=4, pad_token_id=99, bos_token_id=99, max_position_embeddings=64,
+    )  # fmt: skip
+    ids, logits = tokens(2 * 4, 9), []
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    for name in ("eager", "flash_two"):
+        torch.manual_seed(0)
+        model = transformers.MusicgenForCausalLM._from_config(config, attn_implementation=name)
+        logits.append(model.eval()(ids, attention_mask=mask).logits.unflatten(0, (2, 4)))
+    assert_close(logits[1][0, :, 3:], logits[0][0, :, 3:])
+    assert_close(logits[1][1], logits[0][1])
 
 
 # Attention weights

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from checks import assert_close, assert_same_gradients, backward, error
 from models import CACHE, DECODERS, MULTIMODAL, Family, named, tokens
-from transformers import masking_utils
+from own_models import FAMILIES, OwnFamily, prompt
+from own_models import tokens as own_tokens
+from packed_rows import Row, boundaries, each_alone, positions
+from transformers import StaticCache, masking_utils
 
-from hf_flash_two import op
+from hf_flash_two import op, patch
 from hf_flash_two.hf import compat
 from hf_flash_two.hf.packing import document_ids
 
 LENGTHS = (7, 1, 11, 8)
 LENGTH = sum(LENGTHS)
-
-
-def skip_absolute_chunks(family: Family) -> None:
-    if family.name == "llama4" and not hasattr(
-        masking_utils, "remap_positions_for_packed_sequence"
-    ):
-        pytest.skip("this Transformers counts a document's chunks from the start of the row")
-
-
-def positions(*lengths: int) -> torch.Tensor:
-    return torch.cat([torch.arange(n) for n in lengths])[None]
 
 
 def alone(model, ids: torch.Tensor) -> torch.Tensor:
@@ -35,7 +29,6 @@ def alone(model, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no cache"])
 @pytest.mark.parametrize("family", named(DECODERS))
 def test_documents_are_computed_as_alone(family: Family, use_cache: bool, mask: str) -> None:
-    skip_absolute_chunks(family)
     flash, eager = family.pair("flash_two")
     ids = tokens(2, LENGTH)
     given = {"attention_mask": torch.ones_like(ids)} if mask == "ones" else {}
@@ -48,7 +41,6 @@ def test_documents_are_computed_as_alone(family: Family, use_cache: bool, mask: 
 
 @pytest.mark.parametrize("family", named(DECODERS))
 def test_gradients_of_training_with_the_default_cache(family: Family) -> None:
-    skip_absolute_chunks(family)
     flash, eager = family.pair("flash_two")
     ids = tokens(2, LENGTH)
     flash.train()
@@ -57,17 +49,91 @@ def test_gradients_of_training_with_the_default_cache(family: Family) -> None:
     assert_same_gradients(flash, eager)
 
 
-@pytest.mark.parametrize("family", named([f for f in DECODERS if f.name in ("llama", "gpt-oss")]))
-def test_rows_packed_differently(family: Family) -> None:
+ROWS = [
+    Row((5, 8), (0, 0, 3)),
+    Row((16,)),
+    Row((1, 12), (0, 0, 3)),
+    Row((1, 1, 14)),
+    Row((9, 4), (3, 0, 0), padded_position=1),
+    Row((6, 1, 5), (1, 2, 0, 1), padded_position=7),
+]
+
+
+@pytest.mark.parametrize("kind", ["no mask", "ones and zeros", "bool", "numbers", "numbers alone"])
+@pytest.mark.parametrize("family", named(DECODERS))
+def test_rows_of_all_kinds_in_one_batch(family: Family, kind: str) -> None:
+    """Padding anywhere, single tokens, rows that are not packed: each document as by itself."""
     flash, eager = family.pair("flash_two")
-    ids = tokens(3, 12)
-    rows = [(5, 7), (12,), (1, 1, 10)]
-    position_ids = torch.cat([positions(*row) for row in rows])
-    packed = flash(ids, position_ids=position_ids).logits
-    for row, lengths in enumerate(rows):
-        parts = ids[row : row + 1].split(lengths, dim=1)
-        expected = torch.cat([eager(part).logits for part in parts], dim=1)
-        assert_close(packed[row : row + 1], expected)
+    ids = tokens(len(ROWS), 16)
+    numbers = torch.stack([row.numbers() for row in ROWS])
+    given = {"position_ids": torch.stack([row.positions() for row in ROWS])}
+    if kind == "numbers alone":
+        given["position_ids"] = positions(16).expand(len(ROWS), -1)
+    if kind != "no mask":
+        visible = numbers != 0
+        masks = {"ones and zeros": visible.long(), "bool": visible}
+        given["attention_mask"] = masks.get(kind, numbers)
+    packed = flash(ids, **given).logits
+    for row, number, logits in zip(ids, numbers, packed, strict=True):
+        if kind == "numbers alone":  # positions go on, which rotary ones do not notice
+            if family.name == "llama4":
+                pytest.skip("this family scales by absolute positions")
+        assert_close(logits[number != 0], each_alone(eager, row, number))
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    model = DECODERS[0].build("flash_two")
+    ids = tokens(len(ROWS), 16)
+    position_ids = torch.stack([row.positions() for row in ROWS])
+    mask = torch.stack([row.numbers() for row in ROWS]).bool()
+    together = model(ids, position_ids=position_ids, attention_mask=mask).logits
+    for row in range(len(ROWS)):
+        one = slice(row, row + 1)
+        alone = model(ids[one], position_ids=position_ids[one], attention_mask=mask[one]).logits
+        assert_close(together[one][mask[one]], alone[mask[one]])
+
+
+def test_gradients_of_packed_rows_with_padding() -> None:
+    flash, eager = DECODERS[0].pair("flash_two")
+    row = ROWS[-1]
+    ids, number = tokens(1, 16), row.numbers()
+    mask = (number != 0).long()[None]
+    flash.train()
+    backward(
+        flash(ids, position_ids=row.positions()[None], attention_mask=mask).logits[0][number != 0]
+    )
+    backward(each_alone(eager, ids[0], number))
+    assert_same_gradients(flash, eager)
+
+
+@pytest.mark.parametrize("length", [LENGTH, 40])
+@pytest.mark.parametrize(
+    "family", named([f for f in DECODERS if f.name in ("llama", "gemma3", "gpt-oss", "llama4")])
+)
+def test_a_static_cache(family: Family, length: int) -> None:
+    """Longer than the row, it holds keys of no document behind those of the last."""
+    flash, eager = family.pair("flash_two")
+    ids = tokens(1, LENGTH)
+    cache = StaticCache(config=flash.config, max_cache_len=length)
+    packed = flash(ids, position_ids=positions(*LENGTHS), **{CACHE: cache}).logits
+    assert_close(packed, alone(eager, ids))
+
+
+def test_documents_behind_earlier_tokens_are_refused() -> None:
+    flash = DECODERS[0].build("flash_two")
+    first = flash(tokens(1, 5), use_cache=True)
+    given = {CACHE: first[CACHE]}
+    with pytest.raises(ValueError, match="documents start among these tokens"):
+        flash(tokens(1, 8), position_ids=positions(3, 5), **given)
+
+
+def test_more_of_one_document_behind_earlier_tokens() -> None:
+    flash, eager = DECODERS[0].pair("flash_two")
+    ids = tokens(1, 13)
+    first = flash(ids[:, :5], use_cache=True)
+    given = {CACHE: first[CACHE]}
+    rest = flash(ids[:, 5:], position_ids=torch.arange(5, 13)[None], **given).logits
+    assert_close(rest, eager(ids).logits[:, 5:])
 
 
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no cache"])
@@ -90,6 +156,75 @@ def test_cu_seq_lens(family: Family, use_cache: bool) -> None:
         use_cache=use_cache,
     ).logits
     assert_close(packed, alone(eager, ids))
+
+
+def interface_family(name: str, model: str, **changes) -> OwnFamily:
+    return OwnFamily(name, model, changes, prompt)
+
+
+# Each is silent about documents in its own way: it takes no positions, or hands its mask function
+# none, or hands its layers no boundaries.
+SILENT = [family for family in FAMILIES if family.name in (
+    "bloom", "codegen", "falcon_rotary", "falcon_new", "gpt_neo", "gpt_neox_japanese", "gptj",
+    "mpt", "xglm",
+)] + [
+    interface_family("ctrl", "CTRLLMHeadModel", dff=32),
+    interface_family("gpt_bigcode", "GPTBigCodeForCausalLM"),
+    interface_family("gpt2", "GPT2LMHeadModel"),
+    interface_family("opt", "OPTForCausalLM", word_embed_proj_dim=32, ffn_dim=32),
+    interface_family("persimmon", "PersimmonForCausalLM"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("said", ["boundaries", "positions", "numbers"])
+@pytest.mark.parametrize("family", [pytest.param(f, id=f.name) for f in SILENT])
+def test_families_that_are_silent_about_documents(family: OwnFamily, said: str) -> None:
+    model = family.build()
+    ids = own_tokens(1, LENGTH)
+    expected = alone(model, ids)
+    patch(model)
+    given = boundaries(*LENGTHS) if said == "boundaries" else {}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        given["position_ids"] = positions(*LENGTHS)
+    elif said == "positions":
+        pytest.skip("takes no positions")
+    if said == "numbers":
+        given["attention_mask"] = Row(LENGTHS).numbers()[None]
+    assert_close(model(ids, **given).logits, expected)
+
+
+@pytest.mark.parametrize("said", ["boundaries", "positions", "numbers"])
+@pytest.mark.parametrize("name", ["flaubert", "openai_gpt", "xlm_causal"])
+def test_families_that_make_their_own_masks_refuse(name: str, said: str) -> None:
+    model = next(f for f in FAMILIES if f.name == name).build()
+    patch(model)
+    ids, given = own_tokens(1, LENGTH), {}
+    if said == "boundaries":
+        given = boundaries(*LENGTHS)
+    if said == "numbers":
+        given["attention_mask"] = Row(LENGTHS).numbers()[None]
+    if said == "positions":
+        if name == "flaubert":
+            pytest.skip("bidirectional: positions that restart say nothing of documents")
+        given["position_ids"] = positions(*LENGTHS)
+    with pytest.raises(NotImplementedError, match="packed documents"):
+        model(ids, **given)
+    # What is not packed runs as before, and so does what is after an error.
+    assert model(ids, position_ids=positions(LENGTH))[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["megatron_bert", "rembert", "squeezebert"])
+def test_encoders_by_boundaries(name: str) -> None:
+    """Positions that restart are not enough: an encoder's may do so for other reasons."""
+    model = next(f for f in FAMILIES if f.name == name).build()
+    ids = own_tokens(1, LENGTH)
+    parts = [model(part).last_hidden_state for part in ids.split(LENGTHS, dim=1)]
+    together = model(ids, position_ids=positions(*LENGTHS)).last_hidden_state
+    patch(model)
+    given = {"position_ids": positions(*LENGTHS)}
+    packed = model(ids, **boundaries(*LENGTHS), **given).last_hidden_state
+    assert_close(packed, torch.cat(parts, dim=1))
+    assert_close(model(ids, **given).last_hidden_state, together)
 
 
 def test_one_document_changes_and_nothing_else_moves() -> None:
@@ -146,11 +281,13 @@ def test_packed_multimodal_positions() -> None:
         ([0, 1, 2, 3], [0, 0, 0, 0]),
         ([0, 1, 2, 0, 1], [0, 0, 0, 1, 1]),
         ([0, 0, 1, 0, 0], [0, 1, 1, 2, 3]),
+        ([0, 0, 1, 2], [0, 1, 1, 1]),
         ([2, 3, 4, 2, 2, 3], [0, 0, 0, 1, 2, 2]),
         ([5, 6, 7, 0, 1], [0, 0, 0, 1, 1]),
         ([0, 1, 1, 1, 1, 5], [0, 0, 0, 0, 0, 0]),
         ([0, 1, 2, 7, 8], [0, 0, 0, 0, 0]),
         ([4, 0, 1, 1, 2, 0], [0, 1, 1, 1, 1, 2]),
+        ([0, 0, 0, 0], [0, 1, 2, 3]),
     ],
 )
 def test_where_documents_start(position_ids: list[int], expected: list[int]) -> None:
@@ -211,3 +348,16 @@ def test_a_user_s_numbers_that_come_back_while_compiling() -> None:
         with pytest.raises(RuntimeError, match="document ids that fall"):
             compiled(flash)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("position_ids", "mask", "expected"),
+    [
+        ([0, 1, 0, 1, 7, 0], [1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]),
+        ([1, 1, 0, 0, 1, 2], [0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]),
+        ([5, 1, 3, 3, 3, 9], [0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0]),
+    ],
+)
+def test_padding_tells_nothing(position_ids: list[int], mask: list[int], expected: list[int]):
+    found = document_ids(torch.tensor([position_ids]), torch.tensor([mask]))
+    assert found.tolist() == [expected]

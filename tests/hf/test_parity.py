@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from transformers import ByT5Tokenizer
 
 from hf_flash_two import AttentionMask, check_parity, patch
 from hf_flash_two.hf import interface, patching
+from hf_flash_two.hf.packing import document_ids
 from hf_flash_two.hf.patching import PatchReport
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
@@ -38,7 +40,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprec
 FAMILIES = {f.name: f for f in DECODERS + SEQUENCE_MODELS + ENCODERS + MULTIMODAL}
 LENGTHS = (7, 1, 11, 8)
 LENGTH = sum(LENGTHS)
+IDS = tokens(2, 7)
 PARITY = Path(__file__).parents[2] / "scripts" / "parity.py"
+TEXT = ["--text", str(Path(__file__).parents[1] / "data" / "ferry.txt")]
 
 
 def positions(*lengths: int) -> torch.Tensor:
@@ -60,6 +64,18 @@ def packed() -> dict[str, torch.Tensor]:
 def rows_packed_differently() -> dict[str, torch.Tensor]:
     rows = [positions(*lengths) for lengths in (LENGTHS, (LENGTH,), (20, 7))]
     return {"input_ids": tokens(3, LENGTH), "position_ids": torch.cat(rows)}
+
+
+def padded(numbered: bool = False) -> dict[str, torch.Tensor]:
+    """Packed rows of one length: three documents and padding, and two documents."""
+    rows = [positions(7, 1, 11, 8), positions(20, 7)]
+    mask = [[1] * 7 + [2] + [3] * 11 + [0] * 8, [1] * 20 + [2] * 7]
+    mask = torch.tensor(mask)
+    return {
+        "input_ids": tokens(2, LENGTH),
+        "position_ids": torch.cat(rows),
+        "attention_mask": mask if numbered else (mask != 0).long(),
+    }
 
 
 def boundaries() -> dict[str, torch.Tensor]:
@@ -92,6 +108,33 @@ def test_sound_decoders_pass(family: Family, batch: Callable, dtype: torch.dtype
     tested = {True: None, False: True}[batch is packed]
     assert verdicts(report)["padding unseen"] is tested
     assert verdicts(report)["documents apart"] is (None if tested else True)
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+@pytest.mark.parametrize("leaks", [False, True])
+def test_packed_and_padded(leaks: bool, numbered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents beside padding are told apart by the check itself, whatever the model does."""
+    batch = padded(numbered)
+    mask = batch["attention_mask"]
+    documents = document_ids(batch["position_ids"], mask).masked_fill(mask == 0, -1)
+    same = (documents[:, None, :, None] == documents[:, None, None]) & (documents >= 0)[
+        :, None, None
+    ]
+    seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    if leaks:
+        same = (batch["attention_mask"] != 0)[:, None, None]
+    attention = interface.flash_attention
+
+    def attend(*args, mask, **kwargs):
+        return attention(*args, mask=AttentionMask.from_dense(same & seen), **kwargs)
+
+    monkeypatch.setattr(interface, "flash_attention", attend)
+    report = check_parity(FAMILIES["llama"].build("eager"), batch)
+    assert report.ok is not leaks, report
+    assert verdicts(report)["documents apart"] is not leaks
+    assert verdicts(report)["padding unseen"]
+    check = next(check for check in report.checks if check.name == "documents apart")
+    assert "5 documents" in check.detail
 
 
 @pytest.mark.parametrize(
@@ -323,6 +366,35 @@ def partly_patched(left_alone: str):
     return patched
 
 
+@pytest.mark.parametrize(
+    "batch, error, message",
+    [
+        (IDS, TypeError, r"^batch: expected the arguments of .* by name.*, got Tensor$"),
+        ([1, 2], TypeError, r"^batch: expected .*, got list$"),
+        (
+            {"input_ids": IDS.tolist()},
+            TypeError,
+            r"^batch\['input_ids'\]: expected a tensor, got list",
+        ),
+        ({"input_ids": IDS.numpy()}, TypeError, "got ndarray; .*return_tensors='pt'"),
+        ({"input_ids": IDS[0]}, ValueError, r"expected \[batch, tokens\], got \[7\]"),
+        (
+            {"inputs_embeds": torch.ones(2, 7)},
+            ValueError,
+            r"expected \[batch, tokens, hidden size\], got \[2, 7\]",
+        ),
+    ],
+)
+def test_says_what_a_batch_is(batch, error, message):
+    with pytest.raises(error, match=message):
+        check_parity(FAMILIES["llama"].build("eager"), batch)
+
+
+def test_says_how_to_come_by_a_model():
+    with pytest.raises(TypeError, match="^model: expected a loaded model.*got 'org/name'; load it"):
+        check_parity("org/name", {"input_ids": IDS})
+
+
 def test_what_cannot_be_checked_is_refused() -> None:
     with pytest.raises(ValueError, match="^model: expected a Transformers model"):
         check_parity(torch.nn.Linear(2, 2), {})
@@ -372,7 +444,7 @@ def parity():
 )
 def test_script_on_sound_models(name, options, shown, checkpoint, parity, capsys) -> None:
     supported(FAMILIES[name])
-    assert parity.main([checkpoint(name), *options.split()]) == 0
+    assert parity.main([checkpoint(name), *TEXT, *options.split()]) == 0
     assert shown in capsys.readouterr().out
 
 
@@ -407,20 +479,77 @@ def test_script_refuses_other_files(content, checkpoint, parity, tmp_path, capsy
     assert "--batch: expected a dict" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"input_ids": tokens(2, 9) + 384}, r"expected tokens from 0 to 383, got \d\d\d$"),
+        ({"input_ids": tokens(2, 9) - 384}, r"expected tokens from 0 to 383, got -\d\d\d$"),
+        (
+            {"input_ids": tokens(2, 9)[:0]},
+            r"input_ids of .*batch.pt is empty.* \[0, 9\]",
+        ),
+        ({"input_ids": tokens(2, 9)[:, :0]}, r"input_ids of .*batch.pt is empty.* \[2, 0\]"),
+        ({"ids": tokens(2, 9)}, "LlamaForCausalLM needs input_ids, and .*batch.pt has ids"),
+        ({}, "LlamaForCausalLM needs input_ids, and .*batch.pt has nothing"),
+    ],
+    ids=["too large", "negative", "no rows", "no tokens", "another name", "nothing"],
+)
+def test_script_refuses_other_batches(batch, message, checkpoint, parity, tmp_path, capsys) -> None:
+    path = tmp_path / "batch.pt"
+    torch.save(batch, path)
+    with pytest.raises(SystemExit) as stopped:
+        parity.main([checkpoint("llama"), "--batch", str(path)])
+    assert stopped.value.code == 2
+    assert re.search(f"--batch: {message}", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_script_refuses_a_text_in_another_encoding(checkpoint, parity, tmp_path, capsys) -> None:
+    (tmp_path / "notes.txt").write_bytes("Ähnliches".encode("latin-1") * 99)
+    with pytest.raises(SystemExit) as stopped:
+        parity.main([checkpoint("llama"), "--text", str(tmp_path / "notes.txt")])
+    assert stopped.value.code == 2
+    assert "--text: expected text in UTF-8, and cannot read" in capsys.readouterr().err
+
+
+def test_script_refuses_what_is_no_model(checkpoint, parity, tmp_path, capsys) -> None:
+    damaged = shutil.copytree(checkpoint("llama"), tmp_path / "damaged")
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    for model, message in (
+        (damaged, "cannot load .*damaged"),
+        (weights, "there is no folder .*model.safetensors"),
+        ("./nowhere", "there is no folder ./nowhere"),
+        (tmp_path / "nowhere", "there is no folder .*nowhere"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            parity.main([str(model), *TEXT])
+        assert stopped.value.code == 2
+        assert re.search(f"argument MODEL: {message}", capsys.readouterr().err)
+
+
+def test_script_refuses_a_tokenizer_of_another_model(parity, tmp_path, capsys) -> None:
+    FAMILIES["llama"].build("eager", vocab_size=100).save_pretrained(tmp_path)
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        parity.main([str(tmp_path), *TEXT])
+    assert stopped.value.code == 2
+    assert "MODEL: expected tokens from 0 to 99, got 1" in capsys.readouterr().err
+
+
 def test_script_on_broken_attention(checkpoint, parity, monkeypatch, capsys) -> None:
     attend = interface.flash_attention
     monkeypatch.setattr(interface, "flash_attention", lambda *a, **k: wrong_scale(attend, *a, **k))
-    assert parity.main([checkpoint("llama"), "--max-length", "50"]) == 1
+    assert parity.main([checkpoint("llama"), *TEXT, "--max-length", "50"]) == 1
     assert "FAILED  attention layers" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--dtype float8", "--dtype: invalid choice"),
+        ("--dtype float8", "argument --dtype: "),
         ("--max-length 2", "--max-length: expected at least 16, got 2"),
         ("--max-length 300", "--max-length: .* takes at most 256, got 300"),
-        ("--max-length x", "--max-length: invalid int"),
+        ("--max-length x", "argument --max-length: "),
         ("--text nowhere.txt", "--text: there is no file nowhere.txt"),
         ("--pack --padding-side left", "--padding-side: packed documents have no padding"),
         ("--batch nowhere.pt", "--batch: there is no file nowhere.pt"),
@@ -448,7 +577,7 @@ def test_script_refuses_to_pack_what_takes_no_positions(checkpoint, parity, caps
     [
         ({"input_ids": tokens(2, 9)}, 0, "flash_two, blockwise"),
         ({"input_ids": tokens(2, 9), "nonsense": 1}, 2, "TypeError: nonsense"),
-        (None, 2, "error: argument MODEL: cannot load"),
+        (None, 2, "error: argument MODEL: there is no folder"),
     ],
     ids=["sound", "not for this model", "no model"],
 )
@@ -458,7 +587,7 @@ def test_script_as_a_command(batch, code, shown, checkpoint, tmp_path) -> None:
     torch.save(batch, tmp_path / "batch.pt")
     finished = subprocess.run(
         [sys.executable, PARITY, model, "--batch", tmp_path / "batch.pt"],
-        capture_output=True, text=True, timeout=200,
+        capture_output=True, text=True,
     )  # fmt: skip
     assert finished.returncode == code
     assert shown in finished.stdout + finished.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 
 import peft
 import pytest
@@ -11,7 +12,7 @@ import transformers
 from torch import nn
 
 from hf_flash_two import attention, patch, patched, unpatch
-from hf_flash_two.hf import families
+from hf_flash_two.hf import compat, families
 from hf_flash_two.hf.own_attention import own_attention
 
 OFF = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
@@ -297,15 +298,35 @@ def test_refuses_what_it_cannot_patch():
         patch(transformers.FNetModel(config))
 
 
+@pytest.mark.parametrize("call", [patch, unpatch, lambda x: patched(x).__enter__()])
+def test_says_how_to_come_by_a_model(call):
+    config = transformers.LlamaConfig()
+    for given, message in (
+        ("org/name", r"got 'org/name'; load it: AutoModelForCausalLM\.from_pretrained"),
+        (config, r"got LlamaConfig; build the model: AutoModelForCausalLM\.from_config"),
+        (transformers.LlamaForCausalLM, "got the class LlamaForCausalLM; load or build"),
+        (types.SimpleNamespace(model=nn.Linear(1, 1)), r"got SimpleNamespace; pass its `\.model`"),
+        ([build("llama")], "got list; pass the model"),
+        (None, "got NoneType"),
+    ):
+        with pytest.raises(TypeError, match=rf"^model: expected a loaded model.*{message}"):
+            call(given)
+
+
 @pytest.mark.parametrize("family", OWN)
 def test_attention_weights_are_computed_on_request(family, batch):
     model = build(family)
+    if compat.uses_interface(model):
+        model.set_attn_implementation("eager")
     want = model(**batch, output_attentions=True)
     with patched(model):
         got = model(**batch, output_attentions=True)
-        torch.testing.assert_close(got.attentions, want.attentions)
         plain = model(**batch)
     visible = batch["attention_mask"].bool()
+    assert len(got.attentions) == len(want.attentions) == 2
+    for weights, theirs in zip(got.attentions, want.attentions, strict=True):
+        weights, theirs = (x.transpose(1, 2)[visible] for x in (weights, theirs))
+        torch.testing.assert_close(weights, theirs, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(plain.logits[visible], want.logits[visible], atol=1e-5, rtol=1e-4)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -29,10 +31,18 @@ def gpt_neo(**options) -> PreTrainedModel:
 
 HOOKED = [
     *((sys.modules[name], compat._FLASH_TEST) for name in compat._FLASH_TEST_MODULES),
-    (compat.masking_utils, compat._PREPARE),
     *((PreTrainedModel, name) for name in compat._LOADING),
     (GenerationMixin, compat._SERVING),
 ]
+
+
+def big_code(config: PreTrainedConfig, implementation: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return transformers.GPTBigCodeForCausalLM._from_config(
+        copy.deepcopy(config), attn_implementation=implementation
+    ).eval()
+
+
 MISSING, OTHER = "missing", "takes other arguments"
 
 
@@ -67,11 +77,6 @@ def check_plain_attention(name: str) -> None:
     torch.testing.assert_close(got[visible], want[visible], atol=1e-5, rtol=1e-4)
 
 
-def packed() -> dict[str, torch.Tensor]:
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1]])
-    return {"input_ids": tokens(1, 9), "position_ids": positions}
-
-
 @pytest.mark.parametrize("module", compat._FLASH_TEST_MODULES)
 @pytest.mark.parametrize("how", [MISSING, OTHER])
 def test_a_name_with_flash_in_it(module: str, how: str, changed) -> None:
@@ -87,33 +92,6 @@ def test_a_name_with_flash_in_it(module: str, how: str, changed) -> None:
     model = FAMILIES["llama"].build("eager")
     assert patch(model).ok
     assert model.config._attn_implementation == "fa_two"
-
-
-@pytest.mark.parametrize("how", [MISSING, OTHER])
-def test_packed_documents(how: str, changed) -> None:
-    """Whatever tells of them, in families whose layers would see it and others."""
-    changed(compat.masking_utils, "_preprocess_mask_arguments", how)
-    refusal = f"packed documents.*_preprocess_mask_arguments.*{how}.*a row of its own"
-    for model in (FAMILIES["llama"].build("flash_two"), gpt_neo(attn_implementation="flash_two")):
-        with pytest.raises(NotImplementedError, match=refusal):
-            model(**packed())
-        with pytest.raises(NotImplementedError, match=refusal):
-            model(**packed(), use_cache=False, attention_mask=torch.ones(1, 9))
-        with pytest.raises(NotImplementedError, match=refusal):
-            one, *rest = torch.tensor([0, 0, 1, 2, 3, 4, 5, 6, 7])
-            model(tokens(1, 9), position_ids=torch.stack([one, *rest])[None])
-        if how == MISSING:
-            continue  # Transformers itself would have another name for it
-        ends = torch.tensor([0, 4, 9], dtype=torch.int32)
-        with pytest.raises(NotImplementedError, match=refusal):
-            model(tokens(1, 9), cu_seq_lens_q=ends, cu_seq_lens_k=ends)
-        model(tokens(1, 9), position_ids=torch.arange(9)[None])
-        padded = torch.tensor([[1, 1, 0, 1, 2, 3, 4, 5, 6]])
-        model(tokens(1, 9), position_ids=padded, attention_mask=(torch.arange(9) > 1).long()[None])
-        model.set_attn_implementation("eager")
-        model(**packed())
-    if how == OTHER:
-        check_plain_attention("flash_two")
 
 
 @pytest.mark.parametrize("name", list(compat._LOADING))
@@ -132,12 +110,21 @@ def test_loading_a_model_with_attention_of_its_own(name: str, changed) -> None:
     torch.testing.assert_close(eager(ids).logits, want, atol=1e-5, rtol=1e-4)
 
 
-def test_packed_documents_where_nothing_tells_of_models(changed) -> None:
+@pytest.mark.parametrize("said", ["positions", "boundaries"])
+def test_packed_documents_where_nothing_tells_of_models(said: str, changed) -> None:
+    """Also in a family that hands its mask function no positions."""
     changed(PreTrainedModel, "post_init", OTHER)
-    changed(compat.masking_utils, "_preprocess_mask_arguments", OTHER)
-    model = FAMILIES["llama"].build("flash_two")
-    with pytest.raises(NotImplementedError, match="packed documents"):
-        model(**packed())
+    ids, lengths = tokens(1, 9), (4, 3, 2)
+    given = {"position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
+    if said == "boundaries":
+        ends = torch.tensor([0, 4, 7, 9], dtype=torch.int32)
+        given |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+    config = tiny(transformers.GPTBigCodeConfig)
+    for build in (FAMILIES["llama"].build, partial(big_code, config)):
+        flash, eager = build("flash_two"), build("eager")
+        alone = [eager(part).logits for part in ids.split(lengths, dim=1)]
+        got = flash(ids, **given).logits
+        torch.testing.assert_close(got, torch.cat(alone, dim=1), atol=1e-5, rtol=1e-4)
 
 
 def test_serving(changed) -> None:
@@ -163,12 +150,10 @@ def test_masks_that_have_to_be_evaluated(changed, monkeypatch) -> None:
 def test_weights_that_were_asked_for(changed, monkeypatch) -> None:
     monkeypatch.setattr(compat, "output_capturing", None)
     hf_flash_two.hf.register()
-    model = gpt_neo(attn_implementation="flash_two")
-    refusal = "output_attentions of layers.*_active_collector is missing.*'eager'"
-    with pytest.raises(NotImplementedError, match=refusal):
-        model(tokens(1, 5), output_attentions=True)
-    assert model(tokens(1, 5)).logits.isfinite().all()
-    check_plain_attention("flash_two")
+    flash, eager = (gpt_neo(attn_implementation=name) for name in ("flash_two", "eager"))
+    ids = tokens(1, 5)
+    got, want = (model(ids, output_attentions=True) for model in (flash, eager))
+    torch.testing.assert_close(got.attentions, want.attentions)
 
 
 def test_switching_a_model(changed) -> None:
@@ -191,7 +176,6 @@ def renamed(owner, name):
     before = getattr(owner, name)
     setattr(owner, name, lambda *args, **kwargs: before(*args, **kwargs))
 
-renamed(masking_utils, "_preprocess_mask_arguments")
 renamed(masking_utils, "is_flash_attention_requested")
 renamed(modeling_utils, "is_flash_attention_requested")
 renamed(utils, "is_flash_attention_requested")
@@ -206,7 +190,7 @@ warnings.simplefilter("error")
 import hf_flash_two
 from hf_flash_two.hf import compat
 lacking = {name for name in compat._FEATURES if not compat.offers(name)}
-assert lacking == {"flash_two", "loading", "masks", "packing", "serving"}, lacking
+assert lacking == {"flash_two", "loading", "masks", "serving"}, lacking
 
 sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
 config = LlamaConfig(vocab_size=9, **sizes)
@@ -217,22 +201,18 @@ for name in ("eager", "fa_two"):
 ids = torch.tensor([[1, 2, 3, 4]])
 eager, ours = (model(ids).logits for model in models)
 torch.testing.assert_close(eager, ours)
-try:
-    models[1](ids, position_ids=torch.tensor([[0, 1, 0, 1]]))
-except NotImplementedError as error:
-    assert "packed documents" in str(error), error
-else:
-    raise AssertionError("documents see each other")
+alone = torch.cat([models[0](part).logits for part in ids.split(2, dim=1)], dim=1)
+torch.testing.assert_close(models[1](ids, position_ids=torch.tensor([[0, 1, 0, 1]])).logits, alone)
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=240)
 
 
 def test_the_features_are_told_apart() -> None:
     assert PreTrainedConfig()._attn_implementation is None
-    compat.require("packing")
+    compat.require("serving")
     with pytest.raises(NotImplementedError, match=transformers.__version__):
-        compat.note("packing", "a name is missing")
+        compat.note("serving", "a name is missing")
         try:
-            compat.require("packing")
+            compat.require("serving")
         finally:
-            compat.note("packing", None)
+            compat.note("serving", None)

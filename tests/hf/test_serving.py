@@ -216,8 +216,8 @@ def test_the_manager_takes_requests_while_it_runs(name: str) -> None:
             manager.add_request(ids, max_new_tokens=NEW)
         made, parts = {}, 0
         while len(made) < len(requests):
-            result = manager.get_result(timeout=60)
-            assert result is not None, "nothing for a minute"
+            result = manager.get_result(timeout=600)
+            assert result is not None, "no result"
             if not parts:
                 for ids in requests[4:]:
                     manager.add_request(ids, max_new_tokens=NEW)

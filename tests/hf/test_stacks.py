@@ -5,8 +5,6 @@ Packed runs are held against each document alone under eager, trained by a plain
 
 from __future__ import annotations
 
-from functools import partial
-
 import datasets
 import peft
 import pytest
@@ -352,15 +350,40 @@ def test_upcast_norms_over_a_bfloat16_base(monkeypatch, tmp_path) -> None:
     assert 0 < off[0] <= 2 * off[1]
 
 
-@pytest.mark.parametrize("code", snippets(ROOT / "docs" / "training.md"))
-def test_documentation(code: str, kernel_calls, monkeypatch, tmp_path) -> None:
+@pytest.fixture
+def documented(monkeypatch, tmp_path) -> None:
+    """What the snippets find: a model, and a text in paragraphs."""
     model = FAMILIES["qwen3"].build("eager", vocab_size=len(TOKENIZER))
     model.save_pretrained(tmp_path / "tiny")
     TOKENIZER.save_pretrained(tmp_path / "tiny")
     (tmp_path / "notes.txt").write_text("\n\n".join("abcdefg " * n for n in range(1, 9)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(trl, "SFTConfig", partial(trl.SFTConfig, use_cpu=True))
+
+
+SNIPPETS = snippets(ROOT / "docs" / "training.md")
+
+
+@pytest.mark.parametrize("code", SNIPPETS)
+def test_documentation(code: str, documented, kernel_calls) -> None:
     # Inductor would compile C++ for a minute.
     run(code.replace("torch_compile=True", "torch_compile=True, torch_compile_backend='eager'"))
     assert kernel_calls
+
+
+def test_left_padding_as_documented(documented, tmp_path) -> None:
+    """The first token of a row is predicted from padding, of which each attention makes its own."""
+    (code,) = (snippet.values[0] for snippet in SNIPPETS if '"runs/left"' in snippet.values[0])
+    names = run(code)
+
+    def with_each(collator) -> list[tuple]:
+        models = [build(LLAMA, name) for name in ("flash_two", "sdpa", "eager")]
+        return [trained(plain(model, tmp_path, collator)) for model in models]
+
+    flash_two, sdpa, eager = with_each(names["collator"])
+    assert_same(flash_two, sdpa)
+    assert_same(flash_two, eager)
+    flash_two, sdpa, eager = with_each(names["pad"])
+    assert_same(flash_two, sdpa)
+    with pytest.raises(AssertionError):
+        assert_same((eager[0], flash_two[1]), eager, limit=0.1)
