@@ -89,6 +89,11 @@ def attention_forward(
                 "flash_two does not; drop it from the call of the model, or use "
                 "attn_implementation='eager'"
             )
+    if kwargs.get("block_table") is not None:
+        raise TypeError(
+            "block_table: flash_two does not write to the pages of continuous batching by a table; "
+            "leave max_blocks_per_request of its configuration at 0"
+        )
     if cache is not None or kwargs.get("write_index") is not None:
         compat.require("serving")
         _check_paged(module, attention_mask)

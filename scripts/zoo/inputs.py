@@ -97,15 +97,15 @@ def _candidates(model: PreTrainedModel, names, override: Override) -> Iterator:
     config = model.config
     media = _images(config, names, model) if "pixel_values" not in given else [{}]
     audio = _audio(config, names) if "input_features" not in given else [{}]
-    for pixels, sound in itertools.product(media, audio):
+    for pixels, sound, told in itertools.product(media, audio, (True, False)):
 
-        def build(pixels=pixels, sound=sound):
+        def build(pixels=pixels, sound=sound, told=told):
             inputs: dict[str, Tensor | None] = {}
             if "input_ids" in names:
                 inputs["input_ids"] = text(BATCH, LENGTH)
             if config.is_encoder_decoder and "decoder_input_ids" in names:
                 inputs["decoder_input_ids"] = tokens(BATCH, DECODER_LENGTH, seed=1)
-            inputs |= {**pixels, **sound, **given}
+            inputs |= {**pixels, **sound, **(_sizes(pixels, sound, names) if told else {}), **given}
             inputs = {name: value for name, value in inputs.items() if value is not None}
             return _with_media_tokens(model, inputs, names)
 
@@ -166,6 +166,29 @@ def _audio(config, names) -> list[dict[str, Tensor]]:
     return [{}]
 
 
+def _sizes(pixels: dict[str, Tensor], sound: dict[str, Tensor], names) -> dict[str, Tensor]:
+    """What some models want to know of their media: their sizes, and that all of it counts."""
+    found = {}
+    if "pixel_values" in pixels and "image_sizes" in names:
+        found["image_sizes"] = torch.tensor([pixels["pixel_values"].shape[-2:]] * BATCH)
+    for name in ("input_features_mask", "feature_attention_mask"):
+        if "input_features" in sound and name in names:
+            length = max(sound["input_features"].shape[1:])
+            found[name] = torch.ones(BATCH, length, dtype=torch.long)
+    return found
+
+
+def _shares(count: int, inputs: dict[str, Tensor]) -> list[int]:
+    """How many of ``count`` features belong to each row: by the sizes of its picture."""
+    grid = inputs.get("image_grid_thw", inputs.get("grid_thw"))
+    if grid is not None and len(grid) == BATCH:
+        sizes = (grid.prod(1) * count).tolist()
+        if all(size % int(grid.prod(1).sum()) == 0 for size in sizes):
+            return [size // int(grid.prod(1).sum()) for size in sizes]
+    first = -(-count // BATCH)
+    return [first, count - first]
+
+
 def _with_media_tokens(model, inputs: dict[str, Tensor], names) -> dict[str, Tensor]:
     """As many placeholders in ``input_ids`` as the model makes features of its media."""
     if "input_ids" not in inputs:
@@ -176,10 +199,10 @@ def _with_media_tokens(model, inputs: dict[str, Tensor], names) -> dict[str, Ten
         token = find(model.config, *keys)
         if not count or token is None:
             continue
-        each = -(-count // BATCH)
-        ids = tokens(BATCH, LENGTH + each)
+        shares = _shares(count, inputs)
+        ids = tokens(BATCH, LENGTH + max(shares))
         kinds = torch.zeros_like(ids)
-        for row, n in enumerate((each, count - each)):
+        for row, n in enumerate(shares):
             ids[row, PADDING + 2 : PADDING + 2 + n] = token
             kinds[row, PADDING + 2 : PADDING + 2 + n] = code
         inputs["input_ids"] = ids
