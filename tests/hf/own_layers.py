@@ -255,7 +255,16 @@ def _tvp() -> Built:
     return layer, {"hidden_states": _sequence(), "attention_mask": _padding(9, 9)}
 
 
+def _wavtokenizer() -> Built:
+    layer = _class("wavtokenizer.modeling_wavtokenizer.WavTokenizerVocosAttention")
+    config = transformers.WavTokenizerConfig(decoder_hidden_size=32, decoder_attention_num_groups=4)
+    return layer(config), {"hidden_states": random(2, 32, 9)}
+
+
 LAYERS: dict[str, Callable[[], Built]] = {
+    "apertus1p5_tokenizer": _image_block(
+        "apertus1p5.modeling_apertus1p5.Apertus1p5VisionTokenizerAttnBlock"
+    ),
     "bros": _bros,
     "chameleon_vqvae": _image_block("chameleon.modeling_chameleon.ChameleonVQVAEEncoderAttnBlock"),
     "clap_audio": _clap,
@@ -325,4 +334,5 @@ LAYERS: dict[str, Callable[[], Built]] = {
     "zoedepth": _queries_keys_values(
         "zoedepth.modeling_zoedepth.ZoeDepthMultiheadAttention", 32, 4, 0.0
     ),
+    "wavtokenizer": _wavtokenizer,
 }  # fmt: skip

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from contextlib import suppress
+
 import pytest
 import torch
 from checks import GRADIENT, assert_close
@@ -114,9 +117,25 @@ def test_same_tokens(family: OwnFamily):
     assert torch.equal(model.generate(**inputs, **settings), want)
 
 
+def exists(listed: str) -> bool:
+    """Whether the installed Transformers, or PyTorch, has the class ``family.Name``."""
+    family, name = listed.split(".")
+    if family == "torch":
+        return True
+    try:
+        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    except ImportError:
+        return False
+    return hasattr(module, name)
+
+
 def test_every_listed_class_is_tested():
     models = [family.build() for family in FAMILIES]
-    layers = [build()[0] for build in LAYERS.values()]
+    layers = []
+    for build in LAYERS.values():
+        with suppress(pytest.skip.Exception):  # not of this version
+            layers.append(build()[0])
     tested = {families.key(type(m)) for model in (*models, *layers) for m in model.modules()}
-    assert families.OWN_ATTENTION <= tested, families.OWN_ATTENTION - tested
+    untested = families.OWN_ATTENTION - tested
+    assert not set(filter(exists, untested))
     assert not families.OWN_ATTENTION & families.NOT_POSSIBLE.keys()
