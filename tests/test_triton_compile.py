@@ -188,7 +188,7 @@ def test_any_number_of_heads_fits_the_grid(launches):
 def no_code(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     """Kernels are compiled until their shared memory is known, and kept by nobody."""
 
-    def nothing(*args):
+    def nothing(*args, **_):
         next(x for x in args if isinstance(x, dict))["name"] = "kernel"
         return ""
 
@@ -196,10 +196,10 @@ def no_code(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     amd = pytest.importorskip("triton.backends.amd.compiler")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(nvidia.CUDABackend, "make_ptx", nothing)
-    monkeypatch.setattr(nvidia.CUDABackend, "make_cubin", lambda *args: b"")
+    monkeypatch.setattr(nvidia.CUDABackend, "make_cubin", lambda *args, **_: b"")
     monkeypatch.setattr(amd.HIPBackend, "make_amdgcn", staticmethod(nothing))
-    monkeypatch.setattr(amd.HIPBackend, "make_hsaco", staticmethod(lambda *args: b""))
-    monkeypatch.setattr(nvidia.llvm, "optimize_module", lambda *args: None)
+    monkeypatch.setattr(amd.HIPBackend, "make_hsaco", staticmethod(lambda *args, **_: b""))
+    monkeypatch.setattr(nvidia.llvm, "optimize_module", lambda *args, **_: None)
 
 
 EXTREMES = {

@@ -452,7 +452,7 @@ def test_positions_that_restart_separate_images() -> None:
     check(out, expected(*states, visible))
 
 
-@pytest.mark.parametrize("name", ["window_size", "block_table", "learnable_sink", "k_cache"])
+@pytest.mark.parametrize("name", ["window_size", "learnable_sink"])
 def test_arguments_that_another_attention_uses_are_refused(name: str) -> None:
     with pytest.raises(TypeError, match=f"{name}: other attention implementations .* use this"):
         attention_forward(Layer(), *qkv(5), None, **{name: torch.ones(5)})
