@@ -127,6 +127,8 @@ def test_every_continuous_batching(family: Family, size: str) -> None:
 @pytest.mark.parametrize("graphs", [False, True], ids=["launched", "graphs"])
 @pytest.mark.parametrize("family", named(FULL + WINDOWED))
 def test_continuous_batching_on_a_gpu(family: Family, graphs: bool) -> None:
+    if graphs and family.name in ("gpt-oss", "qwen2-moe"):
+        pytest.skip("PyTorch's grouped product of float32 experts cannot be captured")
     check(family, "pages of 64", "cuda", use_cuda_graph=graphs, use_async_batching=graphs)
 
 
