@@ -87,7 +87,8 @@ class ForwardPass:
     ):
         self.model, self.around, self.frame = model, around, frame
         self.derived: dict = {} if around is None else around.derived
-        if around is not None and said.attention_mask is around.ones:
+        given = said.attention_mask
+        if around is not None and given is not None and given is around.ones:
             # A model hands on the mask of ones that it got in place of one of numbers.
             said = said._replace(attention_mask=around.said.attention_mask)
         self.said = said

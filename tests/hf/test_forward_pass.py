@@ -201,6 +201,14 @@ def test_a_model_is_freed_at_once() -> None:
         gc.enable()
 
 
+def test_a_mask_is_not_that_of_the_model_around() -> None:
+    """A decoder's tokens are not padded where those of the encoder's caller are."""
+    outer, inner = LLAMA.build("flash_two"), LLAMA.build("flash_two")
+    said = forward_pass.Said(attention_mask=torch.tensor([[0, 1, 1]]))
+    around = forward_pass.ForwardPass(outer, said)
+    assert forward_pass.ForwardPass(inner, forward_pass.Said(), around).said.attention_mask is None
+
+
 # While operations are recorded
 
 
