@@ -369,6 +369,11 @@ class AttentionMask:
             parts.append(f"query_offset={self.query_offset}")
         return f"AttentionMask({', '.join(parts or ['full'])})"
 
+    @property
+    def hides_nothing(self) -> bool:
+        parts = (self.window_left, self.window_right, self.first_query, self.dense)
+        return all(part is None for part in parts)
+
     def resolve_offset(self, query_length: int, key_length: int) -> int:
         """Position of query 0 among ``key_length`` keys."""
         return key_length - query_length if self.query_offset is None else self.query_offset

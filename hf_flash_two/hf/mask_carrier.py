@@ -65,8 +65,14 @@ class MaskCarrier(BlockMask):
         return 4
 
     def broadcast_to(self, queries: int, keys: int) -> MaskCarrier:
-        """The mask of one query, or to one key, as that of all; any other as it is."""
+        """The mask of one query, or to one key, as that of all; any other as it is.
+
+        One that hides nothing fits all lengths: eager has no mask there, so nobody notices when a
+        model takes that of other tokens (BridgeTower).
+        """
         batch, heads, own_queries, own_keys = self._shape
+        if self.mask.hides_nothing:
+            return self._replace(self.mask, (batch, heads, queries, keys))
         shape = tuple(
             want if own == 1 else own for own, want in ((own_queries, queries), (own_keys, keys))
         )

@@ -145,6 +145,14 @@ def test_a_mask_of_one_query_is_broadcast() -> None:
     check(out, expected(*states, keep[:, None, None]))
 
 
+def test_a_mask_that_hides_nothing_fits_other_lengths() -> None:
+    """Eager has none there, and models hand on that of other tokens."""
+    function = transformers.masking_utils.bidirectional_mask_function
+    mask = make_mask(batch_size=2, q_length=9, kv_length=9, mask_function=function)
+    states = qkv(5, 9)
+    check(attention_forward(Layer(is_causal=False), *states, mask), expected(*states))
+
+
 def test_a_causal_mask_contradicts_is_causal_false() -> None:
     mask = make_mask(batch_size=2, q_length=5, kv_length=5)
     with pytest.raises(ValueError, match="is_causal: False was passed"):
