@@ -334,7 +334,7 @@ def test_two_processes_give_the_losses_of_one(
             *SMALL,
         ]
         + ["--micro-batch-size", "1"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
     )

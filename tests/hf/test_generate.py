@@ -220,6 +220,8 @@ def test_every_decoding(family: Family, decoding: str, cache: str | None, name: 
 @pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
 @pytest.mark.parametrize("family", named(WINDOWED))
 def test_offloaded_cache(family: Family, cache: str) -> None:
+    if cache == "offloaded_static" and VERSION < Version("5.18"):
+        pytest.skip("this cache ends the process under eager too, or finds nothing to offload")
     flash, eager = (model.cuda() for model in family.pair("flash_two"))
     inputs = {name: tensor.cuda() for name, tensor in decoder_inputs("left").items()}
     actual = generate(flash, inputs, cache_implementation=cache)

@@ -22,6 +22,8 @@ from hf_flash_two.hf.interface import attention_forward
 
 NEW = 9
 VERSION = Version(transformers.__version__)
+# Serving takes the machine's GPU, if there is one, wherever the model is.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def qwen2_moe():
@@ -53,7 +55,13 @@ SIZES = {"pages of 7": (7, 16, 60), "pages of 64": (64, 64, 24), "pages of 5": (
 def settings(page: int, step: int, pages: int, **options) -> ContinuousBatchingConfig:
     names = inspect.signature(ContinuousBatchingConfig).parameters
     options["page_size" if "page_size" in names else "block_size"] = page
+    options.setdefault("use_cuda_graph", False)
     return ContinuousBatchingConfig(num_blocks=pages, max_batch_tokens=step, **options)
+
+
+def pair(name: str, implementation: str = "flash_two") -> list[PreTrainedModel]:
+    """The family's model under the implementation and under eager, where serving takes place."""
+    return [model.to(DEVICE) for model in FAMILIES[name].pair(implementation)]
 
 
 def greedy(**options) -> GenerationConfig:
@@ -93,9 +101,9 @@ def served(model: PreTrainedModel, requests: list[list[int]], sizes, **options) 
     return [made[tuple(ids)].generated_tokens for ids in requests]
 
 
-def check(family: Family, size: str, device: str = "cpu", **options) -> None:
+def check(family: Family, size: str, **options) -> None:
     windows_work(family)
-    flash, eager = (model.to(device) for model in family.pair("flash_two"))
+    flash, eager = pair(family.name)
     wanted = expected(eager, prompts())
     assert len({token for made in wanted for token in made}) > 9, "the tokens tell nothing"
     assert served(flash, prompts(), SIZES[size], **options) == wanted
@@ -129,13 +137,13 @@ def test_every_continuous_batching(family: Family, size: str) -> None:
 def test_continuous_batching_on_a_gpu(family: Family, graphs: bool) -> None:
     if graphs and family.name in ("gpt-oss", "qwen2-moe"):
         pytest.skip("PyTorch's grouped product of float32 experts cannot be captured")
-    check(family, "pages of 64", "cuda", use_cuda_graph=graphs, use_async_batching=graphs)
+    check(family, "pages of 64", use_cuda_graph=graphs, use_async_batching=graphs)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_one_mask_serves_all_layers_of_a_kind(name: str, monkeypatch) -> None:
     windows_work(FAMILIES[name])
-    flash = FAMILIES[name].build("flash_two", num_hidden_layers=4, **four_layers(name))
+    flash = FAMILIES[name].build("flash_two", num_hidden_layers=4, **four_layers(name)).to(DEVICE)
     seen = []
 
     def noting(*args, **kwargs):
@@ -158,7 +166,7 @@ def four_layers(name: str) -> dict:
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "not shared"])
 def test_a_common_beginning_is_computed_once(shared: bool, kernel_calls) -> None:
-    flash, eager = FAMILIES["llama"].pair("flash_two")
+    flash, eager = pair("llama")
     requests = prompts()[-2:]
     wanted = expected(eager, requests)
     made = served(flash, requests, (4, 12, 60), allow_block_sharing=shared)
@@ -173,7 +181,7 @@ def test_a_common_beginning_is_computed_once(shared: bool, kernel_calls) -> None
 @pytest.mark.parametrize("name", ["llama", "gpt-oss"])
 def test_requests_wait_and_start_again_when_the_cache_is_full(name: str, kernel_calls) -> None:
     windows_work(FAMILIES[name])
-    flash, eager = FAMILIES[name].pair("flash_two")
+    flash, eager = pair(name)
     requests = [tokens(1, n, seed=n)[0].tolist() for n in (6, 7, 8)]
     wanted = expected(eager, requests)
     needed = 1 + sum(len(ids) + NEW - 1 for ids in requests)
@@ -190,7 +198,7 @@ def test_several_answers_to_one_request() -> None:
 
     Sampling from the one likeliest token is greedy.
     """
-    flash, eager = FAMILIES["llama"].pair("flash_two")
+    flash, eager = pair("llama")
     request = prompts()[-1]
     results = flash.generate_batch(
         [request],
@@ -205,7 +213,7 @@ def test_several_answers_to_one_request() -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_the_manager_takes_requests_while_it_runs(name: str) -> None:
     windows_work(FAMILIES[name])
-    flash, eager = FAMILIES[name].pair("flash_two")
+    flash, eager = pair(name)
     requests = prompts()
     wanted = dict(zip(map(tuple, requests), expected(eager, requests), strict=True))
     manager = flash.init_continuous_batching(
@@ -233,9 +241,9 @@ def test_the_manager_takes_requests_while_it_runs(name: str) -> None:
 
 
 def test_the_model_still_generates_and_trains_afterwards() -> None:
-    flash, eager = FAMILIES["llama"].pair("flash_two")
+    flash, eager = pair("llama")
     served(flash, prompts()[:2], SIZES["pages of 7"])
-    ids = tokens(2, 13)
+    ids = tokens(2, 13).to(DEVICE)
     options = {"max_new_tokens": NEW, "do_sample": False}
     assert flash.generate(ids, **options).tolist() == eager.generate(ids, **options).tolist()
     flash(ids, labels=ids).loss.backward()
@@ -253,7 +261,7 @@ def test_the_paged_name_is_the_same_attention() -> None:
 
 def test_the_neutral_name_is_refused_where_flash_is_asked_for() -> None:
     """Transformers takes from 5.19 only names with "flash" in them. It says so."""
-    flash, eager = FAMILIES["llama"].pair("fa_two")
+    flash, eager = pair("llama", "fa_two")
     requests = prompts()[:2]
     if VERSION < Version("5.19"):
         assert served(flash, requests, SIZES["pages of 7"]) == expected(eager, requests)
@@ -324,6 +332,7 @@ def test_models_that_use_the_cache_since_their_layers_write_to_it(name: str) -> 
     torch.manual_seed(0)
     eager = model_class._from_config(config, attn_implementation="eager").eval()
     flash = model_class._from_config(config, attn_implementation="flash_two").eval()
+    eager, flash = eager.to(DEVICE), flash.to(DEVICE)
     for parameter in eager.parameters():
         parameter.data.normal_(0, 0.3)
     flash.load_state_dict(eager.state_dict())
@@ -342,8 +351,8 @@ def test_towers_with_attention_of_their_own_are_no_reason() -> None:
         tiny(transformers.GPTNeoConfig, attention_types=[[["global"], 2]])
     )
     patch(model)
+    eager, model = FAMILIES["llama"].build("eager").to(DEVICE), model.to(DEVICE)
     requests = prompts()[:2]
-    eager = FAMILIES["llama"].build("eager")
     assert served(model, requests, SIZES["pages of 64"]) == expected(eager, requests)
 
 

@@ -5,12 +5,10 @@ Packed runs are held against each document alone under eager, trained by a plain
 
 from __future__ import annotations
 
-import datasets
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
-import trl
 from documentation import ROOT, run, snippets
 from models import DECODERS, Family, named, tokens
 from torch import nn
@@ -25,6 +23,9 @@ from transformers import (
 )
 
 from hf_flash_two.hf import interface
+
+datasets = pytest.importorskip("datasets", reason="the extra test installs it, with TRL")
+trl = pytest.importorskip("trl", reason="the extra test installs it")
 
 # Deprecations and advice among the trainers themselves.
 pytestmark = [
