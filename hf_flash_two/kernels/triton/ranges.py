@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_flash_two.kernels.params import Problem
+from hf_flash_two.kernels.params import AttentionParams
 from hf_flash_two.kernels.triton.config import Tiles
 from hf_flash_two.masks import KEY_GRANULE
 from hf_flash_two.tensor_cache import derive
@@ -16,12 +16,14 @@ _GRANULE = tl.constexpr(KEY_GRANULE)
 _SCAN = tl.constexpr(128)
 
 
-def key_ranges(problem: Problem, tiles: Tiles, query_length: int, key_length: int) -> Tensor | None:
+def key_ranges(
+    params: AttentionParams, tiles: Tiles, query_length: int, key_length: int
+) -> Tensor | None:
     """int32 [B or 1, query tiles, 4] for `tile.key_tiles`; None without intervals.
 
     Worked out once for each mask and tile size, which all layers share.
     """
-    bounds = problem.key_bounds
+    bounds = params.key_bounds
     if bounds is None:
         return None
 
@@ -29,13 +31,13 @@ def key_ranges(problem: Problem, tiles: Tiles, query_length: int, key_length: in
         count = triton.cdiv(tiles.pack * query_length, tiles.block_q)
         ranges = bounds.new_empty(bounds.shape[0], count, 4, dtype=torch.int32)
         _ranges_kernel[(count * bounds.shape[0],)](
-            bounds, ranges, bounds.stride(0), count, query_length, key_length, problem.query_offset,
+            bounds, ranges, bounds.stride(0), count, query_length, key_length, params.query_offset,
             PACK=tiles.pack, BLOCK_Q=tiles.block_q, BLOCK_K=tiles.block_k, num_warps=1,
         )  # fmt: skip
         return ranges
 
     settings = (query_length, key_length, tiles.block_q, tiles.block_k, tiles.pack)
-    return derive(("key ranges", problem.query_offset, *settings), build, bounds)
+    return derive(("key ranges", params.query_offset, *settings), build, bounds)
 
 
 @triton.jit(do_not_specialize=["bounds_sb", "count", "query_length", "key_length", "offset"])
