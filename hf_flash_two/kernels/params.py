@@ -20,6 +20,11 @@ class AttentionParams(NamedTuple):
     The op's schema, its rules for vmap and for DTensors and the cache of launches read the fields
     by name, tensors first.
 
+    A new term of the scores is a field here with its part in `plain`, an argument of
+    ``attention.flash_attention``, and a line each in ``blockwise/head_blocks.py`` (`scores`), in
+    ``triton/args.py`` (`ScoreTerms`, `score_terms`) and in ``triton/tile.py`` (`modify`); one with
+    a gradient also has its sum in the kernels' backwards and its place in ``op.DIFFERENTIABLE``.
+
     Attributes:
         first_query, last_query, key_bounds, dense: see `masks.AttentionMask`; each may be None.
         bias: [B or 1, H or 1, Tq or 1, Tk or 1], added to the scaled and capped scores.
@@ -49,6 +54,11 @@ class AttentionParams(NamedTuple):
     dropout_p: float
     block_q: int | None
     block_k: int | None
+
+    @property
+    def plain(self) -> bool:
+        """Whether scores are the scaled products and nothing else."""
+        return self.bias is None and self.alibi_slopes is None and not self.softcap
 
 
 SCHEMA_TYPES = {

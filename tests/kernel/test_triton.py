@@ -16,7 +16,7 @@ from oracle import dense_attention
 from torch import Tensor
 
 from hf_flash_two import AttentionMask, flash_attention, tensor_cache
-from hf_flash_two.kernels.params import Problem
+from hf_flash_two.kernels.params import AttentionParams
 from hf_flash_two.masks import KEY_GRANULE
 
 if not (INTERPRETED or GPU):
@@ -26,6 +26,7 @@ if not (INTERPRETED or GPU):
     )
 
 from hf_flash_two.kernels.triton import (  # noqa: E402
+    args,
     backward,
     config,
     forward,
@@ -169,12 +170,12 @@ def test_tf32_is_used_where_pytorch_uses_it(device: str, precision: Callable[[st
     tensors = inputs(20, 70, device=device)
     upstream = torch.ones_like(tensors[0])
     query = SimpleNamespace(dtype=torch.float32, is_cuda=True)
-    params = SimpleNamespace(**dict.fromkeys(AttentionParams._fields, 0))
+    params = AttentionParams(*[0] * len(AttentionParams._fields))
     exact = results(tensors, upstream)
-    assert config.launch_flags(query, params)["PRECISION"] == "ieee"
+    assert config.launch_flags(query, query, params).PRECISION == "ieee"
     precision("tf32")
     wanted = "ieee" if torch.version.hip else "tf32"
-    assert config.launch_flags(query, params)["PRECISION"] == wanted
+    assert config.launch_flags(query, query, params).PRECISION == wanted
     for got, want in zip(results(tensors, upstream), exact, strict=True):
         torch.testing.assert_close(got, want, rtol=2**-8, atol=2**-8)
 
@@ -196,14 +197,19 @@ def test_a_known_launch_skips_the_jit_unless_a_profiler_watches(
     class Compiled:
         function, packed_metadata = "function", "metadata"
 
-        def run(self, *args):
-            calls.append(args)
+        def run(self, *given):
+            calls.append(given)
 
     class Kernel:
-        arg_names = ("x", "scalar", "SIZE")
+        arg_names = ("x", "y", "scalar", "SIZE")
 
         def __getitem__(self, grid):
-            return lambda *args, **kwargs: calls.append("jit") or Compiled()
+            def jit(x, y, scalar, **options):
+                assert isinstance(y, args.PerHead) and y == (x, 8, 9)
+                calls.append("jit")
+                return Compiled()
+
+            return jit
 
     gpu = SimpleNamespace(
         get_current_device=lambda: 1, get_current_stream=lambda device: 10 + device
@@ -213,18 +219,27 @@ def test_a_known_launch_skips_the_jit_unless_a_profiler_watches(
     monkeypatch.setattr(launch, "driver", SimpleNamespace(active=gpu))
     monkeypatch.setattr(launch, "knobs", SimpleNamespace(runtime=hooks))
     tiles = config.Tiles(16, 16, 16, 16, 4, 1)
-    run = launch.Launch(Kernel(), (7,), (5,), {"SIZE": 3}, tiles)
+    templates = {"y": args.PerHead(None, 8, 9)}
+    run = launch.Launch(Kernel(), (7,), templates, (5,), {"SIZE": 3}, tiles)
     for name in ("a", "b"):
-        run(name)
-    known = (7, 1, 1, 11, "function", "metadata", None, None, None, "b", 5, 3)
+        run(name, name)
+    known = (7, 1, 1, 11, "function", "metadata", None, None, None, "b", ("b", 8, 9), 5, 3)
     assert calls == ["jit", known]
     hooks.launch_exit_hook.calls.append(print)
-    run("c")
+    run("c", "c")
     assert calls == ["jit", known, "jit"]
+    hooks.launch_exit_hook.calls.clear()
+    monkeypatch.setattr(launch, "_DIRECT", False)
+    run = launch.Launch(Kernel(), (7,), templates, (5,), {"SIZE": 3}, tiles)
+    for name in ("a", "b"):
+        run(name, name)
+    assert calls == ["jit", known, *["jit"] * 3]
 
 
 def test_a_missing_compiler_is_named() -> None:
     class Kernel:
+        arg_names = ()
+
         def __getitem__(self, grid):
             def launch(*args, **kwargs):
                 raise RuntimeError("Failed to find C compiler. Please specify via CC")
@@ -233,7 +248,7 @@ def test_a_missing_compiler_is_named() -> None:
 
     tiles = config.Tiles(16, 16, 16, 16, 4, 1)
     with pytest.raises(RuntimeError, match="no C compiler.*install gcc or clang.*'blockwise'"):
-        launch.Launch(Kernel(), (1,), (), {}, tiles)()
+        launch.Launch(Kernel(), (1,), {}, (), {}, tiles)()
 
 
 @pytest.mark.parametrize("group", [65, 71, 128])

@@ -18,8 +18,8 @@ from hf_flash_two.kernels.params import AttentionParams
 triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
+from triton.compiler import ASTSource, make_backend  # noqa: E402
+from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 from hf_flash_two.kernels.triton import (  # noqa: E402
     backward,
@@ -28,11 +28,6 @@ from hf_flash_two.kernels.triton import (  # noqa: E402
     launch,
     ranges,
 )
-
-TYPES = {
-    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
-    torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
-}  # fmt: skip
 
 
 def gpu(kib: int, *engines: str) -> config.Device:
@@ -56,6 +51,7 @@ class Recorder:
 
     def __init__(self, kernel, launches: list):
         self.kernel, self.launches = kernel, launches
+        self.arg_names = kernel.arg_names
 
     def __getitem__(self, grid):
         return lambda *args, **kwargs: self.launches.append((self.kernel, grid, args, kwargs))
@@ -77,31 +73,16 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list:
 
 
 def compile_launch(kernel, args, kwargs, target):
-    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
-    signature, constants = {}, {}
-    for name, value in [*zip(kernel.arg_names, args, strict=False), *kwargs.items()]:
-        is_constexpr = kernel.params[kernel.arg_names.index(name)].is_constexpr
-        if is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = TYPES[value.dtype]
-        elif isinstance(value, TensorDescriptor):
-            kind = TYPES[value.base.dtype].removeprefix("*")
-            signature[name] = f"tensordesc<{kind}{value.block_shape}>".replace(" ", "")
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-    signature = {name: signature[name] for name in kernel.arg_names}
-    # Pointers and strides are multiples of 16 in practice; without that nothing is vectorised.
-    aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or name.endswith(("_st", "_sh", "_sb"))
-        if name not in constants
-    }
-    source = ASTSource(kernel, signature, constants, aligned)
-    return triton.compile(source, target=target, options=options)
+    """Compiled for ``target`` as Triton would specialise it for these arguments."""
+    backend = make_backend(target)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    kwargs = {"debug": False, **kwargs}
+    bound, specialization, options = binder(*args, **kwargs)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, kwargs, bound, specialization, options
+    )
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=vars(options))
 
 
 def params(mask: AttentionMask, length: int, **changes) -> AttentionParams:

@@ -284,8 +284,7 @@ class Lane:
         self.stats = statistics_dtype(call.query.dtype)
         self.few = call.query.shape[2] * self.group_size <= _FEW_ROWS
         # On CPUs PyTorch leaves a bfloat16 product with a factor of 0 unwritten.
-        modified = params.bias is not None or params.alibi_slopes is not None or params.softcap
-        self.plain = not modified and params.scale != 0
+        self.plain = params.plain and params.scale != 0
         self.unit = LOG2E if self.plain else 1.0
         self.batch_size = batch.stop - batch.start
         self._query = call.query[self.index].flatten(0, 1)

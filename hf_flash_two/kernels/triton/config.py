@@ -15,8 +15,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hf_flash_two.kernels import dropout
 from hf_flash_two.kernels.params import AttentionParams
+from hf_flash_two.kernels.triton.args import Flags
 from hf_flash_two.kernels.triton.tile import BAND, INTERVALS, NO_MASK
 
 _MOST_COLUMNS = 256
@@ -51,8 +51,8 @@ class Device:
 
 
 # (block_q, block_k, warps, stages) of the forward, the dK/dV pass, the dQ pass and, where dK and dV
-# are better computed apart, the dV pass; by shared memory in KiB at least, dtype (16 bits "half", 32
-# "single") and padded head dim at most.
+# are better computed apart, the dV pass; by shared memory in KiB at least, dtype ("half" of 16
+# bits, "single" of 32) and padded head dim at most.
 _TABLE = {
     200: {
         "half": {
@@ -313,26 +313,20 @@ def _tf32(query: Tensor) -> bool:
     return asked and query.dtype == torch.float32 and query.is_cuda and not torch.version.hip
 
 
-def launch_flags(query: Tensor, params: AttentionParams) -> dict:
-    """The compile-time flags every kernel takes."""
-    band = params.window_left is not None or params.window_right is not None
+def launch_flags(query: Tensor, key: Tensor, params: AttentionParams) -> Flags:
+    """What is decided when the kernels of this call are compiled."""
+    left, right = params.window_left is not None, params.window_right is not None
     intervals = params.first_query is not None
-    return {
-        "MASK": (INTERVALS if intervals else BAND if band else NO_MASK).value,
-        "LEFT": params.window_left is not None,
-        "RIGHT": params.window_right is not None,
-        "DENSE": params.dense is not None,
-        "BIAS": params.bias is not None,
-        "ALIBI": params.alibi_slopes is not None,
-        "SINKS": params.sinks is not None,
-        "SOFTCAP": params.softcap > 0,
-        "DROPOUT": params.dropout_p > 0,
-        "PLAIN": params.bias is None
-        and params.alibi_slopes is None
-        and not params.softcap
-        and params.scale > 0,
-        "PRECISION": "tf32" if _tf32(query) else "ieee",
-    }
+    return Flags(
+        MASK=(INTERVALS if intervals else BAND if left or right else NO_MASK).value,
+        LEFT=left,
+        RIGHT=right,
+        SOFTCAP=params.softcap > 0,
+        DROPOUT=params.dropout_p > 0,
+        PLAIN=params.plain and params.scale > 0,
+        RESCUE=hides(query, key, params),
+        PRECISION="tf32" if _tf32(query) else "ieee",
+    )
 
 
 def hides(query: Tensor, key: Tensor, params: AttentionParams) -> bool:
@@ -343,26 +337,3 @@ def hides(query: Tensor, key: Tensor, params: AttentionParams) -> bool:
     left, right = params.window_left, params.window_right
     behind = left is not None and last > left
     return behind or right is not None and first + right < key.shape[2] - 1
-
-
-def strides_of(
-    params: AttentionParams, batch: int, heads: int, query_length: int, key_length: int
-) -> tuple[int, ...]:
-    """Strides of the mask's and the score terms' tensors; 0 along every axis they broadcast."""
-
-    def of(tensor: Tensor | None, *shape: int) -> tuple[int, ...]:
-        return (0,) * len(shape) if tensor is None else tensor.expand(shape).stride()
-
-    full = (batch, heads, query_length, key_length)
-    return (
-        of(params.first_query, batch, key_length)[0],
-        *of(params.dense, *full),
-        *of(params.bias, *full),
-        *of(params.alibi_slopes, batch, heads),
-        *of(params.sinks, batch, heads),
-    )
-
-
-def dropout_of(params: AttentionParams) -> tuple[int, float]:
-    """The threshold of `dropout.keep` and the multiplier of what survives."""
-    return dropout.threshold(params.dropout_p), 1 / (1 - params.dropout_p)

@@ -7,10 +7,11 @@ and the compiled kernel is launched directly from then on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
+import triton
 from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
@@ -23,6 +24,9 @@ from hf_flash_two.kernels.triton.config import Tiles, device_of
 Plan = TypeVar("Plan")
 _MOST_PLANS = 4096
 plans: dict[tuple, object] = {}
+_DIRECT = (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9)
+"""Whether `CompiledKernel.run` is known to take a kernel's arguments as they are, tuples included;
+of other versions all launches go through the JIT."""
 _TENSORS, _NUMBERS = slice(0, len(TENSORS)), slice(len(TENSORS), None)
 
 
@@ -48,27 +52,49 @@ def planned(make: Callable[..., Plan], params: AttentionParams, *tensors: Tensor
 
 
 class Launch:
-    """A kernel, its grid, scalars and constants; called with its tensors, in order.
+    """A kernel with all but its tensors decided; called with them, in order.
 
-    A kernel takes tensors first, then ``scalars``, then compile-time ``constants``.
+    A kernel takes first what comes anew in every call, then ``scalars``, then ``constants``.
+
+    Args:
+        templates: of parameters that are a named tuple of a pointer and numbers, that tuple; a call
+            gives the tensor to put into its first place.
+        constants: of compile time, by name.
     """
 
     def __init__(
-        self, kernel, grid: tuple[int, ...], scalars: tuple, constants: dict, tiles: Tiles
+        self,
+        kernel,
+        grid: tuple[int, ...],
+        templates: Mapping[str, tuple],
+        scalars: tuple,
+        constants: dict,
+        tiles: Tiles,
     ):
         self._kernel, self._scalars, self._constants = kernel, scalars, constants
         self._grid = (*grid, 1, 1)[:3]
         self._options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-        self._compiled: CompiledKernel | None = None
+        count = len(kernel.arg_names) - len(scalars) - len(constants)
+        self._templates = [templates.get(name) for name in kernel.arg_names[:count]]
+        self._numbers = [x and x[1:] for x in self._templates]
+        self._run: Callable | None = None
 
-    def __call__(self, *tensors: Tensor | TensorDescriptor | None) -> None:
-        if self._compiled is not None and not _watched():
+    def __call__(self, *given: Tensor | TensorDescriptor | tuple | None) -> None:
+        if self._run is not None and not _watched():
+            arguments = [
+                x if numbers is None else (x, *numbers)
+                for x, numbers in zip(given, self._numbers, strict=True)
+            ]
             stream = self._current_stream(self._device)
-            self._compiled.run(*self._grid, stream, *self._handles, *tensors, *self._rest)
+            self._run(*self._grid, stream, *self._handles, *arguments, *self._rest)
             return
+        arguments = [
+            x if template is None else type(template)(x, *template[1:])
+            for x, template in zip(given, self._templates, strict=True)
+        ]
         try:
             compiled = self._kernel[self._grid](
-                *tensors, *self._scalars, **self._constants, **self._options
+                *arguments, *self._scalars, **self._constants, **self._options
             )
         except RuntimeError as error:
             # Going on without Triton would be right and, on a GPU, many times slower: say so.
@@ -79,16 +105,15 @@ class Launch:
                 ) from error
             raise
         # Interpreted kernels are not compiled.
-        if isinstance(compiled, CompiledKernel):
-            decided = len(tensors) + len(self._scalars)
-            constants = (self._constants[name] for name in self._kernel.arg_names[decided:])
-            self._rest = (*self._scalars, *constants)
+        if _DIRECT and isinstance(compiled, CompiledKernel):
+            names = self._kernel.arg_names[len(given) + len(self._scalars) :]
+            self._rest = (*self._scalars, *(self._constants[name] for name in names))
             no_hooks = (None, None, None)
             self._handles = (compiled.function, compiled.packed_metadata, *no_hooks)
             # A plan is of one device.
             self._device = driver.active.get_current_device()
             self._current_stream = driver.active.get_current_stream
-            self._compiled = compiled
+            self._run = compiled.run
 
 
 def _watched() -> bool:
