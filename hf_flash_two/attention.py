@@ -1,4 +1,4 @@
-"""The attention: one function that validates, settles the dtype and calls the op."""
+"""The attention: one function that validates, resolves the dtype and calls the op."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def flash_attention(
     if unknown:
         _refuse(unknown)
     _check_shapes(query, key, value)
-    query, key, value = _settle_dtype(query, key, value)
+    query, key, value = _resolve_dtype(query, key, value)
     batch, heads, query_length, head_dim = query.shape
     shape = (batch, heads, query_length, key.shape[2])
     dropout_p = _number("dropout_p", dropout_p)
@@ -109,7 +109,7 @@ def flash_attention(
         bias=_check_bias(bias, shape, query),
         alibi_slopes=_check_per_head("alibi_slopes", alibi_slopes, query),
         sinks=_check_per_head("sinks", sinks, query),
-        seed=_settle_seed(dropout_p, dropout_seed, query.device),
+        seed=_resolve_seed(dropout_p, dropout_seed, query.device),
         query_offset=mask.resolve_offset(query_length, key.shape[2]),
         window_left=mask.window_left,
         window_right=mask.window_right,
@@ -175,7 +175,7 @@ def _check_device(name: str, tensor: Tensor, query: Tensor) -> None:
         raise ValueError(f"{name}: expected device {query.device}, got {tensor.device}")
 
 
-def _settle_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _resolve_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     device = query.device.type
     dtype = value.dtype
     # `is_autocast_available` would ask this too, but torch.compile cannot trace it before 2.11.
@@ -272,7 +272,7 @@ def _check_bucket(name: str, size: int | None) -> int | None:
     return size
 
 
-def _settle_seed(
+def _resolve_seed(
     dropout_p: float, seed: int | Tensor | None, device: torch.device
 ) -> Tensor | None:
     if not 0.0 <= dropout_p < 1.0:

@@ -18,7 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hf_flash_two.kernels.blockwise.head_blocks import KeyTile, Lane, QueryTile, lanes
+from hf_flash_two.kernels.blockwise.head_blocks import HeadBlock, head_blocks
+from hf_flash_two.kernels.blockwise.tiles import KeyTile, QueryTile
 from hf_flash_two.kernels.params import AttentionParams, empty_lse, empty_output, statistics_dtype
 
 _SAFE_MEAN = 2.0**4
@@ -62,11 +63,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     out, lse = empty_output(query, value.shape[3]), empty_lse(query)
     with torch.autocast(query.device.type, enabled=False):
-        for lane in lanes(query, key, value, params, guarded):
-            for tile in lane.query_tiles:
-                lane_out, lane_lse = _attend(lane, tile)
-                out[lane.index][:, :, tile.rows] = lane.ungroup(lane_out)
-                lse[lane.index][:, :, tile.rows] = lane.ungroup(lane_lse)[..., 0]
+        for block in head_blocks(query, key, value, params, guarded):
+            for tile in block.query_tiles:
+                block_out, block_lse = _attend(block, tile)
+                out[block.index][:, :, tile.rows] = block.ungroup(block_out)
+                lse[block.index][:, :, tile.rows] = block.ungroup(block_lse)[..., 0]
     return out, lse
 
 
@@ -101,114 +102,125 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     dq, dk, dv = (empty_output(tensor, tensor.shape[3]) for tensor in (query, key, value))
     stats = statistics_dtype(query.dtype)
-    d_bias = params.bias.new_zeros(params.bias.shape, dtype=stats) if need_d_bias else None
+    d_bias = None
+    if need_d_bias and params.bias is not None:
+        d_bias = torch.zeros(params.bias.shape, dtype=stats, device=params.bias.device)
     d_sinks = None if params.sinks is None else torch.zeros_like(params.sinks)
     with torch.autocast(query.device.type, enabled=False):
-        for lane in lanes(query, key, value, params, guarded, gradients=True):
-            dk_blocks, dv_blocks = lane.accumulators(dk), lane.accumulators(dv)
-            for tile in lane.query_tiles:
+        for block in head_blocks(query, key, value, params, guarded, gradients=True):
+            dk_blocks, dv_blocks = block.accumulators(dk), block.accumulators(dv)
+            for tile in block.query_tiles:
                 rows = tile.rows
-                row_lse = lane.group(lse[lane.index][:, :, rows, None])
-                row_d_out = lane.group(d_out[lane.index][:, :, rows]).to(stats)
-                row_out = lane.group(out[lane.index][:, :, rows])
+                row_lse = block.group(lse[block.index][:, :, rows, None])
+                row_d_out = block.group(d_out[block.index][:, :, rows]).to(stats)
+                row_out = block.group(out[block.index][:, :, rows])
                 delta = row_d_out * row_out
                 if guarded:
                     # Of rows that see nothing.
                     delta.masked_fill_(row_out == 0, 0)
                 delta = delta.sum(-1, keepdim=True)
                 if d_lse is not None:
-                    delta -= lane.group(d_lse[lane.index][:, :, rows, None])
-                if d_sinks is not None:
-                    weight = torch.exp(lane.per_row(params.sinks, rows) - row_lse)
-                    share = lane.ungroup(weight.nan_to_num_(0.0) * delta).sum((2, 3))
-                    lane_sinks = d_sinks[lane.index_of(d_sinks)]
-                    lane_sinks -= share.sum_to_size(lane_sinks.shape)
-                lane_dq = _differentiate(
-                    lane, tile, row_lse, row_d_out, delta, dk_blocks, dv_blocks, d_bias
+                    delta -= block.group(d_lse[block.index][:, :, rows, None])
+                if params.sinks is not None and d_sinks is not None:
+                    weight = torch.exp(block.per_row(params.sinks, rows) - row_lse)
+                    share = block.ungroup(weight.nan_to_num_(0.0) * delta).sum((2, 3))
+                    block_sinks = d_sinks[block.index_of(d_sinks)]
+                    block_sinks -= share.sum_to_size(block_sinks.shape)
+                block_dq = _differentiate(
+                    block, tile, row_lse, row_d_out, delta, dk_blocks, dv_blocks, d_bias
                 )
-                dq[lane.index][:, :, rows] = lane.ungroup(lane_dq)
-            lane.store(dk, dk_blocks, params.scale)
-            lane.store(dv, dv_blocks, 1)
-    if d_bias is not None:
+                dq[block.index][:, :, rows] = block.ungroup(block_dq)
+            block.store(dk, dk_blocks, params.scale)
+            block.store(dv, dv_blocks, 1)
+    if params.bias is not None and d_bias is not None:
         d_bias = d_bias.to(params.bias.dtype)
     return dq, dk, dv, d_bias, d_sinks
 
 
-def _attend(lane: Lane, tile: QueryTile) -> tuple[Tensor, Tensor]:
+def _attend(block: HeadBlock, tile: QueryTile) -> tuple[Tensor, Tensor]:
     """Output and natural-log lse of one tile of queries, [heads, group * rows, Dv or 1]."""
-    reference, total, acc = _softmax(lane, tile)
-    return acc.div_(total.masked_fill(total == 0, 1)), reference.div_(lane.unit).add_(total.log())
+    reference, row_sum, acc = _softmax(block, tile)
+    out = acc.div_(row_sum.masked_fill(row_sum == 0, 1))
+    return out, reference.div_(block.unit).add_(row_sum.log())
 
 
-def _softmax(lane: Lane, tile: QueryTile) -> tuple[Tensor, Tensor, Tensor]:
+def _softmax(block: HeadBlock, tile: QueryTile) -> tuple[Tensor, Tensor, Tensor]:
     """A reference for each row's scores, the sum of their powers less it, and that times V.
 
     Rows that see nothing have reference -inf and sum 0.
     """
-    query = lane.query(tile.rows)
-    lazily = tile.probe and len(tile.key_tiles) > 1
-    state = _attend_lazily(lane, query, tile) if lazily else None
-    reference, total, acc = state or _attend_online(lane, query, tile)
-    if lane.params.sinks is not None:
-        sink = lane.per_row(lane.params.sinks, tile.rows) * lane.unit
-        peak = torch.maximum(reference, sink)
-        origin = peak.masked_fill(peak == -math.inf, 0)
-        shrink = lane.exp(reference - origin)
-        reference, total, acc = peak, total * shrink + lane.exp(sink - origin), acc * shrink
-    return reference, total, acc
+    query = block.query(tile.rows)
+    state = None
+    if tile.probe is not None and len(tile.key_tiles) > 1:
+        state = _attend_lazily(block, query, tile, tile.probe)
+    reference, row_sum, acc = state or _attend_online(block, query, tile)
+    if block.params.sinks is not None:
+        sink = block.per_row(block.params.sinks, tile.rows) * block.unit
+        row_max = torch.maximum(reference, sink)
+        safe_max = row_max.masked_fill(row_max == -math.inf, 0)
+        alpha = block.exp(reference - safe_max)
+        reference, row_sum, acc = row_max, row_sum * alpha + block.exp(sink - safe_max), acc * alpha
+    return reference, row_sum, acc
 
 
-def _attend_lazily(lane: Lane, query: Tensor, tile: QueryTile):
+def _attend_lazily(
+    block: HeadBlock, query: Tensor, tile: QueryTile, probe: KeyTile
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """(reference, sum, sum of p V) with one reference; None if a row's sum shows it a poor one."""
-    reference = lane.scores(query, tile.rows, tile.probe, None)[0].amax(-1, keepdim=True)
+    reference = block.scores(query, tile.rows, probe, None)[0].amax(-1, keepdim=True)
     shift = reference.neg()
-    total = acc = None
+    row_sum: Tensor | None = None
+    acc: Tensor | None = None
     for keys in tile.key_tiles:
-        s = lane.scores(query, tile.rows, keys, shift)[0]
-        seen = lane.seen(s)
-        narrow = s.dtype != lane.stats
-        p = lane.workspace.take("p", s.shape, lane.stats).copy_(s) if narrow else s
-        part = lane.exp(p).sum(-1, keepdim=True)
-        total = part if total is None else total.add_(part)
-        p = _drop(lane, p, tile.rows, keys)
-        acc = lane.add_product(acc, s.copy_(p) if narrow else p, lane.value(keys), seen)
+        s = block.scores(query, tile.rows, keys, shift)[0]
+        seen = block.seen(s)
+        narrow = s.dtype != block.stats_dtype
+        p = block.workspace.take("p", s.shape, block.stats_dtype).copy_(s) if narrow else s
+        part = block.exp(p).sum(-1, keepdim=True)
+        row_sum = part if row_sum is None else row_sum.add_(part)
+        p = _drop(block, p, tile.rows, keys)
+        acc = block.add_product(acc, s.copy_(p) if narrow else p, block.value(keys), seen)
     # Scores far above the reference have lost bits where the product rounded their distance to it;
     # those of a reference that is no number make a sum that is none, and fails the test too.
-    safe = total.amax() < _SAFE_MEAN * sum(keys.width for keys in tile.key_tiles)
-    return (reference.to(lane.stats), total, acc) if safe else None
+    assert row_sum is not None and acc is not None
+    safe = row_sum.amax() < _SAFE_MEAN * sum(keys.width for keys in tile.key_tiles)
+    return (reference.to(block.stats_dtype), row_sum, acc) if safe else None
 
 
-def _attend_online(lane: Lane, query: Tensor, tile: QueryTile):
+def _attend_online(
+    block: HeadBlock, query: Tensor, tile: QueryTile
+) -> tuple[Tensor, Tensor, Tensor]:
     """The running maximum of the textbook; rows that see nothing end with reference -inf, sum 0."""
-    reference = total = acc = None
+    state: tuple[Tensor, Tensor, Tensor] | None = None
     for keys in tile.key_tiles:
-        s = lane.scores(query, tile.rows, keys, None, by_key=lane.few)[0]
-        s = s.to(lane.stats).contiguous()
-        seen = lane.seen(s)
-        peak = s.amax(-1, keepdim=True)
-        if reference is not None:
-            peak = torch.maximum(reference, peak)
-        origin = peak.masked_fill(peak == -math.inf, 0)
-        p = lane.exp(s.sub_(origin))
-        part = p.sum(-1, keepdim=True)
-        if reference is not None:
-            shrink = lane.exp(reference - origin)
-            part, acc = part.add_(total.mul_(shrink)), acc.mul_(shrink)
-        acc = lane.add_product(acc, _drop(lane, p, tile.rows, keys), lane.value(keys), seen)
-        reference, total = peak, part
-    if reference is None:
-        reference = query.new_full((*query.shape[:2], 1), -math.inf, dtype=lane.stats)
-        total = torch.zeros_like(reference)
-        acc = total.repeat(1, 1, lane.value_blocks[0].shape[2])
-    return reference, total, acc
+        s = block.scores(query, tile.rows, keys, None, by_key=block.few)[0]
+        s = s.to(block.stats_dtype).contiguous()
+        seen = block.seen(s)
+        row_max = s.amax(-1, keepdim=True)
+        if state is not None:
+            row_max = torch.maximum(state[0], row_max)
+        safe_max = row_max.masked_fill(row_max == -math.inf, 0)
+        p = block.exp(s.sub_(safe_max))
+        row_sum, acc = p.sum(-1, keepdim=True), None
+        if state is not None:
+            reference, sum_before, acc = state
+            alpha = block.exp(reference - safe_max)
+            row_sum, acc = row_sum.add_(sum_before.mul_(alpha)), acc.mul_(alpha)
+        acc = block.add_product(acc, _drop(block, p, tile.rows, keys), block.value(keys), seen)
+        state = row_max, row_sum, acc
+    if state is None:
+        nothing = query.new_full((*query.shape[:2], 1), -math.inf, dtype=block.stats_dtype)
+        row_sum = torch.zeros_like(nothing)
+        state = nothing, row_sum, row_sum.repeat(1, 1, block.value_blocks[0].shape[2])
+    return state
 
 
-def _drop(lane: Lane, p: Tensor, rows: slice, keys: KeyTile) -> Tensor:
-    return p * lane.kept(rows, keys.cols) if lane.params.dropout_p else p
+def _drop(block: HeadBlock, p: Tensor, rows: slice, keys: KeyTile) -> Tensor:
+    return p * block.kept(rows, keys.cols) if block.params.dropout_p else p
 
 
 def _differentiate(
-    lane: Lane,
+    block: HeadBlock,
     tile: QueryTile,
     lse: Tensor,
     d_out: Tensor,
@@ -221,48 +233,48 @@ def _differentiate(
 
     Tiles are laid out key by key: two of the three products that follow read them transposed.
     """
-    params, rows, query = lane.params, tile.rows, lane.query(tile.rows)
-    reference = (lse * lane.unit).masked_fill(lse == -math.inf, 0)
-    if lane.plain:
+    params, rows, query = block.params, tile.rows, block.query(tile.rows)
+    reference = (lse * block.unit).masked_fill(lse == -math.inf, 0)
+    if block.plain:
         # The product rounds scores by their distance from the reference, so it lies midway between
         # a lone probability and that of equal ones. What this and its own rounding took from it
         # multiplies the whole row of P: hand it to the other factor.
         count = sum(keys.width for keys in tile.key_tiles)
-        rounded = (reference - math.log2(max(count, 1)) / 2).to(lane.dtype)
-        correction = torch.exp2(rounded.to(lane.stats) - reference)
+        rounded = (reference - math.log2(max(count, 1)) / 2).to(block.dtype)
+        correction = torch.exp2(rounded.to(block.stats_dtype) - reference)
         d_out, delta, reference = d_out * correction, delta * correction, rounded
     elif reference.abs().amax() > _FINE:
-        reference, total, _ = _softmax(lane, tile)
+        reference, row_sum, _ = _softmax(block, tile)
         reference = reference.masked_fill(reference == -math.inf, 0)
-        correction = total.masked_fill(total == 0, 1).reciprocal()
+        correction = row_sum.masked_fill(row_sum == 0, 1).reciprocal()
         d_out, delta = d_out * correction, delta * correction
-    d_out = d_out.to(lane.dtype)
-    shift, d_shift = reference.neg(), delta.to(lane.dtype).neg()
-    dq = torch.zeros(query.shape, dtype=lane.stats, device=query.device)
+    d_out = d_out.to(block.dtype)
+    shift, d_shift = reference.neg(), delta.to(block.dtype).neg()
+    dq = torch.zeros(query.shape, dtype=block.stats_dtype, device=query.device)
     for keys in tile.key_tiles:
-        key, value = lane.key(keys), lane.value(keys)
-        s, capped = lane.scores(query, rows, keys, shift, by_key=True)
-        seen = lane.seen(s)
-        p = _where(seen, lane.exp(s))
+        key, value = block.key(keys), block.value(keys)
+        s, capped = block.scores(query, rows, keys, shift, by_key=True)
+        seen = block.seen(s)
+        p = _where(seen, block.exp(s))
         if params.dropout_p:
-            kept = lane.kept(rows, keys.cols)
-            ds = lane.product("ds", d_out, value, None, 1, by_key=True).to(lane.stats)
+            kept = block.kept(rows, keys.cols)
+            ds = block.product("ds", d_out, value, None, 1, by_key=True).to(block.stats_dtype)
             ds = ds.mul_(kept).sub_(delta).mul_(p)
             p = p * kept
         else:
-            ds = lane.product("ds", d_out, value, d_shift, 1, by_key=True)
+            ds = block.product("ds", d_out, value, d_shift, 1, by_key=True)
             ds = ds.to(s.dtype).mul_(p)
         ds = _where(seen, ds)
         by_key = None if seen is None else seen.transpose(1, 2)
-        lane.add_product(dv_blocks[keys.block][:, keys.inside], p.transpose(1, 2), d_out, by_key)
+        block.add_product(dv_blocks[keys.block][:, keys.inside], p.transpose(1, 2), d_out, by_key)
         if d_bias is not None:
-            part = lane.part(d_bias, rows, keys.cols)
-            part += lane.by_head(ds).sum_to_size(part.shape)
+            part = block.part(d_bias, rows, keys.cols)
+            part += block.by_head(ds).sum_to_size(part.shape)
         if capped is not None:
             ds = _where(seen, ds.mul_(1 - capped.square()))
-        ds = ds.to(lane.dtype)
-        lane.add_product(dk_blocks[keys.block][:, keys.inside], ds.transpose(1, 2), query, by_key)
-        lane.add_product(dq, ds, key, seen)
+        ds = ds.to(block.dtype)
+        block.add_product(dk_blocks[keys.block][:, keys.inside], ds.transpose(1, 2), query, by_key)
+        block.add_product(dq, ds, key, seen)
     return dq.mul_(params.scale)
 
 

@@ -1,6 +1,6 @@
-"""A lane of the blockwise kernel: some key heads and the query heads sharing them.
+"""A head block of the blockwise kernel: some key heads and the query heads sharing them.
 
-The heads of a lane go through each product together, one batched product per tile: some of one
+The heads of a block go through each product together, one batched product per tile: some of one
 batch row, or all of several where they are small. Queries are laid out [heads, group * rows, D],
 heads being the key heads of all its batch rows: the query heads of a group are simply more rows, so
 no key is repeated.
@@ -11,16 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from hf_flash_two.kernels import dropout
+from hf_flash_two.kernels.blockwise.tiles import KeyTile, QueryTile, query_tiles
 from hf_flash_two.kernels.params import LOG2E, AttentionParams, statistics_dtype
-from hf_flash_two.masks import KEY_GRANULE, TileMap, band_tiles, bound_tiles
-from hf_flash_two.tensor_cache import derive
 
 _BLOCK_Q = 256
 _BLOCK_K = 512
@@ -30,57 +27,8 @@ _FEW_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class KeyTile:
-    """Neighbouring keys that a tile of queries meets at once.
-
-    Attributes:
-        cols: their indices; they are stored in ``block`` at ``inside``.
-        masked: the runs of them, counted from the first, in which some pairs are hidden.
-    """
-
-    cols: slice
-    block: int
-    inside: slice
-    masked: tuple[slice, ...]
-
-    @classmethod
-    def of(cls, start: int, stop: int, block_k: int, masked: bool) -> KeyTile:
-        block, offset = divmod(start, block_k)
-        width = stop - start
-        return cls(
-            slice(start, stop),
-            block,
-            slice(offset, offset + width),
-            (slice(0, width),) if masked else (),
-        )
-
-    def __add__(self, other: KeyTile) -> KeyTile:
-        """Both of two neighbours in the same block."""
-        moved = (slice(run.start + self.width, run.stop + self.width) for run in other.masked)
-        return KeyTile(
-            slice(self.cols.start, other.cols.stop),
-            self.block,
-            slice(self.inside.start, other.inside.stop),
-            (*self.masked, *moved),
-        )
-
-    @property
-    def width(self) -> int:
-        return self.cols.stop - self.cols.start
-
-
-@dataclass(frozen=True, slots=True)
-class QueryTile:
-    """``rows`` of queries and all keys they meet; ``probe`` is a few keys that all of them see."""
-
-    rows: slice
-    key_tiles: list[KeyTile]
-    probe: KeyTile | None
-
-
-@dataclass(frozen=True, slots=True)
 class Call:
-    """What the lanes of one call share. Tile sizes are a function of shape and dtype alone."""
+    """What the blocks of one call share. Tile sizes are a function of shape and dtype alone."""
 
     query: Tensor
     key: Tensor
@@ -93,18 +41,18 @@ class Call:
     bands: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
 
 
-def lanes(
+def head_blocks(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     params: AttentionParams,
     guarded: bool,
     gradients: bool = False,
-) -> Iterator[Lane]:
-    """The lanes of one call.
+) -> Iterator[HeadBlock]:
+    """The head blocks of one call.
 
     Args:
-        guarded: see `Lane.seen`.
+        guarded: see `HeadBlock.seen`.
         gradients: those of keys and values take room too.
     """
     batch, heads, query_length, _ = query.shape
@@ -117,19 +65,19 @@ def lanes(
     )
     together = _TILE_BYTES // tile_bytes
     if gradients or key_length > call.block_k or key.dtype != _product_dtype(key.dtype):
-        # What the lane copies of its keys and values, or adds up for them.
+        # What a block copies of its keys and values, or adds up for them.
         row_bytes = (key.shape[3] + value.shape[3]) * statistics_dtype(key.dtype).itemsize
         together = min(together, _WORKSPACE_BYTES // max(1, key_length * row_bytes))
     together = max(1, together)
     rows = 1 if params.dropout_p else max(1, min(together // key_heads, batch))
     if key_length > _BLOCK_K and not (_rows_are_heads(key) and _rows_are_heads(value)):
         rows = 1
-    query_tiles = _query_tiles(call, rows)
+    found = query_tiles(params, query_length, key_length, call.block_q, call.block_k, rows)
     for number, at in enumerate(range(0, batch, rows)):
-        tiles = query_tiles[number if len(query_tiles) > 1 else 0]
+        tiles = found[number if len(found) > 1 else 0]
         for start in range(0, key_heads, together):
-            lane_heads = slice(start, min(start + together, key_heads))
-            yield Lane(call, slice(at, min(at + rows, batch)), lane_heads, tiles)
+            heads_here = slice(start, min(start + together, key_heads))
+            yield HeadBlock(call, slice(at, min(at + rows, batch)), heads_here, tiles)
 
 
 def _rows_are_heads(x: Tensor) -> bool:
@@ -155,86 +103,6 @@ def _call(
     )  # fmt: skip
 
 
-def _query_tiles(call: Call, rows: int) -> list[list[QueryTile]]:
-    """All tiles of queries for every ``rows`` batch rows, or once where the mask is one for all."""
-    params, bounds = call.params, call.params.key_bounds
-    lengths = (call.query.shape[2], call.key.shape[2])
-    settings = (params.query_offset, *lengths, call.block_q, call.block_k)
-    dense = params.dense is not None
-    if bounds is None:
-        return _tiles_of_band(params.window_left, params.window_right, *settings, dense)
-
-    def build() -> list[list[QueryTile]]:
-        offset, query_length, key_length, block_q, block_k = settings
-        tile_map = bound_tiles(bounds, offset, query_length, block_q, KEY_GRANULE, dense)
-        if rows > 1:
-            visit = torch.stack([part.any(0) for part in tile_map.visit.split(rows)])
-            full = torch.stack([part.all(0) for part in tile_map.full.split(rows)])
-            tile_map = TileMap(visit, full)
-        return _tiles_of_map(tile_map, query_length, key_length, block_q, block_k)
-
-    return derive(("query tiles", *settings, dense, rows), build, bounds)
-
-
-@lru_cache(maxsize=32)
-def _tiles_of_band(
-    window_left: int | None,
-    window_right: int | None,
-    query_offset: int,
-    query_length: int,
-    key_length: int,
-    block_q: int,
-    block_k: int,
-    dense: bool,
-) -> list[list[QueryTile]]:
-    tile_map = band_tiles(
-        window_left, window_right, query_offset, query_length, key_length, block_q, KEY_GRANULE,
-        dense,
-    )  # fmt: skip
-    return _tiles_of_map(tile_map, query_length, key_length, block_q, block_k)
-
-
-def _tiles_of_map(
-    tile_map: TileMap, query_length: int, key_length: int, block_q: int, block_k: int
-) -> list[list[QueryTile]]:
-    found = []
-    for row in (tile_map.visit.int() + tile_map.full.int()).tolist():
-        tiles = []
-        for start, kinds in zip(range(0, query_length, block_q), row, strict=True):
-            rows = slice(start, min(start + block_q, query_length))
-            tiles.append(QueryTile(rows, *_key_tiles(kinds, key_length, block_k)))
-        found.append(tiles)
-    return found
-
-
-def _key_tiles(
-    kinds: list[int], key_length: int, block_k: int
-) -> tuple[list[KeyTile], KeyTile | None]:
-    """
-    Args:
-        kinds: for every KEY_GRANULE keys whether they are hidden, masked or visible: 0, 1, 2.
-
-    Returns:
-        The tiles that a tile of queries meets, and a few keys that all its queries see.
-    """
-    found: list[KeyTile] = []
-    probe, at = None, 0
-    for kind, run in groupby(kinds):
-        start, at = at * KEY_GRANULE, at + len(list(run))
-        stop = min(at * KEY_GRANULE, key_length)
-        while kind and start < stop:
-            end = min(stop, (start // block_k + 1) * block_k)
-            tile = KeyTile.of(start, end, block_k, masked=kind == 1)
-            if kind == 2 and probe is None:
-                probe = KeyTile.of(start, min(end, start + KEY_GRANULE), block_k, masked=False)
-            if found and found[-1].cols.stop == start and start % block_k:
-                found[-1] = found[-1] + tile
-            else:
-                found.append(tile)
-            start = end
-    return found, probe
-
-
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:
     """float16 products are emulated or overflow on some devices: float32 is right on all."""
     return torch.float32 if dtype == torch.float16 else dtype
@@ -257,13 +125,14 @@ class Workspace:
         return kept[:size].view(shape)
 
 
-class Lane:
+class HeadBlock:
     """Attributes:
 
     batch, key_heads, heads: the batch rows, and the heads of each.
     query_tiles: what to compute.
-    key_blocks, value_blocks: the lane's keys and values, cut at every ``block_k`` keys.
-    dtype: of the products; stats: of sums and statistics.
+    key_blocks, value_blocks: the block's keys and values, cut at every ``block_k`` keys.
+    dtype: of the products.
+    stats_dtype: of sums and statistics.
     few: there are so few queries that products are bound by reading the keys.
     plain: the scores are the scaled products and nothing else.
     unit: what a score of 1 is kept as. Plain ones are in base 2, whose power is the cheaper one and
@@ -281,7 +150,7 @@ class Lane:
         self.index = (batch, self.heads)
         self.device = call.query.device
         self.dtype = _product_dtype(call.query.dtype)
-        self.stats = statistics_dtype(call.query.dtype)
+        self.stats_dtype = statistics_dtype(call.query.dtype)
         self.few = call.query.shape[2] * self.group_size <= _FEW_ROWS
         # On CPUs PyTorch leaves a bfloat16 product with a factor of 0 unwritten.
         self.plain = params.plain and params.scale != 0
@@ -300,11 +169,11 @@ class Lane:
         return [block.contiguous() for block in blocks]
 
     def accumulators(self, x: Tensor) -> list[Tensor]:
-        """Zeros to add up this lane's blocks in of ``x``, a gradient of keys or values."""
+        """Zeros to add up this block's parts in of ``x``, a gradient of keys or values."""
         blocks = x[self.batch, self.key_heads].split(self.call.block_k, dim=2)
         if self._in_place(x):
             return [block[0].zero_() for block in blocks]
-        return [torch.zeros_like(block, dtype=self.stats).flatten(0, 1) for block in blocks]
+        return [torch.zeros_like(block, dtype=self.stats_dtype).flatten(0, 1) for block in blocks]
 
     def store(self, x: Tensor, accumulators: list[Tensor], scale: float) -> None:
         """``x`` is ``scale`` times what was added up."""
@@ -315,7 +184,7 @@ class Lane:
                 block.copy_(accumulated.unflatten(0, block.shape[:2]))
 
     def _in_place(self, x: Tensor) -> bool:
-        return x.dtype == self.stats and self.batch_size == 1
+        return x.dtype == self.stats_dtype and self.batch_size == 1
 
     def query(self, rows: slice) -> Tensor:
         return self.group(self._query[:, rows].to(self.dtype))
@@ -339,14 +208,14 @@ class Lane:
         return x.unflatten(1, (self.group_size, -1)).unflatten(0, (self.batch_size, -1))
 
     def index_of(self, x: Tensor) -> tuple[slice, slice]:
-        """Where this lane's heads stand in a [B or 1, H or 1, ...] tensor."""
+        """Where this block's heads stand in a [B or 1, H or 1, ...] tensor."""
         return (
             self.batch if x.shape[0] > 1 else slice(0, 1),
             self.heads if x.shape[1] > 1 else slice(0, 1),
         )
 
     def part(self, x: Tensor, rows: slice, cols: slice) -> Tensor:
-        """This lane's tile of a tensor that broadcasts to [B, H, Tq, Tk], to meet `by_head`."""
+        """This block's tile of a tensor that broadcasts to [B, H, Tq, Tk], to meet `by_head`."""
         whole = slice(None)
         x = x[(*self.index_of(x), rows if x.shape[2] > 1 else whole)]
         x = x[..., cols if x.shape[3] > 1 else whole]
@@ -381,12 +250,12 @@ class Lane:
             parts.append(position - key > params.window_left)
         if params.window_right is not None:
             parts.append(key - position > params.window_right)
-        if params.first_query is not None:
+        if params.first_query is not None and params.last_query is not None:
             batch = self.batch if params.first_query.shape[0] > 1 else slice(0, 1)
-            first, last = (
+            start, stop = (
                 x[batch, None, None, None, cols] for x in (params.first_query, params.last_query)
             )
-            parts += [first > position, position >= last]
+            parts += [start > position, position >= stop]
         if params.dense is not None:
             parts.append(~self.part(params.dense, rows, cols))
         hidden = parts[0]
@@ -412,7 +281,7 @@ class Lane:
             s = self.product("scores", query, key, shift, params.scale * self.unit, by_key)
         else:
             s = self.product("scores", query, key, None, 1, by_key)
-            s = s.to(self.stats).mul_(params.scale)
+            s = s.to(self.stats_dtype).mul_(params.scale)
             if params.softcap:
                 capped = s.div_(params.softcap).tanh_()
                 s = capped * params.softcap
@@ -475,14 +344,15 @@ class Lane:
             acc = self.add_product(acc, a, b)
             return acc.copy_(torch.where(met, acc, clean))
         if acc is None:
-            return torch.bmm(a, b).to(self.stats)
-        return acc.baddbmm_(a, b) if self.dtype == self.stats else acc.add_(torch.bmm(a, b))
+            return torch.bmm(a, b).to(self.stats_dtype)
+        return acc.baddbmm_(a, b) if self.dtype == self.stats_dtype else acc.add_(torch.bmm(a, b))
 
     def kept(self, rows: slice, cols: slice) -> Tensor:
         """Dropout's multiplier of the probabilities, [heads, group * rows, cols]."""
         params = self.params
+        assert params.seed is not None
         heads = torch.arange(self.heads.start, self.heads.stop, device=self.device)
         row = torch.arange(rows.start, rows.stop, device=self.device)
         col = torch.arange(cols.start, cols.stop, device=self.device)
         keep = dropout.keep(params.seed, self.batch.start, heads, row, col, params.dropout_p)
-        return self.group(keep).to(self.stats).div_(1 - params.dropout_p)
+        return self.group(keep).to(self.stats_dtype).div_(1 - params.dropout_p)

@@ -6,6 +6,11 @@ through the keys of a tile of queries; each recomputes the probabilities from ls
 sums the gradient of the bias over whatever axes it broadcasts.
 """
 
+# What stands in a kernel is Triton's language, which its types do not describe.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

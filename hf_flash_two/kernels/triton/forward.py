@@ -6,6 +6,11 @@ for long queries, the whole group in decode, so that few queries fill the tile a
 once.
 """
 
+# What stands in a kernel is Triton's language, which its types do not describe.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

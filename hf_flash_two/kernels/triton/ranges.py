@@ -1,5 +1,10 @@
 """The key tiles that are not empty for each tile of queries, where visibility intervals decide."""
 
+# What stands in a kernel is Triton's language, which its types do not describe.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 import torch

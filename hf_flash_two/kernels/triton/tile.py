@@ -9,6 +9,11 @@ on Hopper, and none adds two products to one accumulator in one turn of a loop, 
 on Blackwell.
 """
 
+# What stands in a kernel is Triton's language, which its types do not describe.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 import triton

@@ -1,0 +1,149 @@
+"""Which keys each tile of queries meets, read off the mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+
+import torch
+
+from hf_flash_two.kernels.params import AttentionParams
+from hf_flash_two.masks import KEY_GRANULE, TileMap, band_tiles, bound_tiles
+from hf_flash_two.tensor_cache import derive
+
+
+@dataclass(frozen=True, slots=True)
+class KeyTile:
+    """Neighbouring keys that a tile of queries meets at once.
+
+    Attributes:
+        cols: their indices; they are stored in ``block`` at ``inside``.
+        masked: the runs of them, counted from the first, in which some pairs are hidden.
+    """
+
+    cols: slice
+    block: int
+    inside: slice
+    masked: tuple[slice, ...]
+
+    @classmethod
+    def of(cls, start: int, stop: int, block_k: int, masked: bool) -> KeyTile:
+        block, offset = divmod(start, block_k)
+        width = stop - start
+        return cls(
+            slice(start, stop),
+            block,
+            slice(offset, offset + width),
+            (slice(0, width),) if masked else (),
+        )
+
+    def __add__(self, other: KeyTile) -> KeyTile:
+        """Both of two neighbours in the same block."""
+        moved = (slice(run.start + self.width, run.stop + self.width) for run in other.masked)
+        return KeyTile(
+            slice(self.cols.start, other.cols.stop),
+            self.block,
+            slice(self.inside.start, other.inside.stop),
+            (*self.masked, *moved),
+        )
+
+    @property
+    def width(self) -> int:
+        return self.cols.stop - self.cols.start
+
+
+@dataclass(frozen=True, slots=True)
+class QueryTile:
+    """``rows`` of queries and all keys they meet; ``probe`` is a few keys that all of them see."""
+
+    rows: slice
+    key_tiles: list[KeyTile]
+    probe: KeyTile | None
+
+
+def query_tiles(
+    params: AttentionParams,
+    query_length: int,
+    key_length: int,
+    block_q: int,
+    block_k: int,
+    rows: int,
+) -> list[list[QueryTile]]:
+    """All tiles of queries for every ``rows`` batch rows, or once where the mask is one for all."""
+    bounds = params.key_bounds
+    settings = (params.query_offset, query_length, key_length, block_q, block_k)
+    dense = params.dense is not None
+    if bounds is None:
+        return _tiles_of_band(params.window_left, params.window_right, *settings, dense)
+
+    def build() -> list[list[QueryTile]]:
+        tile_map = bound_tiles(
+            bounds, params.query_offset, query_length, block_q, KEY_GRANULE, dense
+        )
+        if rows > 1:
+            visit = torch.stack([part.any(0) for part in tile_map.visit.split(rows)])
+            full = torch.stack([part.all(0) for part in tile_map.full.split(rows)])
+            tile_map = TileMap(visit, full)
+        return _tiles_of_map(tile_map, query_length, key_length, block_q, block_k)
+
+    return derive(("query tiles", *settings, dense, rows), build, bounds)
+
+
+@lru_cache(maxsize=32)
+def _tiles_of_band(
+    window_left: int | None,
+    window_right: int | None,
+    query_offset: int,
+    query_length: int,
+    key_length: int,
+    block_q: int,
+    block_k: int,
+    dense: bool,
+) -> list[list[QueryTile]]:
+    tile_map = band_tiles(
+        window_left, window_right, query_offset, query_length, key_length, block_q, KEY_GRANULE,
+        dense,
+    )  # fmt: skip
+    return _tiles_of_map(tile_map, query_length, key_length, block_q, block_k)
+
+
+def _tiles_of_map(
+    tile_map: TileMap, query_length: int, key_length: int, block_q: int, block_k: int
+) -> list[list[QueryTile]]:
+    found = []
+    for row in (tile_map.visit.int() + tile_map.full.int()).tolist():
+        tiles = []
+        for start, kinds in zip(range(0, query_length, block_q), row, strict=True):
+            rows = slice(start, min(start + block_q, query_length))
+            tiles.append(QueryTile(rows, *_key_tiles(kinds, key_length, block_k)))
+        found.append(tiles)
+    return found
+
+
+def _key_tiles(
+    kinds: list[int], key_length: int, block_k: int
+) -> tuple[list[KeyTile], KeyTile | None]:
+    """
+    Args:
+        kinds: for every KEY_GRANULE keys whether they are hidden, masked or visible: 0, 1, 2.
+
+    Returns:
+        The tiles that a tile of queries meets, and a few keys that all its queries see.
+    """
+    found: list[KeyTile] = []
+    probe, at = None, 0
+    for kind, run in groupby(kinds):
+        start, at = at * KEY_GRANULE, at + len(list(run))
+        stop = min(at * KEY_GRANULE, key_length)
+        while kind and start < stop:
+            end = min(stop, (start // block_k + 1) * block_k)
+            tile = KeyTile.of(start, end, block_k, masked=kind == 1)
+            if kind == 2 and probe is None:
+                probe = KeyTile.of(start, min(end, start + KEY_GRANULE), block_k, masked=False)
+            if found and found[-1].cols.stop == start and start % block_k:
+                found[-1] = found[-1] + tile
+            else:
+                found.append(tile)
+            start = end
+    return found, probe
