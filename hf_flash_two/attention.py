@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from numbers import Integral
 from typing import Never
 
@@ -127,7 +128,7 @@ def flash_attention(
     return (out, lse) if return_lse else out
 
 
-def _refuse(unknown: dict[str, object]) -> None:
+def _refuse(unknown: Mapping[str, object]) -> None:
     name = next(iter(unknown))
     hint = f"; here it is {_ELSEWHERE[name]}" if name in _ELSEWHERE else ""
     raise TypeError(f"flash_attention() got an unexpected keyword argument {name!r}{hint}")

@@ -5,12 +5,12 @@ The names contain ``flash_attn`` so that selective-checkpointing policies recogn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch._ops import OpOverloadPacket
 from torch.autograd import forward_ad
 from torch.autograd.function import Function, _SingleLevelFunction
@@ -183,6 +183,7 @@ class _Recorded(_SingleLevelFunction):
     """
 
     op: ClassVar[OpOverloadPacket]
+    apply: ClassVar[Callable]
     _compiled_autograd_key = Function._compiled_autograd_key
 
     @classmethod
@@ -226,7 +227,8 @@ class _Forward(_Recorded):
         ctx.settings = inputs[_NOT_SAVED]
 
     @staticmethod
-    def backward(ctx, d_out, d_lse):
+    def backward(ctx, *grad_outputs):
+        d_out, d_lse = grad_outputs
         query, key, value, *tensors, out, lse = ctx.saved_tensors
         grads: list[Tensor | None] = [None] * len(FORWARD_NAMES)
         needed = ctx.needs_input_grad

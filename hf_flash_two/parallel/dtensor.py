@@ -39,13 +39,11 @@ def _shard_backward(d_out, d_lse, query, key, value, out, lse, *settings):
         upstream = [None if tensor is None else rows for tensor in (d_out, d_lse)]
         inputs = [*upstream, rows, keys, keys, rows, rows, *_place_params(params, rows)]
         d_keys = _gradient(rows, keys)
-        d_extras = [
-            _gradient(rows, _place(tensor, rows)) if wanted else Replicate()
-            for tensor, wanted in (
-                (params.bias, need_d_bias),
-                (params.sinks, params.sinks is not None),
-            )
-        ]
+        places = (
+            _place(params.bias, rows) if need_d_bias else None,
+            _place(params.sinks, rows),
+        )
+        d_extras = [Replicate() if place is None else _gradient(rows, place) for place in places]
         outputs = [rows, d_keys, d_keys, *d_extras]
         shardings.append((outputs, [*inputs, None, None]))
     return shardings
@@ -70,13 +68,13 @@ def _place(tensor, split: Placement) -> Placement | None:
     """The placement of a tensor that broadcasts to [B, H, ...]."""
     if tensor is None:
         return None
-    return split if split.is_shard() and tensor.shape[split.dim] > 1 else Replicate()
+    return split if isinstance(split, Shard) and tensor.shape[split.dim] > 1 else Replicate()
 
 
 def _place_params(params: AttentionParams, split: Placement) -> list[Placement | None]:
     """The placement of each field, None for what is no tensor."""
     batch = Replicate() if split.is_shard(1) else split
-    splits = dict.fromkeys(TENSORS, split)
+    splits: dict[str, Placement] = {name: split for name in TENSORS}
     splits |= dict.fromkeys(("first_query", "last_query", "key_bounds"), batch)
     splits["seed"] = Replicate()
     return [

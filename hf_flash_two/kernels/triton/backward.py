@@ -102,7 +102,8 @@ def backward(
     if query.numel() == 0:
         dq, dk, dv = (empty_output(x, x.shape[3]).zero_() for x in (query, key, value))
         extras = (params.bias if need_d_bias else None, params.sinks)
-        return dq, dk, dv, *(x if x is None else torch.zeros_like(x) for x in extras)
+        d_bias, d_sinks = (None if x is None else torch.zeros_like(x) for x in extras)
+        return dq, dk, dv, d_bias, d_sinks
     with torch.cuda.device_of(query):
         plan = planned(_plan, params, query, key, value, d_out, out, lse, d_lse)
         dq, dk, dv = (query.new_empty_strided(*layout) for layout in plan.gradients)
@@ -137,9 +138,9 @@ def backward(
                     intervals_of(params, params.key_bounds), *terms, *gradients,
                 )  # fmt: skip
         d_bias = d_sinks = None
-        if need_d_bias:
+        if need_d_bias and params.bias is not None:
             d_bias = torch.empty_like(params.bias, memory_format=torch.contiguous_format)
-            if d_bias.numel():
+            if plan.dbias is not None and d_bias.numel():
                 plan.dbias(*inputs, of_keys, *terms, d_bias)
     if params.sinks is not None:
         weight = torch.exp(params.sinks[:, :, None] - lse).nan_to_num_(nan=0.0)

@@ -169,7 +169,7 @@ def _plan(params: AttentionParams, query: Tensor, key: Tensor, value: Tensor) ->
             _merge_kernel,
             (batch * heads * query_length,),
             {"part": part, "out": Operand(None, *out[1][:3]), "sinks": sinks},
-            (heads, query_length, split_rows, tiles.splits),
+            (heads, query_length, split_rows, value_dim * split_rows, tiles.splits),
             {
                 "PLAIN": flags.PLAIN,
                 "DV": value_dim,
@@ -405,10 +405,10 @@ def _forward_kernel(
         tl.store(lse_at, lse, row_inside)
 
 
-@triton.jit(do_not_specialize=["query_length", "split_rows", "splits"])
+@triton.jit(do_not_specialize=["query_length", "split_rows", "split_stride", "splits"])
 def _merge_kernel(
     part: Operand, part_lse_ptr, out: Operand, lse_ptr, sinks: PerHead,
-    heads, query_length, split_rows, splits,
+    heads, query_length, split_rows, split_stride, splits,
     PLAIN: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One row: the sums of its splits, each as it would be had all keys the largest maximum.
@@ -442,7 +442,7 @@ def _merge_kernel(
         safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
         alpha = tl.exp2((row_max - safe_max) * UNIT)
         share = tl.exp2((part_max - safe_max) * UNIT)
-        at = part_row[None, :] + (split * (split_rows * DV))[:, None]
+        at = part_row[None, :] + (split * split_stride)[:, None]
         partial = tl.load(at, inside[:, None] & (d_v < DV)[None, :], 0.0)
         acc = acc * alpha + tl.sum(partial * share[:, None], 0)
         row_sum = row_sum * alpha + tl.sum(part_sum * share, 0)

@@ -7,8 +7,8 @@ and the compiled kernel is launched directly from then on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import triton
@@ -23,31 +23,34 @@ from hf_flash_two.kernels.triton.config import Tiles, device_of
 
 Plan = TypeVar("Plan")
 _MOST_PLANS = 4096
-plans: dict[tuple, object] = {}
+plans: dict[tuple, Any] = {}
 _DIRECT = (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9)
 """Whether `CompiledKernel.run` is known to take a kernel's arguments as they are, tuples included;
 of other versions all launches go through the JIT."""
 _TENSORS, _NUMBERS = slice(0, len(TENSORS)), slice(len(TENSORS), None)
 
 
-def planned(make: Callable[..., Plan], params: AttentionParams, *tensors: Tensor | None) -> Plan:
-    """``make(params, *tensors)``, once for all calls that differ in their tensors' values only."""
+def planned(
+    make: Callable[..., Plan], params: AttentionParams, query: Tensor, *tensors: Tensor | None
+) -> Plan:
+    """What ``make`` makes of these, once for all calls that differ in tensors' values only."""
+    fields = cast(Sequence, params)
     layouts = tuple(
         [
             None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % 16)
-            for x in (*tensors, *params[_TENSORS])
+            for x in (query, *tensors, *fields[_TENSORS])
         ]
     )
-    index = tensors[0].device.index
+    index = query.device.index
     key = (
         make, layouts, index, device_of(index), torch.backends.cuda.matmul.fp32_precision,
-        params[_NUMBERS],
+        fields[_NUMBERS],
     )  # fmt: skip
     plan = plans.get(key)
     if plan is None:
         if len(plans) >= _MOST_PLANS:
             plans.clear()
-        plan = plans[key] = make(params, *tensors)
+        plan = plans[key] = make(params, query, *tensors)
     return plan
 
 
@@ -66,7 +69,7 @@ class Launch:
         self,
         kernel,
         grid: tuple[int, ...],
-        templates: Mapping[str, tuple],
+        templates: Mapping[str, Any],
         scalars: tuple,
         constants: dict,
         tiles: Tiles,
@@ -111,8 +114,9 @@ class Launch:
             no_hooks = (None, None, None)
             self._handles = (compiled.function, compiled.packed_metadata, *no_hooks)
             # A plan is of one device.
-            self._device = driver.active.get_current_device()
-            self._current_stream = driver.active.get_current_stream
+            active: Any = driver.active
+            self._device = active.get_current_device()
+            self._current_stream = active.get_current_stream
             self._run = compiled.run
 
 
