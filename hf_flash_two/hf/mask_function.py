@@ -14,16 +14,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.utils import logging
 
 from hf_flash_two.hf import compat, forward_pass
 from hf_flash_two.hf.mask_proxy import MaskProxy
 from hf_flash_two.hf.packing import all_visible, demand, positions_of, recording
-from hf_flash_two.masks import FAR, AttentionMask
-
-logger = logging.get_logger(__name__)
-
-_TILE_ELEMENTS = 2**22
+from hf_flash_two.hf.tensor_masks import from_tiles
+from hf_flash_two.masks import AttentionMask
 
 
 @dataclass(frozen=True)
@@ -137,37 +133,6 @@ def make_mask(
     if family in compat.WANTS_BOOL_TENSOR:
         return carrier.as_bool()
     return carrier.as_additive(dtype) if family in compat.WANTS_FLOAT_TENSOR else carrier
-
-
-def from_tiles(
-    visible: Callable[[int, int], Tensor], q_length: int, row_elements: int
-) -> AttentionMask:
-    """The mask that ``visible(start, stop)``, bool [B or 1, 1, stop - start, Tk], spells out.
-
-    Args:
-        row_elements: how many elements one row of ``visible`` has, over the whole batch.
-    """
-    step = max(1, _TILE_ELEMENTS // max(1, row_elements))
-    if recording() and q_length != 1:
-        return AttentionMask.from_dense(visible(0, q_length))
-    starts = range(0, q_length, step)
-    first = last = count = None
-    for start in starts:
-        tile = visible(start, min(start + step, q_length))[:, 0]
-        query = torch.arange(start, start + tile.shape[1], device=tile.device)[:, None]
-        tile_first = torch.where(tile, query, FAR).amin(1)
-        tile_last = torch.where(tile, query + 1, -FAR).amax(1)
-        first = tile_first if first is None else torch.minimum(first, tile_first)
-        last = tile_last if last is None else torch.maximum(last, tile_last)
-        count = tile.sum(1) + (0 if count is None else count)
-    if q_length == 1 or bool((count == (last - first).clamp(min=0)).all()):
-        return AttentionMask.from_intervals(first, last, query_offset=0)
-    logger.warning_once(
-        "flash_two: this attention mask has keys that are seen by more than one run of queries. It "
-        "is kept as a dense tensor of batch x queries x keys bytes, and no tile of it is skipped."
-    )
-    tiles = [visible(start, min(start + step, q_length)) for start in starts]
-    return replace(AttentionMask.from_dense(torch.cat(tiles, dim=2)), query_offset=0)
 
 
 def _padding(attention_mask: Tensor | None, place: _Place, q_length: int) -> Tensor | None:
