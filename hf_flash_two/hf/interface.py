@@ -11,7 +11,7 @@ from hf_flash_two.attention import flash_attention
 from hf_flash_two.hf import compat, forward_pass
 from hf_flash_two.hf.forward_pass import once
 from hf_flash_two.hf.mask_proxy import MaskProxy
-from hf_flash_two.hf.packing import demand, document_starts, may_be_packed, recording
+from hf_flash_two.hf.packing import keep_apart, keep_apart_in_layer
 from hf_flash_two.hf.tensor_masks import from_block_indices, from_indices, from_tensor
 from hf_flash_two.masks import AttentionMask
 
@@ -199,17 +199,9 @@ def _resolve_mask(
             f"{type(attention_mask).__name__}; a model must take its masks from "
             "transformers.masking_utils under the same attn_implementation"
         )
-    if cu_seq_lens_q is not None:
-        documents = _from_cu_seqlens(cu_seq_lens_q, cu_seq_lens_k, batch, queries, keys)
-    elif may_be_packed(position_ids, batch, queries) and (padding is None or padding.dim() == 2):
-        documents = _from_positions(position_ids, padding, mask, queries, keys)
-    else:
-        return mask, bias
-    forward_pass.keep_apart()
-    if documents is None:
-        return mask, bias
-    described_by = position_ids if cu_seq_lens_q is None else cu_seq_lens_q
-    return once(described_by, (mask, documents), lambda: mask & documents), bias
+    shape = batch, queries, keys
+    mask = keep_apart_in_layer(mask, padding, shape, position_ids, cu_seq_lens_q, cu_seq_lens_k)
+    return mask, bias
 
 
 def _without_mask(
@@ -240,52 +232,6 @@ def _without_mask(
     return AttentionMask.causal(window=sliding_window)
 
 
-def _from_positions(
-    position_ids: Tensor, padding: Tensor | None, mask: AttentionMask, queries: int, keys: int
-) -> AttentionMask | None:
-    """The documents that restarting positions tell of; None if there is one to a row.
-
-    Raises:
-        ValueError: there are several, behind a cache of earlier tokens.
-    """
-    if padding is not None:
-        at = mask.resolve_offset(queries, keys)
-        padding = padding[:, at : at + queries]
-
-    def build() -> AttentionMask | None:
-        starts = document_starts(position_ids, padding)
-        if not recording() and not starts.any():
-            return None
-        if queries != keys:
-            message = (
-                "position_ids: tell of packed documents behind a cache that is longer than they "
-                "are; pass them without a cache"
-            )
-            if not recording():
-                raise ValueError(message)
-            demand(~starts.any(), message)
-            return None
-        return AttentionMask.from_documents(segment_ids=starts.cumsum(1))
-
-    others = () if padding is None else (padding,)
-    return once(position_ids, ("documents of layers", queries, keys), build, *others)
-
-
-def _from_cu_seqlens(
-    query_ends: Tensor, key_ends: Tensor | None, batch: int, queries: int, keys: int
-) -> AttentionMask:
-    if batch != 1:
-        raise ValueError(
-            f"cu_seq_lens_q: describes documents laid end to end in a batch of 1, got batch {batch}"
-        )
-    key_ends = query_ends if key_ends is None else key_ends
-
-    def build() -> AttentionMask:
-        return AttentionMask.from_documents(key_ends, query_cu_seqlens=query_ends, key_length=keys)
-
-    return once(key_ends, ("cu_seqlens", queries, keys), build, query_ends)
-
-
 def _check_paged(module: torch.nn.Module, attention_mask) -> None:
     """Refuse what pages of earlier tokens have no answer to."""
     reason = None
@@ -309,7 +255,7 @@ def _from_paged_cache(
 ) -> tuple[Tensor, Tensor, AttentionMask]:
     """The keys and values of all requests end to end, and the mask that keeps these apart."""
     key, value, key_ends, window = compat.update_paged_cache(cache, key, value, module, paged)
-    forward_pass.keep_apart()
+    keep_apart()
     keys = key.shape[2]
 
     def build() -> AttentionMask:

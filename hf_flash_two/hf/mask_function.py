@@ -15,9 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hf_flash_two.hf import compat, forward_pass
+from hf_flash_two.hf import compat
 from hf_flash_two.hf.mask_proxy import MaskProxy
-from hf_flash_two.hf.packing import all_visible, demand, positions_of, recording
+from hf_flash_two.hf.packing import (
+    all_visible,
+    demand,
+    documents_of_mask,
+    positions_within,
+    recording,
+)
 from hf_flash_two.hf.tensor_masks import from_tiles
 from hf_flash_two.masks import AttentionMask
 
@@ -84,8 +90,11 @@ def make_mask(
     keep = _padding(attention_mask, place, q_length)
     kinds = _kinds(mask_function)
     causal = "causal" in kinds
-    documents, packed = _documents(batch_size, q_length, place, causal, kinds)
-    positions = None if documents is None else _positions(documents, attention_mask)
+    documents, packed = documents_of_mask(
+        batch_size, q_length, kv_length, q_offset, kv_offset,
+        causal=causal, in_function="packed_sequence_mask_function" in kinds,
+    )  # fmt: skip
+    positions = None if documents is None else positions_within(documents, attention_mask)
     mask = _convert(mask_function, place, positions)
     if mask is not None:
         if documents is not None:
@@ -147,69 +156,6 @@ def _padding(attention_mask: Tensor | None, place: _Place, q_length: int) -> Ten
         # window would be compiled anew, and to ask would make the device wait.
         return keep
     return None if all_visible(keep) is True else keep
-
-
-def _documents(
-    batch: int, queries: int, place: _Place, causal: bool, kinds: set[str]
-) -> tuple[Tensor | None, bool]:
-    """What the caller of the model told of packed documents.
-
-    Returns:
-        The number of the document of each key, [1 or B, Tk], None if there is one to a row; and
-        whether a layer has nothing to add to it.
-    """
-    running = forward_pass.current()
-    found = "packed_sequence_mask_function" in kinds
-    if running is None:
-        return None, found
-    if not causal and (queries != place.kv_length or compat.has_cross_attention(running.model)):
-        return None, found  # what else attends in such a model are decoders to encoders
-    bounded = running.said.cu_seq_lens_q is not None
-    if found and not bounded and compat.remaps_positions():
-        running.apart = True
-        return None, True
-    offset = place.q_offset
-    documents = running.documents(batch, queries, offset, causal=causal)
-    if documents is not None:
-        documents = _over_keys(documents, place)
-    return documents, running.apart and (causal or bounded)
-
-
-def _over_keys(documents: Tensor, place: _Place) -> Tensor:
-    """From the documents of the queries, [B, Tq], to those of the keys.
-
-    Raises:
-        ValueError: the cache holds earlier tokens, and of which document is not known.
-    """
-    over_keys, queries = documents, documents.shape[1]
-    if place.kv_length != queries:
-        unused = documents.new_full((documents.shape[0], place.kv_length - queries), -1)
-        over_keys = torch.cat([documents, unused], dim=1)
-    at_start = (place.q_offset == 0) & (place.kv_offset == 0)
-    message = (
-        "position_ids: documents start among these tokens, but the cache holds earlier ones, and "
-        "which of them those may see is not known; pass packed documents in one forward"
-    )
-    if not recording():
-        if not at_start:
-            raise ValueError(message)
-    elif at_start is not True:
-        several = (documents != documents[:, :1]).any()
-        demand(~several | at_start, message)
-        return torch.where(several, over_keys, 0)
-    return over_keys
-
-
-def _positions(documents: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """[B, Tk], what stands for a token's place in the row: how far it is into its document.
-
-    Padding on the left counts as before, since chunks are told how much of it there is.
-    """
-    positions = positions_of(documents)
-    if attention_mask is None:
-        return positions
-    left = (attention_mask.cumsum(1) == 0).sum(1, keepdim=True)
-    return positions + torch.where(documents > 0, left, 0)
 
 
 def _within(function: Callable, documents: Tensor, positions: Tensor, batch: int) -> Callable:
