@@ -4,6 +4,28 @@ A caller says so in three ways: by boundaries (``cu_seq_lens_q``), by positions 
 a 2-D mask that numbers the documents. Each row is read by itself, and of each row only the visible
 tokens: padding has positions of its own, which tell nothing. All that is decided about documents is
 decided here; others ask.
+
+No seam of Transformers reaches every model. `tests/hf/test_packing_seams.py` removes each, and
+shows that the models which it serves then leak or are refused:
+
+========================  ================================  ========================================
+seam                      what it reads                     serves
+========================  ================================  ========================================
+`documents_of_mask`       the model's arguments, while it   models that tell their layers nothing:
+                          has its masks made                hand-written attention (BLOOM, Falcon,
+                                                            GPT-Neo, MPT, XGLM; GPT-J and CodeGen
+                                                            until 5.23), CTRL, GPT-BigCode,
+                                                            Persimmon; Llama 4, whose chunks count
+                                                            within documents
+`keep_apart_in_layer`     the arguments of the attention    towers with boundaries and no mask
+                          function                          (Qwen2.5-VL); models nobody watches
+`_begin`                  a mask that numbers documents     models that compute with its values
+                                                            (BLOOM)
+`_end`                    whether one of the above was      refuses models that make their own masks
+                          asked                             (OpenAI GPT, XLM, FlauBERT)
+`forward_pass`            the arguments of the callers      models called past their hooks (PEFT)
+Transformers              positions, without a cache        chunks of models nobody watches
+========================  ================================  ========================================
 """
 
 from __future__ import annotations
