@@ -23,12 +23,11 @@ def register() -> None:
     it is asked for, and the rest works.
     """
     compat.check_names()
-    compat.describe_mask_functions()
-    compat.note("flash_two", compat.allow_flash_two())
-    compat.note("loading", compat.patch_at_load(patch_built, patch_asked))
-    compat.note("serving", compat.check_before_serving(check_serving))
-    if not compat.offers("loading"):
-        compat.check_at_load(check_built)
+    compat.install_hooks(
+        compat.Listeners(
+            built=patch_built, asked=patch_asked, serving=check_serving, begun=check_built
+        )
+    )
     for name in compat.with_paged_names([compat.FA_TWO, compat.FLASH_TWO]):
         attention, mask = attention_forward, make_mask
         if compat.FLASH_TWO in name and not compat.offers("flash_two"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_flash_two.attention import flash_attention
-from hf_flash_two.hf import compat, forward_pass
+from hf_flash_two.hf import compat, families, forward_pass
 from hf_flash_two.hf.forward_pass import once
 from hf_flash_two.hf.mask_proxy import MaskProxy
 from hf_flash_two.hf.packing import keep_apart, keep_apart_in_layer
@@ -124,7 +124,7 @@ def attention_forward(
     out, lse = out if row_sinks is None else _with_row_sinks(*out, row_sinks)
     weights = None
     if wants_weights:
-        lse = None if compat.weights_without_sinks(module) else lse
+        lse = None if families.weights_without_sinks(module) else lse
         weights = _weights(query, key, mask, bias, lse, scaling, softcap)
         if cu_seq_lens_q is not None and is_causal is False and attention_mask is None:
             # Towers, which under "eager" attend within one image at a time.
@@ -152,9 +152,9 @@ def _refuse_what_others_use(module: torch.nn.Module, kwargs: dict[str, object]) 
 def _causality(module: torch.nn.Module, attention_mask, is_causal: bool | None) -> bool:
     modules = getattr(module, "is_causal", True)
     if is_causal is None:
-        return modules and (attention_mask is not None or compat.is_causal_without_mask(module))
+        return modules and (attention_mask is not None or families.is_causal_without_mask(module))
     if not is_causal and modules and isinstance(attention_mask, MaskProxy):
-        if attention_mask.causal and not compat.leaves_causality_to_mask(module):
+        if attention_mask.causal and not families.leaves_causality_to_mask(module):
             raise ValueError(
                 "is_causal: False was passed, but the model made a causal mask; set "
                 "`model.config.is_causal = False` before the forward for bidirectional attention"
@@ -209,7 +209,7 @@ def _without_mask(
 ) -> AttentionMask:
     """Towers and cross attention come without a mask; nothing that had to have one may."""
     if not causal:
-        windowed = sliding_window is not None and compat.has_window_without_mask(module)
+        windowed = sliding_window is not None and families.has_window_without_mask(module)
         if windowed and keys > sliding_window:
             raise ValueError(
                 f"attention_mask: a bidirectional layer with sliding_window={sliding_window} got "
@@ -269,7 +269,7 @@ def _from_paged_cache(
 def _wants_weights(module: torch.nn.Module, asked: bool | None) -> bool:
     if asked is None:
         asked = getattr(getattr(module, "config", None), "output_attentions", False)
-    return bool(asked) or compat.returns_weights(module) or forward_pass.asks_for_weights()
+    return bool(asked) or families.returns_weights(module) or forward_pass.asks_for_weights()
 
 
 def _with_row_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hf_flash_two.hf import compat
+from hf_flash_two.hf import compat, families
 from hf_flash_two.hf.mask_proxy import MaskProxy
 from hf_flash_two.hf.packing import (
     all_visible,
@@ -108,7 +108,7 @@ def make_mask(
 
         def visible(start: int, stop: int) -> Tensor:
             compat.require("masks")
-            return compat.sdpa_mask(
+            return compat.masking_utils.sdpa_mask(
                 batch_size=batch_size,
                 q_length=stop - start,
                 kv_length=kv_length,
@@ -123,10 +123,10 @@ def make_mask(
             )
 
         mask = from_tiles(visible, q_length, batch_size * kv_length)
-    own_attention = config is not None and compat.has_own_attention(config)
+    own_attention = config is not None and families.is_hand_written(config)
     family = getattr(config, "model_type", None)
     # Through the interface it is not left out: layers without one may take themselves for causal.
-    adds_it = own_attention or family in compat.WANTS_FLOAT_TENSOR
+    adds_it = own_attention or family in families.WANTS_FLOAT_TENSOR
     if allow_is_bidirectional_skip and adds_it and _is_full(mask):
         return None
     shape = (batch_size, 1, q_length, kv_length)
@@ -134,14 +134,14 @@ def make_mask(
         mask,
         shape,
         device,
-        dtype if own_attention or family in compat.READS_ADDITIVE else torch.bool,
+        dtype if own_attention or family in families.READS_ADDITIVE else torch.bool,
         causal=causal,
         packed=packed,
         padding=attention_mask,
     )
-    if family in compat.WANTS_BOOL_TENSOR:
+    if family in families.WANTS_BOOL_TENSOR:
         return carrier.as_bool()
-    return carrier.as_additive(dtype) if family in compat.WANTS_FLOAT_TENSOR else carrier
+    return carrier.as_additive(dtype) if family in families.WANTS_FLOAT_TENSOR else carrier
 
 
 def _padding(attention_mask: Tensor | None, place: _Place, q_length: int) -> Tensor | None:

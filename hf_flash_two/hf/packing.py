@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from hf_flash_two.hf import compat, forward_pass
+from hf_flash_two.hf import compat, families, forward_pass
 from hf_flash_two.masks import AttentionMask
 
 _BEHIND_CACHE = (
@@ -123,7 +123,7 @@ def _end(ending: forward_pass.ForwardPass) -> None:
         if ends.numel() > 2:
             _refuse(ending.model, "cu_seq_lens_q")
     elif tokens is not None:
-        ids = _said_documents(ending, *tokens, 0, causal=compat.is_causal_model(ending.model))
+        ids = _said_documents(ending, *tokens, 0, causal=families.is_causal_model(ending.model))
         if ids is None:
             return
         if not recording():
@@ -188,7 +188,7 @@ def _said_documents(
         return ids_of_boundaries(said.cu_seq_lens_q, queries)
     running.apart = True
     mask = _padding(said.attention_mask, batch, queries, offset)
-    positions = said.position_ids if causal and compat.has_positions(running.model) else None
+    positions = said.position_ids if causal and families.has_positions(running.model) else None
     if not may_be_packed(positions, batch, queries):
         positions = None
     if mask is not None and positions is None and not numbers_documents(mask):
@@ -255,7 +255,7 @@ def documents_of_mask(
     running = forward_pass.current()
     if running is None:
         return None, in_function
-    if not causal and (queries != keys or compat.has_cross_attention(running.model)):
+    if not causal and (queries != keys or families.has_cross_attention(running.model)):
         return None, in_function  # what else attends in such a model are decoders to encoders
     bounded = running.said.cu_seq_lens_q is not None
     if in_function and not bounded and compat.remaps_positions():

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from hf_flash_two.hf import compat, layer_forward
-from hf_flash_two.hf.families import ALWAYS_ASKED, attention_kind, key, why_not
+from hf_flash_two.hf import compat, families, layer_forward
+from hf_flash_two.hf.families import ALWAYS_ASKED, attention_kind, name_of, why_not
 from hf_flash_two.hf.forward_pass import unwatch
 from hf_flash_two.hf.layer_forward import LayerForward
 from hf_flash_two.hf.packing import watch
@@ -146,7 +146,7 @@ def patch_built(model: PreTrainedModel) -> None:
     names = {id(part.config): compat.implementation(part.config) for part in asking}
     for part in asking:
         if not compat.uses_interface(part):
-            compat.set_implementation(part.config, compat.default_implementation(part.config))
+            compat.set_implementation(part.config, families.default_implementation(part.config))
     unreached = []
     if model in asking:  # Transformers hands the name on to sub-configs, but not to others
         reached = {id(config) for config in _with_sub_configs(model.config)} | names.keys()
@@ -208,7 +208,7 @@ def check_built(model: PreTrainedModel, asks: bool) -> None:
     module = sys.modules[type(model).__module__]
     classes = [x for x in vars(module).values() if inspect.isclass(x) and issubclass(x, nn.Module)]
     kinds = {attention_kind(x) for x in classes if x.__module__ == module.__name__}
-    if asks and "own" in kinds and "interface" not in kinds:
+    if asks and "hand-written" in kinds and "interface" not in kinds:
         compat.require("loading")
 
 
@@ -219,7 +219,7 @@ def _patch_part(part: PreTrainedModel, name: str | None = None) -> None:
     ours = [
         (at, layer)
         for at, layer in layers
-        if attention_kind(type(layer)) == "own" and why_not(layer) is None
+        if attention_kind(type(layer)) == "hand-written" and why_not(layer) is None
     ]
     configs = [
         getattr(layer, "config", None)
@@ -230,12 +230,12 @@ def _patch_part(part: PreTrainedModel, name: str | None = None) -> None:
         configs.append(part.config)
     for config in configs:
         if config is not None:
-            _switch(part, config, "sdpa" if ours and compat.needs_its_sdpa(config) else name)
+            _switch(part, config, "sdpa" if ours and families.needs_its_sdpa(config) else name)
     if configs:
         watch(part)
     for at, layer in ours:
         if layer_forward.of(layer) is None:
-            believed = key(type(layer)) not in ALWAYS_ASKED
+            believed = name_of(type(layer)) not in ALWAYS_ASKED
             LayerForward(layer, f"{at} ({type(layer).__name__})", believed=believed)
 
 

@@ -29,15 +29,15 @@ EXAMINED = {
         sam3_lite_text Sam3LiteTextAttention.forward
         siglip2 Siglip2MultiheadAttentionPoolingHead.forward
     """,
-    "a plain tensor of bool (compat.WANTS_BOOL_TENSOR)": """
+    "a plain tensor of bool (families.WANTS_BOOL_TENSOR)": """
         doge DogeAttention.prepare_dynamic_mask
     """,
-    "a plain additive tensor (compat.WANTS_FLOAT_TENSOR)": """
+    "a plain additive tensor (families.WANTS_FLOAT_TENSOR)": """
         deepseek_v4 DeepseekV4Attention.forward
         gemma4 Gemma4AudioAttention.forward Gemma4AudioModel._convert_4d_mask_to_blocked_5d
         informer InformerProbSparseAttention.forward
     """,
-    "an additive mask (compat.READS_ADDITIVE)": """
+    "an additive mask (families.READS_ADDITIVE)": """
         nllb_moe NllbMoeTop2Router.route_tokens
     """,
     "an additive one in sums, whose other part are scores or biases": """

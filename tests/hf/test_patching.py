@@ -285,7 +285,7 @@ def test_a_layer_of_a_class_that_is_possible_may_be_impossible():
 
 
 def test_unknown_classes_are_reported(monkeypatch):
-    monkeypatch.setattr(families, "OWN_ATTENTION", frozenset())
+    monkeypatch.setattr(families, "HAND_WRITTEN", frozenset())
     with pytest.raises(ValueError, match="BloomAttention .*in a way not known"):
         patch(build("bloom"))
 
