@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_flash_two.hf import compat, packing
+from hf_flash_two.hf import compat
+from hf_flash_two.tensor_cache import TensorCache, is_symbolic
 
 Derived = TypeVar("Derived")
 
@@ -66,7 +67,7 @@ class ForwardPass:
         frame: FrameType | None = None,
     ):
         self.model, self.said, self.around, self.frame = model, said, around, frame
-        self.derived: dict = {} if around is None else around.derived
+        self.derived = TensorCache() if around is None else around.derived
         self.ones: Tensor | None = None
         self.apart = False
 
@@ -125,19 +126,9 @@ def once(tensor: Tensor, key, build: Callable[[], Derived], *others: Tensor) -> 
     """
     running = current()
     tensors = (tensor, *others)
-    if running is None or packing.recording() or any(x.is_inference() for x in tensors):
+    if running is None or is_symbolic() or any(x.is_inference() for x in tensors):
         return build()
-    at = (key, *map(id, tensors))
-    versions = [x._version for x in tensors]
-    kept = running.derived.get(at)
-    if kept is not None and kept[0] == versions:
-        return kept[2]
-    # What is made in inference mode cannot be saved for a later backward.
-    with torch.inference_mode(False):
-        derived = build()
-    # The tensors are held so that no other can take the place in memory that tells them apart.
-    running.derived[at] = versions, tensors, derived
-    return derived
+    return running.derived.once(key, build, *tensors)
 
 
 def _passes() -> list[ForwardPass]:
@@ -161,7 +152,7 @@ def _open_pass(
     places: tuple[int, ...], begin: Begin, model: PreTrainedModel, args: tuple, kwargs: dict
 ) -> tuple[tuple, dict] | None:
     passes, frame = _passes(), None
-    if not packing.recording():
+    if not is_symbolic():
         frame = next(f for f in _callers(sys._getframe()) if f.f_code.co_filename == _MODULES)
         # What interrupts a forward from outside, as Ctrl-C does, leaves its pass behind.
         while passes and passes[-1].frame not in (None, *_callers(frame)):

@@ -22,10 +22,10 @@ from hf_flash_two.hf.packing import (
     demand,
     documents_of_mask,
     positions_within,
-    recording,
 )
 from hf_flash_two.hf.tensor_masks import from_tiles
 from hf_flash_two.masks import AttentionMask
+from hf_flash_two.tensor_cache import is_symbolic
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,7 @@ def _chunks(size: int, left_padding: Tensor, place: _Place, position) -> Attenti
 
 def _equal_ids(ids: Tensor, place: _Place, hidden: Tensor | None = None) -> AttentionMask | None:
     """A query sees the keys of its own id, [B, L]; None unless each id is one run of positions."""
-    if recording():
+    if is_symbolic():
         return None  # whether an id comes back later is not to be known
     visible = torch.ones_like(ids, dtype=torch.bool) if hidden is None else ~hidden
     starts = pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True) & visible

@@ -36,7 +36,9 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from hf_flash_two.hf import compat, families, forward_pass
+from hf_flash_two.hf.forward_pass import ForwardPass, current, once
 from hf_flash_two.masks import AttentionMask
+from hf_flash_two.tensor_cache import all_values, is_mapped, is_symbolic
 
 _BEHIND_CACHE = (
     "position_ids: documents start among these tokens, but the cache holds earlier ones, and which "
@@ -44,37 +46,16 @@ _BEHIND_CACHE = (
 )
 
 
-def recording() -> bool:
-    """Whether no value may decide anything: there is none, or what runs is for others as well.
-
-    Operations are recorded by torch.compile, torch.export, torch.jit.trace or a CUDA graph; they
-    have many values under `torch.func.vmap`, and none in a `FakeTensorMode`.
-    """
-    return _recorded() or compat.transforms_by_vmap() or compat.runs_on_fakes()
-
-
-def readable(x: Tensor) -> bool:
-    """Whether the values of this very tensor may decide: under vmap those of a constant may."""
-    return not _recorded() and not x.is_meta and compat.has_one_value(x)
-
-
 def demand(holds: Tensor, message: str) -> None:
-    """While recording: raise RuntimeError unless bool [] ``holds`` when what is recorded runs.
+    """Without values: raise RuntimeError unless bool [] ``holds`` when what is traced runs.
 
     Under `torch.func.vmap`, which runs at once, of any of the values.
     """
-    if _recorded() or not compat.transforms_by_vmap():
+    values = all_values(holds)
+    if values is None or not is_mapped():
         torch._assert_async(holds, message)
-    elif not compat.all_values(holds).all():
+    elif not values.all():
         raise RuntimeError(message)
-
-
-def _recorded() -> bool:
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
-    )
 
 
 # What the caller of a model says, from its forward's beginning to its end
@@ -87,12 +68,12 @@ def watch(model: PreTrainedModel) -> None:
 
 def keep_apart() -> None:
     """Note that the caller's documents have reached a layer."""
-    running = forward_pass.current()
+    running = current()
     if running is not None:
         running.apart = True
 
 
-def _begin(running: forward_pass.ForwardPass) -> dict[str, Tensor]:
+def _begin(running: ForwardPass) -> dict[str, Tensor]:
     """Models compute with the values of their masks: one of numbers becomes one of ones."""
     given, around = running.said.attention_mask, running.around
     if around is not None and given is not None and given is around.ones:
@@ -105,7 +86,7 @@ def _begin(running: forward_pass.ForwardPass) -> dict[str, Tensor]:
     return {"attention_mask": running.ones}
 
 
-def _end(ending: forward_pass.ForwardPass) -> None:
+def _end(ending: ForwardPass) -> None:
     """A result with a leak does not leave the model.
 
     Raises:
@@ -126,12 +107,12 @@ def _end(ending: forward_pass.ForwardPass) -> None:
         ids = _said_documents(ending, *tokens, 0, causal=families.is_causal_model(ending.model))
         if ids is None:
             return
-        if not recording():
+        if not is_symbolic():
             _refuse(ending.model, "position_ids, attention_mask")
         demand((ids == 0).all(), f"{type(ending.model).__name__}: packed documents need eager mode")
 
 
-def _says_no_more_than(outer: forward_pass.ForwardPass, inner: forward_pass.ForwardPass) -> bool:
+def _says_no_more_than(outer: ForwardPass, inner: ForwardPass) -> bool:
     """Whether all that was said of documents to ``outer`` has been said to ``inner`` as well."""
     here, there = outer.said, inner.said
     if outer.model.config is inner.model.config:
@@ -146,7 +127,7 @@ def _says_no_more_than(outer: forward_pass.ForwardPass, inner: forward_pass.Forw
     )
 
 
-def _tokens(ending: forward_pass.ForwardPass) -> tuple[int, int] | None:
+def _tokens(ending: ForwardPass) -> tuple[int, int] | None:
     """(batch, tokens in a row) of what was said; None if the caller made the whole mask."""
     positions, mask = ending.said[:2]
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
@@ -165,7 +146,7 @@ def _refuse(model: PreTrainedModel, name: str) -> None:
 
 
 def _said_documents(
-    running: forward_pass.ForwardPass,
+    running: ForwardPass,
     batch: int,
     queries: int,
     offset: int | Tensor,
@@ -199,9 +180,9 @@ def _said_documents(
 
     def build() -> Tensor | None:
         starts = document_starts(positions, mask)
-        return starts.cumsum(1) if recording() or bool(starts.any()) else None
+        return starts.cumsum(1) if is_symbolic() or bool(starts.any()) else None
 
-    return forward_pass.once(given[0], "documents", build, *given[1:])
+    return once(given[0], "documents", build, *given[1:])
 
 
 def _padding(mask, batch: int, queries: int, offset: int | Tensor) -> Tensor | None:
@@ -218,14 +199,14 @@ def _padding(mask, batch: int, queries: int, offset: int | Tensor) -> Tensor | N
 def _is_numbered(mask) -> bool:
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] == 1:
         return False
-    return numbers_documents(mask) and (recording() or bool((mask > 1).any()))
+    return numbers_documents(mask) and (is_symbolic() or bool((mask > 1).any()))
 
 
 def _equal(a: Tensor, b) -> bool:
     """Whether both are known to be the same boundaries; ``b`` may be none, or a dict of them."""
     if b is None or a is b:
         return True
-    return isinstance(b, Tensor) and not recording() and torch.equal(a, b)
+    return isinstance(b, Tensor) and not is_symbolic() and torch.equal(a, b)
 
 
 # The seam of masks: Transformers' mask functions are converted while a model runs
@@ -252,7 +233,7 @@ def documents_of_mask(
         The number of the document of each key, [1 or B, Tk], None if the mask has nothing to keep
         apart; and whether a layer has nothing to add to the mask.
     """
-    running = forward_pass.current()
+    running = current()
     if running is None:
         return None, in_function
     if not causal and (queries != keys or families.has_cross_attention(running.model)):
@@ -275,7 +256,7 @@ def _over_keys(documents: Tensor, keys: int, at_start: bool | Tensor) -> Tensor:
         over_keys = torch.cat([documents, unused], dim=1)
     if at_start is True:
         return over_keys
-    several = not recording() or (documents != documents[:, :1]).any()
+    several = not is_symbolic() or (documents != documents[:, :1]).any()
     _refuse_behind_cache(several, at_start)
     return over_keys if several is True else torch.where(several, over_keys, 0)
 
@@ -286,7 +267,7 @@ def _refuse_behind_cache(several: bool | Tensor, at_start: bool | Tensor) -> Non
     Raises:
         ValueError: there are ``several`` documents, and not at the start of the row.
     """
-    if recording():
+    if is_symbolic():
         demand(~several | at_start, _BEHIND_CACHE)
     elif several and not at_start:
         raise ValueError(_BEHIND_CACHE)
@@ -338,7 +319,7 @@ def keep_apart_in_layer(
     keep_apart()
     if documents is None:
         return mask
-    return forward_pass.once(said, (mask, documents), lambda: mask & documents)
+    return once(said, (mask, documents), lambda: mask & documents)
 
 
 def _of_positions(
@@ -351,7 +332,7 @@ def _of_positions(
 
     def build() -> AttentionMask | None:
         starts = document_starts(position_ids, padding)
-        if not recording() and not starts.any():
+        if not is_symbolic() and not starts.any():
             return None
         if queries != keys:
             _refuse_behind_cache(starts.any(), False)
@@ -360,7 +341,7 @@ def _of_positions(
 
     others = () if padding is None else (padding,)
     key = ("documents of layers", queries, keys)
-    return forward_pass.once(position_ids, key, build, *others)
+    return once(position_ids, key, build, *others)
 
 
 def _of_boundaries(
@@ -376,7 +357,7 @@ def _of_boundaries(
     def build() -> AttentionMask:
         return AttentionMask.from_documents(key_ends, query_cu_seqlens=query_ends, key_length=keys)
 
-    return forward_pass.once(key_ends, ("cu_seqlens", queries, keys), build, query_ends)
+    return once(key_ends, ("cu_seqlens", queries, keys), build, query_ends)
 
 
 # Reading tensors
@@ -448,11 +429,11 @@ def may_be_packed(position_ids: Tensor | None, batch: int, queries: int) -> bool
 
 
 def all_visible(attention_mask: Tensor | None) -> bool | Tensor:
-    """Whether [B, T] hides nothing; a bool tensor [] while recording."""
+    """Whether [B, T] hides nothing; a bool tensor [] where no values are known."""
     if attention_mask is None:
         return True
     unpadded = (attention_mask != 0).all()
-    return unpadded if recording() else bool(unpadded)
+    return unpadded if is_symbolic() else bool(unpadded)
 
 
 def _before(x: Tensor, visible: Tensor | None) -> Tensor:

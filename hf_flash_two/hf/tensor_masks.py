@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers.utils import logging
 
 from hf_flash_two.hf.forward_pass import once
-from hf_flash_two.hf.packing import readable, recording
 from hf_flash_two.masks import FAR, AttentionMask
+from hf_flash_two.tensor_cache import has_value, is_symbolic
 
 logger = logging.get_logger(__name__)
 
@@ -59,7 +59,7 @@ def from_tensor(
             f"four dimensions, got {mask.dtype}"
         )
     visible = None
-    if mask.shape[1] == 1 and not mask.requires_grad and not recording():
+    if mask.shape[1] == 1 and not mask.requires_grad and not is_symbolic():
         key = ("additive", queries, keys)
         visible = once(mask, key, lambda: _from_additive(mask, queries, keys))
     return (AttentionMask.full(), mask) if visible is None else (visible, None)
@@ -68,7 +68,7 @@ def from_tensor(
 def from_dense(visible: Tensor, queries: int, keys: int) -> AttentionMask:
     """Of bool [B or 1, H or 1, Tq or 1, Tk or 1], True may attend: intervals where they suffice."""
     visible = visible.expand(*visible.shape[:3], keys)
-    if visible.shape[1] != 1 or recording():
+    if visible.shape[1] != 1 or is_symbolic():
         return AttentionMask.from_dense(visible)
     if visible.shape[2] == 1 and queries != 1:
         return AttentionMask.from_padding(visible[:, 0, 0])
@@ -84,7 +84,7 @@ def from_tiles(
         row_elements: how many elements one row of ``visible`` has, over the whole batch.
     """
     step = max(1, _TILE_ELEMENTS // max(1, row_elements))
-    if recording() and q_length != 1:
+    if is_symbolic() and q_length != 1:
         return AttentionMask.from_dense(visible(0, q_length))
     starts = range(0, q_length, step)
     first = last = count = None
@@ -134,14 +134,14 @@ def parted(term: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
     def hidden() -> Tensor | None:
         found = term <= HIDDEN
-        return found.logical_not_() if not readable(found) or found.any() else None
+        return found.logical_not_() if not has_value(found) or found.any() else None
 
     with torch.no_grad():
         visible = once(term, "hidden", hidden)
     if visible is None:
         return term, None
     bias = torch.where(visible, term, 0)
-    needed = term.requires_grad or not readable(bias) or bias.any()
+    needed = term.requires_grad or not has_value(bias) or bias.any()
     return (bias if needed else None), visible
 
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from hf_flash_two.attention import flash_attention
 from hf_flash_two.hf.forward_pass import once
 from hf_flash_two.hf.mask_proxy import MaskProxy
-from hf_flash_two.hf.packing import readable
 from hf_flash_two.hf.tensor_masks import HIDDEN, from_dense, parted
 from hf_flash_two.hf.tracer.batch_dims import Lead, Leading
 from hf_flash_two.masks import AttentionMask
+from hf_flash_two.tensor_cache import has_value
 
 
 class Lazy:
@@ -178,7 +178,7 @@ class Scores(Lazy):
     def _closed(self, term: Tensor) -> Scores | None:
         """``scores * gate + term`` if the term hides what the gate set to 0, and nothing else."""
         opened = self.gate == 1
-        if not readable(self.gate) or not readable(term):
+        if not has_value(self.gate) or not has_value(term):
             return None
         if not torch.where(opened, term == 0, (self.gate == 0) & (term <= HIDDEN)).all():
             return None
@@ -188,7 +188,7 @@ class Scores(Lazy):
         if self.softmaxed or self.gate is not None:
             return None
         if isinstance(factor, Tensor) and factor.numel() == 1 and not factor.requires_grad:
-            factor = factor.item() if readable(factor) else factor.reshape(1, 1)
+            factor = factor.item() if has_value(factor) else factor.reshape(1, 1)
         masked = self.visible or any(isinstance(term, MaskProxy) for _, term in self.terms)
         if isinstance(factor, Tensor):
             return None if masked else self._times_tensor(factor)
