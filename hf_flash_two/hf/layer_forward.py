@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from hf_flash_two.hf.forward_pass import asks_for_weights
-from hf_flash_two.hf.tracer.mode import own_attention
+from hf_flash_two.hf.tracer.mode import tracing
 
 _UNPATCHED = "flash_two_unpatched"
 
@@ -54,9 +54,9 @@ class LayerForward:
         layer, forward = unpatched.args[0], self.previous or unpatched
         if self.believed and _asked(type(layer), args, kwargs) or asks_for_weights():
             return forward(*args, **kwargs)  # the caller wants what is saved here
-        with own_attention(self.name) as tracer:
+        with tracing(self.name) as tracer:
             outputs = forward(*args, **kwargs)
-        return tree_map(tracer.settled, outputs)
+        return tree_map(tracer.resolve, outputs)
 
     def remove(self, layer: nn.Module) -> None:
         """``layer`` is as it was; Accelerate's hooks, which wrap what they find, stay."""

@@ -123,10 +123,10 @@ def make_mask(
             )
 
         mask = from_tiles(visible, q_length, batch_size * kv_length)
-    own_attention = config is not None and families.is_hand_written(config)
+    hand_written = config is not None and families.is_hand_written(config)
     family = getattr(config, "model_type", None)
     # Through the interface it is not left out: layers without one may take themselves for causal.
-    adds_it = own_attention or family in families.WANTS_FLOAT_TENSOR
+    adds_it = hand_written or family in families.WANTS_FLOAT_TENSOR
     if allow_is_bidirectional_skip and adds_it and _is_full(mask):
         return None
     shape = (batch_size, 1, q_length, kv_length)
@@ -134,7 +134,7 @@ def make_mask(
         mask,
         shape,
         device,
-        dtype if own_attention or family in families.READS_ADDITIVE else torch.bool,
+        dtype if hand_written or family in families.READS_ADDITIVE else torch.bool,
         causal=causal,
         packed=packed,
         padding=attention_mask,

@@ -174,7 +174,7 @@ def test_registered_what_has_no_counterpart_is_refused(batch) -> None:
 
     model = llama(Sharpened)
     assert patch(model).ok
-    with pytest.raises(NotImplementedError, match=r"Sharpened\): flash_two cannot carry out `pow`"):
+    with pytest.raises(NotImplementedError, match=r"Sharpened\): flash_two has no counterpart for `pow`"):
         model(**batch)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_flash_two import attention, patch, patched, unpatch
 from hf_flash_two.hf import compat, families
-from hf_flash_two.hf.tracer.mode import own_attention
+from hf_flash_two.hf.tracer.mode import tracing
 
 OFF = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
 GPT_OFF = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
@@ -368,6 +368,6 @@ def test_scores_follow_the_formula():
         return nn.functional.dropout(s.float().softmax(-1), p=0.0).to(v.dtype) @ v
 
     want = attend()
-    with own_attention("layer"):
+    with tracing("layer"):
         got = attend()
     torch.testing.assert_close(got, want)

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, vmap
 
 from hf_flash_two import patch, patched
-from hf_flash_two.hf.tracer.mode import own_attention
+from hf_flash_two.hf.tracer.mode import tracing
 
 BY_NAME = {family.name: family for family in FAMILIES}
 TEXT = ["bloom", "codegen", "falcon_alibi", "gpt_neo", "gptj", "mpnet", "mpt", "xglm", "xlnet"]
@@ -118,8 +118,8 @@ def test_what_is_not_known_of_values_is_computed() -> None:
     wanted = torch.stack([attend(limit) for limit in limits])
 
     def traced(limit: torch.Tensor) -> torch.Tensor:
-        with own_attention("layer") as tracer:
+        with tracing("layer") as tracer:
             attended = attend(limit)
-        return tracer.settled(attended)
+        return tracer.resolve(attended)
 
     torch.testing.assert_close(vmap(traced)(limits), wanted)

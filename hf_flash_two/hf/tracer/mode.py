@@ -1,23 +1,13 @@
-"""Attention that a model writes out itself, carried out by `flash_attention`.
-
-Such a layer multiplies queries with keys, scales, adds biases and masks, takes the softmax, drops
-out and multiplies with values. Under `own_attention` the first product yields `Scores`, which only
-note what is done to them, and the last product calls `flash_attention` once: nothing of the size of
-the scores is computed, and the layer's forward runs as its authors wrote it.
-
-What is done to scores and has no counterpart computes them after all, by the operations noted: that
-is how a layer makes a bias out of another product. Probabilities are never computed: what has no
-counterpart there raises, and so does a layer of which nothing was carried out; but where values
-are unknown (see `tensor_cache.is_symbolic`), it computes its attention as it always did.
-"""
+"""The mode under which a layer with hand-written attention runs: it sees every torch function."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from types import FunctionType
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -33,36 +23,36 @@ from hf_flash_two.hf.tracer.rules import (
     follow,
     signature,
 )
-from hf_flash_two.hf.tracer.scores import Lazy, Scores, version_of
+from hf_flash_two.hf.tracer.scores import Lazy, TracedScores, version_of
 from hf_flash_two.tensor_cache import is_symbolic
 
 
 @contextmanager
-def own_attention(layer: str) -> Iterator[OwnAttention]:
-    """Within the block products of queries and keys are `Scores`; yields what sees to it.
+def tracing(layer: str) -> Iterator[Tracer]:
+    """Within the block products of queries and keys are `TracedScores`; yields the tracer.
 
     Args:
         layer: named in errors.
 
     Raises:
-        NotImplementedError: something is done to probabilities that cannot be carried out, or
-            there were products and none of them was carried out as attention.
+        NotImplementedError: something is done to probabilities for which there is no rule, or
+            there were products and none of them was lowered.
     """
-    mode = OwnAttention(layer)
-    with mode:
-        yield mode
-    if mode.multiplied and not mode.attended and not is_symbolic():
-        mode.refuse("what this layer does with its scores")
+    tracer = Tracer(layer)
+    with tracer:
+        yield tracer
+    if tracer.multiplied and not tracer.lowered and not is_symbolic():
+        tracer.refuse("what this layer does with its scores")
 
 
-class OwnAttention(TorchFunctionMode):
+class Tracer(TorchFunctionMode):
     """Sees every torch function that the layer calls.
 
     Attributes:
         name: of the layer, for errors.
         paused: while its own work is done.
         multiplied: whether there was any product of two tensors.
-        attended: whether any attention was carried out.
+        lowered: whether any attention was computed by `flash_attention`.
     """
 
     def __init__(self, name: str):
@@ -70,67 +60,66 @@ class OwnAttention(TorchFunctionMode):
         self.name = name
         self.paused = False
         self.multiplied = False
-        self.attended = False
+        self.lowered = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if self.paused:
             return func(*args, **kwargs)
         if any(isinstance(x, Lazy) for x in tree_leaves((args, kwargs))):
-            return self.apply(func, args, kwargs)
+            return self.dispatch(func, args, kwargs)
         if func is F.multi_head_attention_forward:
             with self:
                 return _without_weights(*args, **kwargs)
         rule = PRODUCTS.get(_name(func))
         self.multiplied |= rule is not None
         result = follow(rule, self, *args, **kwargs)
-        if isinstance(result, Scores):
+        if isinstance(result, TracedScores):
             result.compute = lambda: func(*args, **kwargs)
         return func(*args, **kwargs) if result is None else result
 
-    def apply(self, func: Callable, args: tuple, kwargs: dict):
-        """``func`` of lazy operands: noted if there is a rule for it, carried out otherwise."""
-        name, first = _name(func), args[0] if args else None
-        leaves = tree_leaves((args, kwargs))
-        lazy = [x for x in leaves if isinstance(x, Lazy)]
-        scores = [x for x in lazy if isinstance(x, Scores)]
-        in_place = name.endswith("_") and not name.endswith("__")
-        if any(x.overwritten for x in scores):
+    def dispatch(self, func: Callable, args: tuple, kwargs: dict):
+        """``func`` of lazy operands: recorded if there is a rule for it, else on real tensors."""
+        name, target = _name(func), args[0] if args else None
+        if any(isinstance(x, TracedScores) and x.overwritten for x in tree_leaves((args, kwargs))):
             self.refuse(f"`{name}` on scores that were changed in place through a view of them")
-        if in_place and isinstance(first, Scores):
-            args = (replace(first), *args[1:])
-
-        def compute():
-            real = tree_map(lambda x: x.tensor(name) if isinstance(x, Lazy) else x, (args, kwargs))
-            return func(*real[0], **real[1])
-
+        in_place = _is_in_place(name) and isinstance(target, TracedScores)
+        if in_place:  # what they were is needed to materialise what they become
+            args = (replace(target), *args[1:])
+        materialise = partial(self._materialise, func, args, kwargs)
         with self.pause():
-            split = any(x.whole for x in scores)
-            if in_place and not isinstance(first, Scores) or split and name not in WHILE_SPLIT:
-                result = None
-            elif name in VIEWS and isinstance(first, Scores):
-                shape = func(torch.empty(first.shape, device="meta"), *args[1:], **kwargs).shape
-                result = first.viewed_as(shape)
-            else:
-                rules = RULES_OF[type((scores or lazy)[0])]
-                rule = rules.get(name.removesuffix("_") if in_place else name)
-                result = follow(rule, *args, **kwargs)
+            result = self._follow_rule(func, args, kwargs)
             if result is None:
-                return compute()
-        noted = [(x, version_of(x)) for x in leaves if isinstance(x, Tensor)]
-        noted = sum((x.noted for x in lazy), tuple(noted))
-        if isinstance(result, tuple):
-            for at, part in enumerate(result):
-                part.compute, part.noted = (lambda at=at: compute()[at]), noted
-        elif isinstance(result, Lazy) and not any(result is x for x in lazy):
-            result.compute, result.noted = compute, noted
-        if in_place and isinstance(result, Scores):
-            first.overwritten.append(name)
-            vars(first).update(vars(result))
-            return first
+                return materialise()
+        _record(result, materialise, tree_leaves((args, kwargs)))
+        if in_place and isinstance(result, TracedScores):
+            return _write_in_place(target, result, name)
         return result
 
-    def settled(self, part):
+    def _follow_rule(self, func: Callable, args: tuple, kwargs: dict):
+        """What stands for the result of ``func``; None if nothing does."""
+        name, first = _name(func), args[0] if args else None
+        lazy = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Lazy)]
+        scores = [x for x in lazy if isinstance(x, TracedScores)]
+        if _is_in_place(name) and not isinstance(first, TracedScores):
+            return None
+        if any(x.whole for x in scores) and name not in WHILE_SPLIT:
+            return None
+        if name in VIEWS and isinstance(first, TracedScores):
+            shape = func(torch.empty(first.shape, device="meta"), *args[1:], **kwargs).shape
+            return first.viewed_as(shape)
+        rules = RULES_OF[type((scores or lazy)[0])]
+        return follow(rules.get(_out_of_place(name)), *args, **kwargs)
+
+    def _materialise(self, func: Callable, args: tuple, kwargs: dict):
+        """``func`` of the tensors that lazy operands stand for."""
+        name = _name(func)
+        real_args, real_kwargs = tree_map(
+            lambda x: x.tensor(name) if isinstance(x, Lazy) else x, (args, kwargs)
+        )
+        return func(*real_args, **real_kwargs)
+
+    def resolve(self, part):
         """What stands for ``part`` of the layer's result once it is through.
 
         None for probabilities, which were not computed; of a layer that computed its attention as
@@ -138,7 +127,7 @@ class OwnAttention(TorchFunctionMode):
         """
         if not isinstance(part, Lazy):
             return part
-        return None if self.attended else part.tensor("returning")
+        return None if self.lowered else part.tensor("returning")
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -148,15 +137,42 @@ class OwnAttention(TorchFunctionMode):
         finally:
             self.paused = before
 
-    def refuse(self, what: str):
+    def refuse(self, what: str) -> NoReturn:
         raise NotImplementedError(
-            f"{self.name}: flash_two cannot carry out {what}; call hf_flash_two.unpatch(model) to "
-            "have the layer compute attention as it always did"
+            f"{self.name}: flash_two has no counterpart for {what}; call "
+            "hf_flash_two.unpatch(model) to have the layer compute attention as it always did"
         )
+
+
+def _record(result, materialise: Callable, operands: list) -> None:
+    """Tell ``result`` how it comes about, and of which tensors, in which versions."""
+    lazy = [x for x in operands if isinstance(x, Lazy)]
+    recorded = tuple((x, version_of(x)) for x in operands if isinstance(x, Tensor))
+    recorded = sum((x.recorded for x in lazy), recorded)
+    if isinstance(result, tuple):
+        for at, part in enumerate(result):
+            part.compute, part.recorded = (lambda at=at: materialise()[at]), recorded
+    elif isinstance(result, Lazy) and not any(result is x for x in lazy):
+        result.compute, result.recorded = materialise, recorded
+
+
+def _write_in_place(target: TracedScores, result: TracedScores, name: str) -> TracedScores:
+    """``target`` becomes ``result``; its views, which share a list with it, are told."""
+    target.overwritten.append(name)
+    vars(target).update(vars(result))
+    return target
 
 
 def _name(func: Callable) -> str:
     return getattr(func, "__name__", "")
+
+
+def _is_in_place(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _out_of_place(name: str) -> str:
+    return name.removesuffix("_") if _is_in_place(name) else name
 
 
 def _without_weights(*args, **kwargs) -> tuple[Tensor, None]:

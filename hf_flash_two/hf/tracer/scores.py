@@ -1,8 +1,8 @@
-"""Attention scores that are noted instead of computed.
+"""Attention scores that are recorded instead of computed.
 
-`Scores` stands for the tensor ``query @ key`` and for what a layer makes of it: it keeps the
-factors, biases and masks, and `Scores.attend` hands all of it to `flash_attention` at once. Each
-method that notes something returns None where it cannot, and changes nothing.
+`TracedScores` stands for the tensor ``query @ key`` and for what a layer makes of it: it keeps the
+factors, biases and masks, and `TracedScores.lower` hands all of it to `flash_attention` at once.
+Each method that records something returns None where it cannot, and changes nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from torch import Tensor
 from hf_flash_two.attention import flash_attention
 from hf_flash_two.hf.forward_pass import once
 from hf_flash_two.hf.mask_proxy import MaskProxy
-from hf_flash_two.hf.tensor_masks import HIDDEN, from_dense, parted
-from hf_flash_two.hf.tracer.batch_dims import Lead, Leading
+from hf_flash_two.hf.tensor_masks import from_dense, parted
+from hf_flash_two.hf.tracer.batch_dims import BatchDims, BatchShape
 from hf_flash_two.masks import AttentionMask
 from hf_flash_two.tensor_cache import has_value
 
@@ -28,13 +28,13 @@ class Lazy:
     """Stands for a tensor, which ``compute`` makes if it is needed after all.
 
     Attributes:
-        layer: whose functions decide what becomes of it (`own_attention.OwnAttention`).
-        noted: (tensor, its version) of all that ``compute`` would read.
+        tracer: whose functions decide what becomes of it (`mode.Tracer`).
+        recorded: (tensor, its version) of all that ``compute`` would read.
     """
 
-    layer: object
+    tracer: Any
     compute: Callable[[], Tensor] | None
-    noted: tuple[tuple[Tensor, int], ...]
+    recorded: tuple[tuple[Tensor, int], ...]
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -46,17 +46,17 @@ class Lazy:
         attribute = getattr(Tensor, name)
         if not callable(attribute):
             return getattr(self.tensor(name), name)
-        return lambda *args, **kwargs: self.layer.apply(attribute, (self, *args), kwargs)
+        return lambda *args, **kwargs: self.tracer.dispatch(attribute, (self, *args), kwargs)
 
     def tensor(self, what: str) -> Tensor:
         """The tensor itself, because ``what`` has no counterpart here."""
-        self.check_noted()
-        with self.layer.pause():
+        self.check_recorded()
+        with self.tracer.pause():
             return self.compute()
 
-    def check_noted(self) -> None:
-        if any(version_of(tensor) != version for tensor, version in self.noted):
-            self.layer.refuse("a change in place of what scores were made from")
+    def check_recorded(self) -> None:
+        if any(version_of(tensor) != version for tensor, version in self.recorded):
+            self.tracer.refuse("a change in place of what scores were made from")
 
 
 def version_of(tensor: Tensor) -> int:
@@ -64,7 +64,7 @@ def version_of(tensor: Tensor) -> int:
 
 
 def _operator(name: str):
-    return lambda self, *others: self.layer.apply(getattr(Tensor, name), (self, *others), {})
+    return lambda self, *others: self.tracer.dispatch(getattr(Tensor, name), (self, *others), {})
 
 
 for _name in "add radd sub rsub mul rmul truediv rtruediv matmul rmatmul pow neg getitem".split():
@@ -76,33 +76,34 @@ for _name, _method in {"iadd": "add_", "isub": "sub_", "imul": "mul_", "itruediv
 
 
 @dataclass(eq=False)
-class Scores(Lazy):
+class TracedScores(Lazy):
     """What a layer has done so far to products of queries and keys.
 
     Attributes:
-        products: (leading shape, query [..., Tq, D], key [..., Tk, D]), their products summed.
-        shape, dtype: of the tensor it stands for, [*lead, Tq, Tk].
-        leads: the leading shapes it has had, the present one last.
+        products: (batch shape, query [..., Tq, D], key [..., Tk, D]), their products summed.
+        shape, dtype: of the tensor it stands for, [*batch, Tq, Tk].
+        batch_shapes: the batch shapes it has had, the present one last.
         scale: of the products.
-        terms: (leading shape when it was added, float tensor or mask) of all that was added.
-        visible: (leading shape, bool tensor) of all masks, True may attend.
+        terms: (batch shape when it was added, float tensor or mask) of all that was added.
+        visible: (batch shape, bool tensor) of all masks, True may attend.
         causal: query i sees keys 0 to i.
-        shifted: by numbers to which softmax is indifferent: "rows" each by its own, or all of it.
-        gate: a tensor of 0 and 1 that it was multiplied by, until a sum hides what became 0.
+        shifted: a constant was subtracted that softmax ignores: per row, or for the whole tensor.
+        gate: a tensor of 0 and 1 that it was multiplied by, until the term that follows hides what
+            became 0; see `tail`.
         softmaxed: it stands for probabilities.
         dropout: (p, seed) with which they were dropped.
         whole: its shape before a view split the queries or keys into several dimensions.
         overwritten: shared with its views; not empty once another of them was changed in place.
     """
 
-    layer: object
-    products: tuple[tuple[Lead, Tensor, Tensor], ...]
+    tracer: Any
+    products: tuple[tuple[BatchShape, Tensor, Tensor], ...]
     shape: torch.Size
     dtype: torch.dtype
-    leads: tuple[Lead, ...]
+    batch_shapes: tuple[BatchShape, ...]
     scale: float = 1.0
-    terms: tuple[tuple[Lead, Tensor | MaskProxy], ...] = ()
-    visible: tuple[tuple[Lead, Tensor], ...] = ()
+    terms: tuple[tuple[BatchShape, Tensor | MaskProxy], ...] = ()
+    visible: tuple[tuple[BatchShape, Tensor], ...] = ()
     causal: bool = False
     shifted: Literal["", "rows", "all"] = ""
     gate: Tensor | None = None
@@ -111,7 +112,7 @@ class Scores(Lazy):
     whole: torch.Size | None = None
     overwritten: list = field(default_factory=list)
     compute: Callable[[], Tensor] | None = None
-    noted: tuple[tuple[Tensor, int], ...] = ()
+    recorded: tuple[tuple[Tensor, int], ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -128,8 +129,8 @@ class Scores(Lazy):
         return self.shape if dim is None else self.shape[dim]
 
     @property
-    def lead(self) -> Lead:
-        return self.leads[-1]
+    def batch_shape(self) -> BatchShape:
+        return self.batch_shapes[-1]
 
     @property
     def plain(self) -> bool:
@@ -140,14 +141,14 @@ class Scores(Lazy):
     def bare(self) -> bool:
         """Whether it is a product and a scale, shifted perhaps."""
         more = self.terms or self.visible or self.causal or self.softmaxed
-        return not more and self.gate is None and len(self.products) == len(self.leads) == 1
+        return not more and self.gate is None and len(self.products) == len(self.batch_shapes) == 1
 
     def tensor(self, what: str) -> Tensor:
         if self.softmaxed:
-            self.layer.refuse(f"`{what}` on probabilities, which are never computed")
+            self.tracer.refuse(f"`{what}` on probabilities, which are never computed")
         return super().tensor(what)
 
-    def but(self, **changes) -> Scores:
+    def replaced(self, **changes) -> TracedScores:
         return replace(self, **{"compute": None, "overwritten": [], **changes})
 
     def holds(self, *shape: int) -> bool:
@@ -157,105 +158,77 @@ class Scores(Lazy):
         except RuntimeError:
             return False
 
-    def plus(self, term: Tensor | MaskProxy) -> Scores | None:
-        carried = isinstance(term, MaskProxy)
-        if self.softmaxed or not self.holds(*term.shape):
+    def plus(self, term: Tensor | MaskProxy) -> TracedScores | None:
+        if self.softmaxed or self.gate is not None or not self.holds(*term.shape):
             return None
-        if not carried and not term.is_floating_point():
+        if isinstance(term, MaskProxy):
+            if self.whole is not None:
+                return None
+            return self.replaced(terms=(*self.terms, (self.batch_shape, term)))
+        if not term.is_floating_point():
             # A mask of the user that says who may attend: added as it is, it would hide nothing.
             return self.hide(term) if term.dtype == torch.bool and term.dim() > 2 else None
-        if self.gate is not None:
-            return None if carried else self._closed(term)
-        dtype = torch.promote_types(self.dtype, term.dtype)
-        if carried or not term.dim():
-            dtype = self.dtype
+        dtype = torch.promote_types(self.dtype, term.dtype) if term.dim() else self.dtype
         if self.whole is not None:
-            if carried:
-                return None
             term = term.expand(self.shape).reshape(self.whole)
-        return self.but(terms=(*self.terms, (self.lead, term)), dtype=dtype)
+        return self.replaced(terms=(*self.terms, (self.batch_shape, term)), dtype=dtype)
 
-    def _closed(self, term: Tensor) -> Scores | None:
-        """``scores * gate + term`` if the term hides what the gate set to 0, and nothing else."""
-        opened = self.gate == 1
-        if not has_value(self.gate) or not has_value(term):
-            return None
-        if not torch.where(opened, term == 0, (self.gate == 0) & (term <= HIDDEN)).all():
-            return None
-        return self.but(gate=None).hide(opened)
-
-    def times(self, factor: float | Tensor) -> Scores | None:
+    def times(self, factor: float | Tensor) -> TracedScores | None:
+        """Times a number, or a tensor that has one for each row."""
         if self.softmaxed or self.gate is not None:
             return None
-        if isinstance(factor, Tensor) and factor.numel() == 1 and not factor.requires_grad:
-            factor = factor.item() if has_value(factor) else factor.reshape(1, 1)
-        masked = self.visible or any(isinstance(term, MaskProxy) for _, term in self.terms)
+        if isinstance(factor, Tensor) and factor.numel() == 1:
+            known = has_value(factor) and not factor.requires_grad
+            factor = factor.item() if known else factor.reshape(1, 1)
         if isinstance(factor, Tensor):
-            return None if masked else self._times_tensor(factor)
-        if masked and factor <= 0:
+            fits = self.holds(*factor.shape) and factor.shape[-1] == 1
+            if self.masked or not fits or len(self.batch_shapes) > 1:
+                return None
+            products = tuple((shape, query * factor, key) for shape, query, key in self.products)
+            return self.replaced(products=products, terms=self._scaled_terms(factor))
+        if self.masked and factor <= 0:
             return None
-        return self.but(scale=self.scale * factor, terms=self._scaled_terms(factor))
+        return self.replaced(scale=self.scale * factor, terms=self._scaled_terms(factor))
 
-    def _times_tensor(self, factor: Tensor) -> Scores | None:
-        if not self.holds(*factor.shape) or len(self.leads) > 1:
-            return None
-        if factor.shape[-1] == 1:
-            products = tuple((lead, query * factor, key) for lead, query, key in self.products)
-            return self.but(products=products, terms=self._scaled_terms(factor))
-        return self.but(gate=factor)
+    @property
+    def masked(self) -> bool:
+        return bool(self.visible) or any(isinstance(term, MaskProxy) for _, term in self.terms)
 
     def _scaled_terms(self, factor: float | Tensor) -> tuple:
         return tuple(
-            (lead, term if isinstance(term, MaskProxy) else term * factor)
-            for lead, term in self.terms
+            (shape, term if isinstance(term, MaskProxy) else term * factor)
+            for shape, term in self.terms
         )
 
-    def hide(self, visible: Tensor) -> Scores | None:
+    def hide(self, visible: Tensor) -> TracedScores | None:
         """Where not ``visible`` the probability is 0."""
         if self.softmaxed or self.gate is not None or not self.holds(*visible.shape):
             return None
-        return self.but(visible=(*self.visible, (self.lead, visible)))
+        return self.replaced(visible=(*self.visible, (self.batch_shape, visible)))
 
-    def viewed_as(self, shape: torch.Size) -> Scores | None:
+    def viewed_as(self, shape: torch.Size) -> TracedScores | None:
         whole = self.whole or self.shape
         if self.gate is not None:
             return None
         if shape[-2:] == whole[-2:]:
-            changes = {"leads": (*self.leads, tuple(shape[:-2])), "whole": None}
+            changes = {"batch_shapes": (*self.batch_shapes, tuple(shape[:-2])), "whole": None}
         else:
             changes = {"whole": whole}
-        return self.but(shape=shape, overwritten=self.overwritten, **changes)
+        return self.replaced(shape=shape, overwritten=self.overwritten, **changes)
 
-    def attend(self, value: Tensor) -> Tensor | None:
-        """probabilities @ value [..., Tk, Dv]: [*lead, Tq, Dv]."""
-        self.check_noted()
-        queries, keys = self.shape[-2:]
-        if value.shape[-2] != keys or not self.holds(*value.shape[:-2], 1, 1):
+    def lower(self, value: Tensor) -> Tensor | None:
+        """probabilities @ value [..., Tk, Dv]: [*batch, Tq, Dv]."""
+        self.check_recorded()
+        if value.shape[-2] != self.shape[-1] or not self.holds(*value.shape[:-2], 1, 1):
             return None
-        leading = Leading([*self.leads, *(lead for lead, *_ in self.products)])
-        mask = AttentionMask.causal(query_offset=0) if self.causal else AttentionMask.full()
-        biases, visible, batch = [], list(self.visible), None
-        for lead, term in self.terms:
-            if not isinstance(term, MaskProxy):
-                rest, seen = parted(term)
-                if rest is not None:
-                    biases.append(leading.spread(rest, lead))
-                if seen is not None:
-                    visible.append((lead, seen))
-            elif len(lead) == 2:
-                mask = mask & term.broadcast_to(queries, keys).mask
-                batch = lead[0] if term.shape[0] > 1 else batch
-            else:
-                visible.append((lead, term.as_bool()))
+        dims = BatchDims([*self.batch_shapes, *(shape for shape, *_ in self.products)])
+        mask, biases, visible, batch = self._parted_terms(dims)
         bias = sum(biases[1:], biases[0]) if biases else None
-        spread = [leading.spread(seen, lead) for lead, seen in visible]
-        place = leading.place(spread if bias is None else [*spread, bias], batch)
-        for (_, seen), whole in zip(visible, spread, strict=True):
-            made_for = (*leading.ends, place, queries, keys)
-            whole = leading.fold(whole, place)
-            found = once(seen, made_for, partial(from_dense, whole, queries, keys))
-            mask = mask & _moved(found, mask, queries, keys)
-        query, key, value = self._folded(value, leading, place)
+        split = [dims.split(seen, shape) for shape, seen in visible]
+        heads_at = dims.first_head_dim(split if bias is None else [*split, bias], batch)
+        for (_, seen), whole in zip(visible, split, strict=True):
+            mask = mask & self._mask_of(seen, dims.flatten(whole, heads_at), dims, heads_at, mask)
+        query, key, value = self._flattened(value, dims, heads_at)
         dropout_p, seed = self.dropout or (0.0, None)
         out = flash_attention(
             query,
@@ -263,21 +236,53 @@ class Scores(Lazy):
             value,
             mask=mask,
             scale=self.scale,
-            bias=None if bias is None else leading.fold(bias, place),
+            bias=None if bias is None else dims.flatten(bias, heads_at),
             dropout_p=dropout_p,
             dropout_seed=seed,
         )
-        self.layer.attended = True
-        return out.reshape(*self.lead, *out.shape[-2:])
+        self.tracer.lowered = True
+        return out.reshape(*self.batch_shape, *out.shape[-2:])
 
-    def _folded(self, value: Tensor, leading: Leading, place: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _parted_terms(
+        self, dims: BatchDims
+    ) -> tuple[AttentionMask, list[Tensor], list[tuple[BatchShape, Tensor]], int | None]:
+        """(mask, split biases, (batch shape, visible) of further masks, batch size of the mask)."""
+        mask = AttentionMask.causal(query_offset=0) if self.causal else AttentionMask.full()
+        biases, visible, batch = [], list(self.visible), None
+        for shape, term in self.terms:
+            if not isinstance(term, MaskProxy):
+                rest, seen = parted(term)
+                if rest is not None:
+                    biases.append(dims.split(rest, shape))
+                if seen is not None:
+                    visible.append((shape, seen))
+            elif len(shape) == 2:
+                mask = mask & term.broadcast_to(*self.shape[-2:]).mask
+                batch = shape[0] if term.shape[0] > 1 else batch
+            else:
+                visible.append((shape, term.as_bool()))
+        return mask, biases, visible, batch
+
+    def _mask_of(
+        self, seen: Tensor, flat: Tensor, dims: BatchDims, heads_at: int, mask: AttentionMask
+    ) -> AttentionMask:
+        """That of ``flat``, which is ``seen`` flattened; queries are where ``mask`` has them."""
+        queries, keys = self.shape[-2:]
+        made_for = (*dims.ends, heads_at, queries, keys)
+        found = once(seen, made_for, partial(from_dense, flat, queries, keys))
+        return _moved(found, mask, queries, keys)
+
+    def _flattened(
+        self, value: Tensor, dims: BatchDims, heads_at: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """For `flash_attention`; a sum of products is one product of longer vectors."""
         queries = [
-            leading.fold(leading.spread(query, lead), place, full=True)
-            for lead, query, _ in self.products
+            dims.flatten(dims.split(query, shape), heads_at, full=True)
+            for shape, query, _ in self.products
         ]
-        others = [leading.spread(key, lead) for lead, _, key in self.products]
-        others = [leading.fold(x, place) for x in (*others, leading.spread(value, self.lead))]
+        others = [dims.split(key, shape) for shape, _, key in self.products]
+        others.append(dims.split(value, self.batch_shape))
+        others = [dims.flatten(x, heads_at) for x in others]
         heads = max(x.shape[1] for x in others)
         *keys, value = (x.expand(queries[0].shape[0], heads, -1, -1) for x in others)
         if len(keys) == 1:
@@ -285,57 +290,24 @@ class Scores(Lazy):
         return torch.cat(queries, -1), torch.cat(keys, -1), value
 
 
-@dataclass(eq=False)
-class FromScores(Lazy):
-    """Something of ``scores`` that is not computed either."""
-
-    scores: Scores
-    compute: Callable[[], Tensor] | None = field(default=None, kw_only=True)
-    noted: tuple[tuple[Tensor, int], ...] = field(default=(), kw_only=True)
-
-    @property
-    def layer(self) -> object:
-        return self.scores.layer
-
-
-@dataclass(eq=False)
-class RowMax(FromScores):
-    """The largest of each row of ``scores``: softmax is indifferent to its being subtracted.
-
-    Attributes:
-        kept: the dimension of the keys is there, of size 1.
-        of_all: the largest of all rows instead.
-    """
-
-    kept: bool
-    of_all: bool = False
-
-
-@dataclass(eq=False)
-class RowArgmax(FromScores):
-    """Where the largest of each row is."""
-
-
-@dataclass(eq=False)
-class Turned(FromScores):
-    """Probabilities with their dimensions in another ``order``."""
-
-    order: tuple[int, ...]
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size(self.scores.shape[dim] for dim in self.order)
-
-    def tensor(self, what: str) -> Tensor:
-        return self.scores.tensor(what)
-
-    def attend(self, value: Tensor) -> Tensor | None:
-        """value [..., Dv, Tk] @ probabilities [..., Tk, Tq]: [..., Dv, Tq]."""
-        *lead, last, before = range(self.scores.dim())
-        if self.order != (*lead, before, last):
-            return None
-        attended = self.scores.attend(value.transpose(-1, -2))
-        return None if attended is None else attended.transpose(-1, -2)
+def product(tracer: Any, query: Tensor, key: Tensor) -> TracedScores | None:
+    """``query @ key`` for [..., Tq, D] and [..., D, Tk]."""
+    if not isinstance(query, Tensor) or not isinstance(key, Tensor):
+        return None
+    if min(query.dim(), key.dim()) < 3 or not query.is_floating_point():
+        return None
+    device, dtype = query.device.type, query.dtype
+    if device != "meta" and torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    elif key.dtype != dtype:
+        return None
+    if query.shape[-1] != key.shape[-2]:
+        return None
+    batch = tuple(torch.broadcast_shapes(query.shape[:-2], key.shape[:-2]))
+    products = ((batch, query.expand(*batch, -1, -1), key.transpose(-1, -2)),)
+    shape = torch.Size((*batch, query.shape[-2], key.shape[-1]))
+    recorded = tuple((x, version_of(x)) for x in (query, key))
+    return TracedScores(tracer, products, shape, dtype, (batch,), recorded=recorded)
 
 
 def _moved(seen: AttentionMask, mask: AttentionMask, queries: int, keys: int) -> AttentionMask:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_flash_two import patch, patched
 from hf_flash_two.hf import families
-from hf_flash_two.hf.tracer.mode import own_attention
+from hf_flash_two.hf.tracer.mode import tracing
 from hf_flash_two.hf.tracer.scores import Lazy
 
 NAMED = [pytest.param(family, id=family.name) for family in FAMILIES]
@@ -81,7 +81,7 @@ def test_same_output_and_gradients_of_a_layer(name: str, kernel_calls):
 
     wanted = run()
     assert not kernel_calls
-    with own_attention(name):
+    with tracing(name):
         got = run()
     assert kernel_calls
     computed = [i for i, x in enumerate(got) if not isinstance(x, Lazy) and x is not None]
