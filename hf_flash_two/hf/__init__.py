@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NoReturn
 
 import transformers
 
 from hf_flash_two.hf import compat
 from hf_flash_two.hf.interface import attention_forward
 from hf_flash_two.hf.mask_function import make_mask
-from hf_flash_two.hf.patching import check_built, patch_asked, patch_built
+from hf_flash_two.hf.patching import check_built, patch_built, patch_requested
 from hf_flash_two.hf.serving import check_serving
 
 __all__ = ["register"]
@@ -25,7 +24,7 @@ def register() -> None:
     compat.check_names()
     compat.install_hooks(
         compat.Listeners(
-            built=patch_built, asked=patch_asked, serving=check_serving, begun=check_built
+            built=patch_built, requested=patch_requested, serving=check_serving, begun=check_built
         )
     )
     for name in compat.with_paged_names([compat.FA_TWO, compat.FLASH_TWO]):
@@ -36,7 +35,7 @@ def register() -> None:
         transformers.AttentionMaskInterface.register(name, mask)
 
 
-def _refusing(feature: str) -> Callable[..., NoReturn]:
+def _refusing(feature: str) -> Callable[..., None]:
     def refuse(*_, **__):
         compat.require(feature)
 

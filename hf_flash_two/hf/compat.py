@@ -67,10 +67,10 @@ _FLASH_TEST_MODULES = (
 )
 _FLASH_TEST = "is_flash_attention_requested"
 
-masking_utils = _module(_MASKING)
+masking_utils: Any = _module(_MASKING)
 output_capturing = _module("transformers.utils.output_capturing")
 # None stands for no function that a model may hand over.
-causal_mask_function = getattr(masking_utils, "causal_mask_function", None)
+causal_mask_function: Any = getattr(masking_utils, "causal_mask_function", None)
 bidirectional_mask_function = getattr(masking_utils, "bidirectional_mask_function", None)
 # The class of the cache of continuous batching.
 PagedCache: type = getattr(_module(_SERVING), "PagedAttentionCache", object)
@@ -135,7 +135,7 @@ class Name(NamedTuple):
 def _owner(path: str) -> Any:
     path, makes, _ = path.partition("()")
     outer, _, name = path.rpartition(".")
-    found = _module(path) or getattr(_module(outer), name, None)
+    found: Any = _module(path) or getattr(_module(outer), name, None)
     if makes:
         with suppress(Exception):
             return found()
@@ -287,7 +287,7 @@ def update_paged_cache(
                 "`generate`"
             )
         return key, value, ends, _paged_window(module)
-    layer: int = module.layer_idx
+    layer: Any = module.layer_idx
     states = {"key_states": key, "value_states": value, "layer_idx": layer}
     allocators = getattr(cache, "layer_to_allocator", None)
     if allocators is not None:
@@ -333,15 +333,15 @@ class Listeners(NamedTuple):
 
     Attributes:
         built: with each model at the end of its construction, its parts done.
-        asked: with a model and the names asked for by id of config, None for all others: before
+        requested: with a model and the names requested by id of config, None for all others: before
             ``set_attn_implementation`` with those not ours, after it with ours.
         serving: with each model that begins to batch continuously.
         begun: where "loading" is not offered, with each model before its parts are built, and with
-            each part of one whose implementation is to be set, and whether it was asked for ours.
+            each part of one whose implementation is to be set, and whether ours was requested.
     """
 
     built: Callable[[PreTrainedModel], None]
-    asked: Callable[[PreTrainedModel, dict[int | None, str]], None]
+    requested: Callable[[PreTrainedModel, dict[int | None, str]], None]
     serving: Callable[[PreTrainedModel], None]
     begun: Callable[[PreTrainedModel, bool], None]
 
@@ -406,16 +406,16 @@ def _telling_what_is_built(listeners: Listeners, end: Callable) -> Callable:
     return post_init
 
 
-def _telling_what_is_asked(listeners: Listeners, choose: Callable) -> Callable:
+def _telling_what_is_requested(listeners: Listeners, choose: Callable) -> Callable:
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
-        names = dict(_asked_for(self.config, attn_implementation))
+        names: dict[int | None, str] = dict(_requested(self.config, attn_implementation))
         if isinstance(attn_implementation, str):
             names[None] = attn_implementation
-        listeners.asked(self, {at: name for at, name in names.items() if not is_ours(name)})
+        listeners.requested(self, {at: name for at, name in names.items() if not is_ours(name)})
         # Of a family with hand-written attention it would say that it cannot be set.
         if uses_interface(self) or self.config.sub_configs or not is_ours(attn_implementation):
             choose(self, attn_implementation, *args, **kwargs)
-        listeners.asked(self, {at: name for at, name in names.items() if is_ours(name)})
+        listeners.requested(self, {at: name for at, name in names.items() if is_ours(name)})
 
     return set_attn_implementation
 
@@ -468,7 +468,7 @@ HOOKS: dict[str, tuple[Hook, ...]] = {
     "loading": tuple(
         zip(
             NAMES["loading"],
-            (_entering_in_tables, _telling_what_is_built, _telling_what_is_asked),
+            (_entering_in_tables, _telling_what_is_built, _telling_what_is_requested),
             strict=True,
         )
     ),
@@ -499,7 +499,7 @@ def _enter_in_tables(model: type[PreTrainedModel]) -> None:
         _hide_flash_in_name(module)
 
 
-def _asked_for(config: PreTrainedConfig, name: str | dict | None) -> Iterator[tuple[int, str]]:
+def _requested(config: PreTrainedConfig, name: str | dict | None) -> Iterator[tuple[int, str]]:
     """(id of config, name) that ``name`` asks for, down through the sub-configs."""
     own = name.get("") if isinstance(name, dict) else name
     if own is not None:
@@ -508,7 +508,7 @@ def _asked_for(config: PreTrainedConfig, name: str | dict | None) -> Iterator[tu
         sub = getattr(config, key, None)
         below = name.get(key) if isinstance(name, dict) else name
         if sub is not None and below is not None:
-            yield from _asked_for(sub, below)
+            yield from _requested(sub, below)
 
 
 def _is_part_of_another(model: PreTrainedModel) -> bool:
@@ -565,18 +565,19 @@ def remaps_positions() -> bool:
     return hasattr(masking_utils, "remap_positions_for_packed_sequence")
 
 
-def describe(mask_function: Callable) -> tuple[str, tuple[Any, ...]] | None:
-    """(builder, its arguments) of a mask function made by masking_utils; None of any other."""
+def describe(mask_function: Callable) -> tuple[str, tuple[Any, ...]]:
+    """(builder, its arguments) of a mask function made by masking_utils; ("", ()) of any other."""
+    unknown = "", ()
     description = getattr(mask_function, _DESCRIPTION, None)
     if description is not None or torch.compiler.is_compiling():
-        return description
+        return description or unknown
     if getattr(mask_function, "__module__", None) != "transformers.masking_utils":
-        return None
+        return unknown
     builder = mask_function.__qualname__.partition(".")[0]
     variables = mask_function.__code__.co_freevars
     if sorted(variables) != sorted(_BUILDERS.get(builder, ())) or not variables:
-        return None
-    cells = (cell.cell_contents for cell in mask_function.__closure__)
+        return unknown
+    cells = (cell.cell_contents for cell in mask_function.__closure__ or ())
     values = dict(zip(variables, cells, strict=True))
     return builder, tuple(values[name] for name in _BUILDERS[builder])
 

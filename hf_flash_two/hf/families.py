@@ -204,7 +204,7 @@ NOT_POSSIBLE = {
     "yoso.YosoSelfAttention": "estimates weights by hashing; there is no softmax",
 }
 
-ALWAYS_ASKED = frozenset(
+ALWAYS_REQUESTED = frozenset(
     {
         "dab_detr.DabDetrAttention",
         "grounding_dino.GroundingDinoBiMultiHeadAttention",
@@ -270,7 +270,7 @@ def why_not(layer: nn.Module) -> str | None:
         return NOT_POSSIBLE[name]
     if name not in HAND_WRITTEN and _defines_forward(cls) not in _registered:
         register = f"; hf_flash_two.register_attention({_defines_forward(cls).__name__}) allows it"
-        reason = "computes attention itself in a way not known"
+        reason = "its attention is hand-written in a way not known"
         return reason + (register if ":" in name else "")
     attribute, reason = UNLESS.get(name, ("", ""))
     return reason if attribute and getattr(layer, attribute) else None
@@ -319,16 +319,16 @@ def _defines_forward(cls: type) -> type:
 def _functions(cls: type) -> list[FunctionType]:
     """What an instance of ``cls`` may run of its own code, helpers of the same module included."""
     found: dict[FunctionType, None] = {}
-    settled: set[str] = set()
+    done: set[str] = set()
     for owner in cls.__mro__:
         if owner is object or owner.__module__.startswith("torch."):
             continue
         for name, member in vars(owner).items():
             function = inspect.unwrap(getattr(member, "__func__", member))
-            if inspect.isfunction(function) and name not in settled:
+            if inspect.isfunction(function) and name not in done:
                 found[function] = None
                 if "super" not in function.__code__.co_names:
-                    settled.add(name)
+                    done.add(name)
     waiting = list(found)
     while waiting:
         function = waiting.pop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +96,8 @@ def attention_forward(
     if indices is not None:
         mask = mask & from_indices(indices, key.shape[2])
     elif block_indices is not None:
-        size = module.indexer.block_size
+        indexer: Any = module.indexer
+        size = indexer.block_size
         mask = mask & from_block_indices(block_indices, size, query.shape[1], key.shape[2])
     if position_bias is not None:
         bias = position_bias if bias is None else position_bias + bias
@@ -171,7 +173,7 @@ def _resolve_mask(
     sliding_window: int | None,
     position_ids: Tensor | None,
     cu_seq_lens_q: Tensor | None,
-    cu_seq_lens_k: Tensor | None,
+    cu_seq_lens_k: Any,
 ) -> tuple[AttentionMask, Tensor | None]:
     """(mask, additive bias or None)"""
     causal = _causality(module, attention_mask, is_causal)
@@ -209,8 +211,8 @@ def _without_mask(
 ) -> AttentionMask:
     """Towers and cross attention come without a mask; nothing that had to have one may."""
     if not causal:
-        windowed = sliding_window is not None and families.has_window_without_mask(module)
-        if windowed and keys > sliding_window:
+        windowed = families.has_window_without_mask(module)
+        if sliding_window is not None and windowed and keys > sliding_window:
             raise ValueError(
                 f"attention_mask: a bidirectional layer with sliding_window={sliding_window} got "
                 f"no mask for its {keys} keys"
@@ -250,7 +252,7 @@ def _from_paged_cache(
     key: Tensor,
     value: Tensor,
     cache,
-    query_ends: Tensor,
+    query_ends: Any,
     paged: dict,
 ) -> tuple[Tensor, Tensor, AttentionMask]:
     """The keys and values of all requests end to end, and the mask that keeps these apart."""
@@ -296,9 +298,9 @@ def _weights(
     dtype = torch.promote_types(query.dtype, torch.float32)
     group = query.shape[1] // key.shape[1]
     key = key.repeat_interleave(group, dim=1).to(dtype)
-    scale = query.shape[3] ** -0.5 if scale is None else scale
+    factor: float = query.shape[3] ** -0.5 if scale is None else scale
     with torch.autocast(query.device.type, enabled=False):
-        scores = query.to(dtype) @ key.transpose(2, 3) * scale
+        scores = query.to(dtype) @ key.transpose(2, 3) * factor
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
@@ -309,7 +311,7 @@ def _weights(
     return (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp().to(query.dtype)
 
 
-def _blocks(weights: Tensor, query_ends: Tensor, key_ends: Tensor | None) -> tuple[Tensor, ...]:
+def _blocks(weights: Tensor, query_ends: Tensor, key_ends: Any) -> tuple[Tensor, ...]:
     """Of [1, Hq, Tq, Tk] what each document [1, Hq, its queries, its keys] has."""
     key_ends = query_ends if key_ends is None else key_ends
     runs = (pairwise(ends.tolist()) for ends in (query_ends, key_ends))

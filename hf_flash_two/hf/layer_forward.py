@@ -1,4 +1,4 @@
-"""A ``forward`` of its own for one layer that computes attention itself: it runs under the tracer.
+"""A ``forward`` of its own for one layer with hand-written attention: it runs under the tracer.
 
 What lies on an instance is looked up without binding. A forward that held its layer would run that
 layer's weights in every shallow copy (`nn.DataParallel` makes one per device and call), and would
@@ -49,7 +49,7 @@ class LayerForward:
             return unpatched(*args, **kwargs)  # PyTorch's own is compiled whole, and as thrifty
         return self._traced(unpatched, args, kwargs)
 
-    @torch.compiler.disable(reason="attention that a layer writes out itself runs uncompiled")
+    @torch.compiler.disable(reason="hand-written attention runs uncompiled")
     def _traced(self, unpatched: partial, args: tuple, kwargs: dict):
         layer, forward = unpatched.args[0], self.previous or unpatched
         if self.believed and _asked(type(layer), args, kwargs) or asks_for_weights():

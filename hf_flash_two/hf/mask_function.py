@@ -73,7 +73,7 @@ def make_mask(
             ``kv_offset + kv_length`` or, with a static cache, fall short of it. Rows beyond the
             batch, as MusicGen has one for each code book, count for nothing.
         allow_is_bidirectional_skip: None may stand for "all see all"; done where a family computes
-            attention itself, and would add a mask of zeros.
+            attention by hand, and would add a mask of zeros.
         use_vmap: ``mask_function`` must be called with scalars.
 
     Returns:
@@ -103,7 +103,7 @@ def make_mask(
         mask = _at_queries(mask, q_length, place)
         mask = mask if keep is None else mask & AttentionMask.from_padding(keep)
     else:
-        if documents is not None:
+        if documents is not None and positions is not None:
             mask_function = _within(mask_function, documents, positions, batch_size)
 
         def visible(start: int, stop: int) -> Tensor:
@@ -130,7 +130,7 @@ def make_mask(
     if allow_is_bidirectional_skip and adds_it and _is_full(mask):
         return None
     shape = (batch_size, 1, q_length, kv_length)
-    carrier = MaskProxy(
+    proxy = MaskProxy(
         mask,
         shape,
         device,
@@ -140,8 +140,8 @@ def make_mask(
         padding=attention_mask,
     )
     if family in families.WANTS_BOOL_TENSOR:
-        return carrier.as_bool()
-    return carrier.as_additive(dtype) if family in families.WANTS_FLOAT_TENSOR else carrier
+        return proxy.as_bool()
+    return proxy.as_additive(dtype) if family in families.WANTS_FLOAT_TENSOR else proxy
 
 
 def _padding(attention_mask: Tensor | None, place: _Place, q_length: int) -> Tensor | None:
@@ -163,7 +163,7 @@ def _within(function: Callable, documents: Tensor, positions: Tensor, batch: int
     documents, positions = (x.expand(batch, -1) for x in (documents, positions))
 
     def moved(function: Callable) -> Callable:
-        builder, arguments = compat.describe(function) or ("", ())
+        builder, arguments = compat.describe(function)
         if builder in ("and_masks", "or_masks"):
             return getattr(compat.masking_utils, builder)(*map(moved, arguments[0]))
         if builder in ("blockwise_overlay", "padding_mask_function"):
@@ -189,7 +189,7 @@ def _kinds(function: Callable) -> set[str]:
     """The builders that a mask function is put together from; "causal" for the plain one."""
     if function is compat.causal_mask_function:
         return {"causal"}
-    builder, arguments = compat.describe(function) or ("", ())
+    builder, arguments = compat.describe(function)
     if builder in ("and_masks", "or_masks"):
         return set().union(*(_kinds(part) for part in arguments[0]))
     if builder == "remap_positions_for_packed_sequence":
@@ -217,7 +217,7 @@ def _convert(
         return AttentionMask.causal()
     if function is compat.bidirectional_mask_function:
         return AttentionMask.full()
-    builder, arguments = compat.describe(function) or ("", ())
+    builder, arguments = compat.describe(function)
     if builder in ("and_masks", "or_masks"):
         return _combine(builder, arguments[0], place, position)
     if builder == "sliding_window_overlay" and arguments[0] >= 1:
@@ -225,7 +225,8 @@ def _convert(
     if builder == "sliding_window_bidirectional_overlay":
         return AttentionMask.window(arguments[0], arguments[0])
     if builder == "chunked_overlay":
-        return _chunks(*arguments, place, position)
+        size, left_padding = arguments
+        return _chunks(size, left_padding, place, position)
     if builder == "padding_mask_function":
         return AttentionMask.from_padding(place.of_keys(arguments[0]))
     if builder == "packed_sequence_mask_function":
@@ -236,7 +237,7 @@ def _convert(
 
 
 def _combine(builder: str, functions, place: _Place, position) -> AttentionMask | None:
-    parts = [compat.describe(function) or ("", ()) for function in functions]
+    parts = [compat.describe(function) for function in functions]
     masks = []
     remapped = any(name == "remap_positions_for_packed_sequence" for name, _ in parts)
     assumed = torch.compiler.is_compiling() and not compat.remaps_positions()
@@ -276,7 +277,12 @@ def _union(a: AttentionMask, b: AttentionMask, place: _Place) -> AttentionMask:
 def _intervals(mask: AttentionMask, place: _Place) -> tuple[Tensor, Tensor]:
     """first_query, last_query of any mask without a dense part."""
     everyone = torch.ones(1, place.kv_length, dtype=torch.bool, device=place.device)
-    mask = mask & AttentionMask.from_padding(everyone)
+    return _bounds(mask & AttentionMask.from_padding(everyone))
+
+
+def _bounds(mask: AttentionMask) -> tuple[Tensor, Tensor]:
+    """Of a mask that is given by intervals."""
+    assert mask.first_query is not None and mask.last_query is not None
     return mask.first_query, mask.last_query
 
 
@@ -298,9 +304,8 @@ def _equal_ids(ids: Tensor, place: _Place, hidden: Tensor | None = None) -> Atte
     returns = starts[:, 1:] & (ids[:, 1:] <= highest[:, :-1])
     if bool(returns.any()):
         return None
-    runs = AttentionMask.from_documents(segment_ids=ids)
-    first = place.of_keys(runs.first_query) - place.kv_offset
-    last = place.of_keys(runs.last_query) - place.kv_offset
+    runs = _bounds(AttentionMask.from_documents(segment_ids=ids))
+    first, last = (place.of_keys(x) - place.kv_offset for x in runs)
     if hidden is not None:
         last = torch.where(place.of_keys(hidden), first, last)
     return AttentionMask.from_intervals(first, last)

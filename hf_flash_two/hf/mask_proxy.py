@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from hf_flash_two.masks import AttentionMask
 
 logger = logging.get_logger(__name__)
 
+_bitwise_and: Any = torch.bitwise_and  # takes proxies too, by `__torch_function__`
 _SUMS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
 
 
@@ -47,7 +49,8 @@ class MaskProxy(BlockMask):
         padding: Tensor | None = None,
     ):
         self.mask = mask
-        self._shape = tuple(shape)
+        batch, heads, queries, keys = shape
+        self._shape = batch, heads, queries, keys
         self.device = torch.device(device)
         self.dtype = dtype
         self.causal = causal
@@ -111,7 +114,9 @@ class MaskProxy(BlockMask):
     def contiguous(self, *_, **__) -> MaskProxy:
         return self
 
-    def to(self, *args, **kwargs) -> MaskProxy | Tensor:
+    def to(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, *args, **kwargs
+    ) -> MaskProxy | Tensor:
         options = [*args, *kwargs.values()]
         for like in (x for x in options if isinstance(x, Tensor)):
             options += [like.device, like.dtype]
@@ -144,7 +149,9 @@ class MaskProxy(BlockMask):
             padding=padding if device is None or padding is None else padding.to(device),
         )
 
-    def __getitem__(self, index) -> MaskProxy | Tensor:
+    def __getitem__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, index
+    ) -> MaskProxy | Tensor:
         rows = _slices(index, self._shape)
         if rows is None:
             return self.as_tensor()[index]
@@ -154,22 +161,22 @@ class MaskProxy(BlockMask):
         mask = mask.slice_keys(start_k, stop_k, stop_q - start_q, keys)
         mask = mask.each_tensor(lambda part: part[batch] if part.shape[0] > 1 else part)
         count = len(range(self._shape[0])[batch])
-        carrier = self._replace(mask, (count, 1, stop_q - start_q, stop_k - start_k))
+        proxy = self._replace(mask, (count, 1, stop_q - start_q, stop_k - start_k))
         if self.padding is not None:
-            carrier.padding = self.padding[batch]
-        return carrier
+            proxy.padding = self.padding[batch]
+        return proxy
 
     def __and__(self, other) -> MaskProxy | Tensor:
         if not isinstance(other, MaskProxy) or other._shape != self._shape:
-            return torch.bitwise_and(self, other)
+            return _bitwise_and(self, other)
         queries, keys = self._shape[2:]
         offset, others = (m.mask.resolve_offset(queries, keys) for m in (self, other))
         if offset != others:
-            return torch.bitwise_and(self, other)
+            return _bitwise_and(self, other)
         both = replace(self.mask, query_offset=offset) & replace(other.mask, query_offset=offset)
-        carrier = self._replace(both)
-        carrier.causal, carrier.packed = self.causal or other.causal, self.packed or other.packed
-        return carrier
+        proxy = self._replace(both)
+        proxy.causal, proxy.packed = self.causal or other.causal, self.packed or other.packed
+        return proxy
 
     def __getattr__(self, name: str):
         if name.startswith("_") or not hasattr(Tensor, name):

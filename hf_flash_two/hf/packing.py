@@ -30,6 +30,8 @@ Transformers              positions, without a cache        chunks of models nob
 
 from __future__ import annotations
 
+from typing import Any, TypeGuard
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -53,7 +55,7 @@ def demand(holds: Tensor, message: str) -> None:
     """
     values = all_values(holds)
     if values is None or not is_mapped():
-        torch._assert_async(holds, message)
+        torch._assert_async(holds, message)  # pyright: ignore[reportPrivateImportUsage]
     elif not values.all():
         raise RuntimeError(message)
 
@@ -196,7 +198,7 @@ def _padding(mask, batch: int, queries: int, offset: int | Tensor) -> Tensor | N
     return mask.index_select(1, at.clamp(max=mask.shape[1] - 1))
 
 
-def _is_numbered(mask) -> bool:
+def _is_numbered(mask) -> TypeGuard[Tensor]:
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] == 1:
         return False
     return numbers_documents(mask) and (is_symbolic() or bool((mask > 1).any()))
@@ -261,7 +263,7 @@ def _over_keys(documents: Tensor, keys: int, at_start: bool | Tensor) -> Tensor:
     return over_keys if several is True else torch.where(several, over_keys, 0)
 
 
-def _refuse_behind_cache(several: bool | Tensor, at_start: bool | Tensor) -> None:
+def _refuse_behind_cache(several: Any, at_start: bool | Tensor) -> None:
     """Of which documents the earlier tokens of a cache are is not known.
 
     Raises:
@@ -387,7 +389,7 @@ def document_starts(position_ids: Tensor | None, attention_mask: Tensor | None) 
         starts = (position_ids < before) | again
     if attention_mask is not None and numbers_documents(attention_mask):
         starts = starts | (attention_mask != _before(attention_mask, visible))
-    like = position_ids if attention_mask is None else attention_mask
+    like: Any = position_ids if attention_mask is None else attention_mask
     if visible is None:
         visible = torch.ones_like(like, dtype=torch.bool)
     follows = pad(visible.cumsum(1)[:, :-1] > 0, (1, 0), value=False)
@@ -417,7 +419,7 @@ def positions_of(ids: Tensor) -> Tensor:
     return index - torch.where(starts, index, 0).cummax(1).values
 
 
-def may_be_packed(position_ids: Tensor | None, batch: int, queries: int) -> bool:
+def may_be_packed(position_ids: Tensor | None, batch: int, queries: int) -> TypeGuard[Tensor]:
     """Whether the shapes allow it: several tokens in a row, with one position each."""
     return (
         position_ids is not None
@@ -440,7 +442,7 @@ def _before(x: Tensor, visible: Tensor | None) -> Tensor:
     """The value of ``x`` [B, T] at the last visible token before each; any where there is none."""
     if visible is None:
         return x.roll(1, dims=1)
-    x, visible = torch.broadcast_tensors(x, visible)
+    x, seen = torch.broadcast_tensors(x, visible)
     index = torch.arange(x.shape[1], device=x.device).expand_as(x)
-    last = torch.where(visible, index, 0).cummax(1).values
+    last = torch.where(seen, index, 0).cummax(1).values
     return x.gather(1, last.roll(1, dims=1))

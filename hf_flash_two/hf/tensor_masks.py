@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,7 +88,9 @@ def from_tiles(
     if is_symbolic() and q_length != 1:
         return AttentionMask.from_dense(visible(0, q_length))
     starts = range(0, q_length, step)
-    first = last = count = None
+    first: Any = None
+    last: Any = None
+    count: Any = 0
     for start in starts:
         tile = visible(start, min(start + step, q_length))[:, 0]
         query = torch.arange(start, start + tile.shape[1], device=tile.device)[:, None]
@@ -95,7 +98,7 @@ def from_tiles(
         tile_last = torch.where(tile, query + 1, -FAR).amax(1)
         first = tile_first if first is None else torch.minimum(first, tile_first)
         last = tile_last if last is None else torch.maximum(last, tile_last)
-        count = tile.sum(1) + (0 if count is None else count)
+        count = count + tile.sum(1)
     if q_length == 1 or bool((count == (last - first).clamp(min=0)).all()):
         return AttentionMask.from_intervals(first, last, query_offset=0)
     logger.warning_once(

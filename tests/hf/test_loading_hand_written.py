@@ -1,4 +1,4 @@
-"""``attn_implementation`` on families that compute attention themselves: it works, or it raises."""
+"""``attn_implementation`` on families with hand-written attention: it works, or it raises."""
 
 from __future__ import annotations
 

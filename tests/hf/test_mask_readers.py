@@ -12,7 +12,7 @@ import transformers
 from mask_readers import _File, reads
 
 # Families that use the interface: the functions that read a mask, and why that is right with ours.
-# Those that compute attention themselves get exactly the tensor that eager gets.
+# Those with hand-written attention get exactly the tensor that eager gets.
 EXAMINED = {
     "a mask of bool that one may attend, as it takes it for by its dtype": """
         axk2 AXK2Attention.forward AXK2Indexer.forward

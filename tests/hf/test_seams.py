@@ -148,7 +148,7 @@ def test_masks_that_have_to_be_evaluated(changed) -> None:
         mask_function.make_mask(1, 3, 3, mask_function=lambda b, h, q, k: q >= k)
 
 
-def test_weights_that_were_asked_for(changed, monkeypatch) -> None:
+def test_weights_that_were_requested(changed, monkeypatch) -> None:
     monkeypatch.setattr(compat, "output_capturing", None)
     hf_flash_two.hf.register()
     flash, eager = (gpt_neo(attn_implementation=name) for name in ("flash_two", "eager"))

@@ -259,7 +259,7 @@ def test_the_paged_name_is_the_same_attention() -> None:
     assert len(names) == (4 if VERSION < Version("5.19") else 2)
 
 
-def test_the_neutral_name_is_refused_where_flash_is_asked_for() -> None:
+def test_the_neutral_name_is_refused_where_flash_is_requested() -> None:
     """Transformers takes from 5.19 only names with "flash" in them. It says so."""
     flash, eager = pair("llama", "fa_two")
     requests = prompts()[:2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from checks import assert_close
-from hand_written_models import FAMILIES, OwnFamily
+from hand_written_models import FAMILIES, HandWritten
 from models import supported
 from test_patching import build
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -44,7 +44,7 @@ def test_fake_tensors(family: str, batch) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", ALL)
-def test_every_family_of_text_is_exported(family: OwnFamily) -> None:
+def test_every_family_of_text_is_exported(family: HandWritten) -> None:
     supported(family)
     model, inputs = family.build(), family.inputs()
     model.config.use_cache = False

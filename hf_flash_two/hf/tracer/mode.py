@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from types import FunctionType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -80,7 +80,8 @@ class Tracer(TorchFunctionMode):
 
     def dispatch(self, func: Callable, args: tuple, kwargs: dict):
         """``func`` of lazy operands: recorded if there is a rule for it, else on real tensors."""
-        name, target = _name(func), args[0] if args else None
+        name = _name(func)
+        target: Any = args[0] if args else None
         if any(isinstance(x, TracedScores) and x.overwritten for x in tree_leaves((args, kwargs))):
             self.refuse(f"`{name}` on scores that were changed in place through a view of them")
         in_place = _is_in_place(name) and isinstance(target, TracedScores)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +75,8 @@ def _sdpa(
     if scores is None:
         return None
     scores = scores.times(query.shape[-1] ** -0.5 if scale is None else scale)
+    if scores is None:
+        return None
     if isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool:
         scores = scores.hide(attn_mask)
     elif attn_mask is not None:
@@ -184,7 +187,7 @@ def _einsum(equation, *operands) -> Tensor | None:
 
 
 def _to(scores, *args, **kwargs) -> TracedScores | None:
-    dtype = scores.dtype
+    dtype: Any = scores.dtype
     for target in (*args, *kwargs.values()):
         if isinstance(target, torch.dtype):
             dtype = target

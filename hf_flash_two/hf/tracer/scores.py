@@ -52,6 +52,7 @@ class Lazy:
         """The tensor itself, because ``what`` has no counterpart here."""
         self.check_recorded()
         with self.tracer.pause():
+            assert self.compute is not None
             return self.compute()
 
     def check_recorded(self) -> None:
@@ -230,7 +231,7 @@ class TracedScores(Lazy):
             mask = mask & self._mask_of(seen, dims.flatten(whole, heads_at), dims, heads_at, mask)
         query, key, value = self._flattened(value, dims, heads_at)
         dropout_p, seed = self.dropout or (0.0, None)
-        out = flash_attention(
+        out: Any = flash_attention(
             query,
             key,
             value,
@@ -312,7 +313,7 @@ def product(tracer: Any, query: Tensor, key: Tensor) -> TracedScores | None:
 
 def _moved(seen: AttentionMask, mask: AttentionMask, queries: int, keys: int) -> AttentionMask:
     """``seen`` with its queries at the positions that they have in ``mask``."""
-    if seen.first_query is None:
+    if seen.first_query is None or seen.last_query is None:
         return seen
     shift = mask.resolve_offset(queries, keys) - seen.resolve_offset(queries, keys)
     first, last = seen.first_query + shift, seen.last_query + shift

@@ -1,4 +1,4 @@
-"""Families that compute attention themselves give the same numbers under `patch`."""
+"""Families with hand-written attention give the same numbers under `patch`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from checks import GRADIENT, assert_close
 from hand_written_layers import LAYERS
-from hand_written_models import FAMILIES, OwnFamily, floats
+from hand_written_models import FAMILIES, HandWritten, floats
 from models import supported
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -57,7 +57,7 @@ def assert_same(got, want) -> None:
 
 
 @pytest.mark.parametrize("family", NAMED)
-def test_same_outputs_and_gradients(family: OwnFamily, kernel_calls):
+def test_same_outputs_and_gradients(family: HandWritten, kernel_calls):
     supported(family)
     model, inputs = family.build(), family.inputs()
     want, want_gradients = outputs_and_gradients(model, inputs)
@@ -65,8 +65,8 @@ def test_same_outputs_and_gradients(family: OwnFamily, kernel_calls):
     with patched(model) as report:
         assert report.ok, str(report)
         got, gradients = outputs_and_gradients(model, inputs)
-    awake = [layer for layer in report.layers if not any(x in layer.name for x in family.asleep)]
-    assert len(kernel_calls) >= len(awake) > 0
+    active = [layer for layer in report.layers if not any(x in layer.name for x in family.inactive)]
+    assert len(kernel_calls) >= len(active) > 0
     assert_same((got, gradients), (want, want_gradients))
 
 
@@ -97,7 +97,7 @@ GENERATING = [family for family in FAMILIES if family.name in {
 
 
 @pytest.mark.parametrize("family", [pytest.param(f, id=f.name) for f in GENERATING])
-def test_same_tokens(family: OwnFamily):
+def test_same_tokens(family: HandWritten):
     model, inputs = family.build(), family.inputs()
     inputs.pop("decoder_input_ids", None)
     settings = {"max_new_tokens": 7, "do_sample": False, "num_beams": 1, "pad_token_id": 0}

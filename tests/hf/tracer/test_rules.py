@@ -90,7 +90,7 @@ def einsums(q, k, v):
 
 
 POSITIONS = torch.randn(5, 7, 8, generator=torch.Generator().manual_seed(4))
-CARRIED_OUT = {
+LOWERED = {
     "scaled": lambda q, k, v: (product(q, k) / 3).softmax(-1) @ v,
     "factor_tensor": lambda q, k, v: (product(q, k) * torch.tensor(0.3)).softmax(-1) @ v,
     "factor_per_head": lambda q, k, v: (product(q, k) * BIAS[:, :, :1, :1]).softmax(-1) @ v,
@@ -143,7 +143,7 @@ CARRIED_OUT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("layer", CARRIED_OUT.values(), ids=CARRIED_OUT)
+@pytest.mark.parametrize("layer", LOWERED.values(), ids=LOWERED)
 def test_same_numbers_and_gradients(layer, qkv, kernel_calls):
     assert_same(layer, qkv, kernel_calls)
 
