@@ -83,9 +83,9 @@ def watch(model: PreTrainedModel, begin: Begin, end: End) -> None:
     if _HOOKS in model.__dict__:
         return
     names = list(inspect.signature(type(model).forward).parameters)[1:]
-    places = tuple(names.index(name) if name in names else len(names) for name in Said._fields)
+    slots = tuple(names.index(name) if name in names else len(names) for name in Said._fields)
     model.__dict__[_HOOKS] = (
-        model.register_forward_pre_hook(partial(_open, places, begin), with_kwargs=True),
+        model.register_forward_pre_hook(partial(_open, slots, begin), with_kwargs=True),
         model.register_forward_hook(partial(_close, end), always_call=True),
     )
 
@@ -149,7 +149,7 @@ def _close(*arguments) -> None:
 
 
 def _open_pass(
-    places: tuple[int, ...], begin: Begin, model: PreTrainedModel, args: tuple, kwargs: dict
+    slots: tuple[int, ...], begin: Begin, model: PreTrainedModel, args: tuple, kwargs: dict
 ) -> tuple[tuple, dict] | None:
     passes, frame = _passes(), None
     if not is_symbolic():
@@ -159,7 +159,7 @@ def _open_pass(
             passes.pop()
     given = [
         kwargs.get(name, args[at] if at < len(args) else None)
-        for name, at in zip(Said._fields, places, strict=True)
+        for name, at in zip(Said._fields, slots, strict=True)
     ]
     around = passes[-1] if passes else None
     if around is not None and around.model.config is model.config:
@@ -175,7 +175,7 @@ def _open_pass(
         positions = positions[0]  # the text's, before those of the rotary embedding
     passes.append(ForwardPass(model, Said(positions, *others), around, frame))
     replaced = begin(passes[-1])
-    return _with(replaced, places, args, kwargs) if replaced else None
+    return _with(replaced, slots, args, kwargs) if replaced else None
 
 
 def _close_pass(end: End, model: PreTrainedModel, args: tuple, output) -> None:
@@ -188,11 +188,11 @@ _open_in_eager, _close_in_eager = map(torch.compiler.disable, (_open_pass, _clos
 
 
 def _with(
-    replaced: dict[str, Tensor], places: tuple[int, ...], args: tuple, kwargs: dict
+    replaced: dict[str, Tensor], slots: tuple[int, ...], args: tuple, kwargs: dict
 ) -> tuple[tuple, dict]:
-    """The model's arguments with those of ``replaced`` in their places."""
+    """The model's arguments with those of ``replaced`` in their slots."""
     for name, tensor in replaced.items():
-        at = places[Said._fields.index(name)]
+        at = slots[Said._fields.index(name)]
         if name in kwargs:
             kwargs = {**kwargs, name: tensor}
         elif at < len(args):

@@ -29,7 +29,7 @@ from hf_flash_two.tensor_cache import is_symbolic
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Axes:
     """Where mask functions see query i, at ``i + q_offset``, and key j, at ``j + kv_offset``.
 
     `AttentionMask` counts from key 0 instead.
@@ -84,10 +84,10 @@ def make_mask(
             "attention_mask: expected 2 dimensions [batch, keys], or 4 for a ready mask, got "
             f"{list(attention_mask.shape)}"
         )
-    place = _Place(kv_length, q_offset, kv_offset, device)
+    axes = _Axes(kv_length, q_offset, kv_offset, device)
     if attention_mask is not None:
         attention_mask = attention_mask[:batch_size]
-    keep = _padding(attention_mask, place, q_length)
+    keep = _padding(attention_mask, axes, q_length)
     kinds = _kinds(mask_function)
     causal = "causal" in kinds
     documents, packed = documents_of_mask(
@@ -95,12 +95,12 @@ def make_mask(
         causal=causal, in_function="packed_sequence_mask_function" in kinds,
     )  # fmt: skip
     positions = None if documents is None else positions_within(documents, attention_mask)
-    mask = _convert(mask_function, place, positions)
+    mask = _convert(mask_function, axes, positions)
     if mask is not None:
         if documents is not None:
             apart = AttentionMask.from_documents(segment_ids=documents)
             mask = mask & replace(apart, query_offset=None)
-        mask = _at_queries(mask, q_length, place)
+        mask = _at_queries(mask, q_length, axes)
         mask = mask if keep is None else mask & AttentionMask.from_padding(keep)
     else:
         if documents is not None and positions is not None:
@@ -144,14 +144,14 @@ def make_mask(
     return proxy.as_additive(dtype) if family in families.WANTS_FLOAT_TENSOR else proxy
 
 
-def _padding(attention_mask: Tensor | None, place: _Place, q_length: int) -> Tensor | None:
+def _padding(attention_mask: Tensor | None, axes: _Axes, q_length: int) -> Tensor | None:
     """[B, Tk], nonzero for the keys that are not hidden; None if none is."""
     if attention_mask is None:
         return None
-    keep = place.of_keys(attention_mask)
-    missing = place.kv_length - keep.shape[1]
+    keep = axes.of_keys(attention_mask)
+    missing = axes.kv_length - keep.shape[1]
     keep = pad(keep, (0, missing)) if missing > 0 else keep
-    if q_length != place.kv_length and (isinstance(place.q_offset, Tensor) or place.kv_offset):
+    if q_length != axes.kv_length and (isinstance(axes.q_offset, Tensor) or axes.kv_offset):
         # Intervals in any case, or few keys. Another kind of mask once the padding has left the
         # window would be compiled anew, and to ask would make the device wait.
         return keep
@@ -174,14 +174,14 @@ def _within(function: Callable, documents: Tensor, positions: Tensor, batch: int
     return lambda b, h, q, k: inside(b, h, q, k) & (documents[b, q] == documents[b, k])
 
 
-def _at_queries(mask: AttentionMask, q_length: int, place: _Place) -> AttentionMask:
+def _at_queries(mask: AttentionMask, q_length: int, axes: _Axes) -> AttentionMask:
     """The mask with its queries in their places on the axis of the keys."""
-    offset = place.q_offset - place.kv_offset
+    offset = axes.q_offset - axes.kv_offset
     if isinstance(offset, Tensor):
-        first, last = _intervals(mask, place)
+        first, last = _intervals(mask, axes)
         return AttentionMask.from_intervals(first - offset, last - offset, query_offset=0)
     # Bottom-right is said by None, so that a growing cache gives torch.compile nothing to guard.
-    at_end = offset == place.kv_length - q_length
+    at_end = offset == axes.kv_length - q_length
     return replace(mask, query_offset=None if at_end else offset)
 
 
@@ -203,7 +203,7 @@ def _is_full(mask: AttentionMask) -> bool:
 
 
 def _convert(
-    function: Callable, place: _Place, position: Tensor | None = None
+    function: Callable, axes: _Axes, position: Tensor | None = None
 ) -> AttentionMask | None:
     """The mask of a function that consists of known closures, else None.
 
@@ -211,7 +211,7 @@ def _convert(
     intersections and unions, and such runs of queries always touch: their union is one run.
 
     Args:
-        position: [B, L], what stands for the place on the axis inside a packed document.
+        position: [B, L], what stands for the axes on the axis inside a packed document.
     """
     if function is compat.causal_mask_function:
         return AttentionMask.causal()
@@ -219,24 +219,24 @@ def _convert(
         return AttentionMask.full()
     builder, arguments = compat.describe(function)
     if builder in ("and_masks", "or_masks"):
-        return _combine(builder, arguments[0], place, position)
+        return _combine(builder, arguments[0], axes, position)
     if builder == "sliding_window_overlay" and arguments[0] >= 1:
         return AttentionMask.window(arguments[0] - 1, None)
     if builder == "sliding_window_bidirectional_overlay":
         return AttentionMask.window(arguments[0], arguments[0])
     if builder == "chunked_overlay":
         size, left_padding = arguments
-        return _chunks(size, left_padding, place, position)
+        return _chunks(size, left_padding, axes, position)
     if builder == "padding_mask_function":
-        return AttentionMask.from_padding(place.of_keys(arguments[0]))
+        return AttentionMask.from_padding(axes.of_keys(arguments[0]))
     if builder == "packed_sequence_mask_function":
-        return _equal_ids(arguments[0], place)
+        return _equal_ids(arguments[0], axes)
     if builder == "blockwise_overlay":
-        return _equal_ids(arguments[0], place, hidden=arguments[0] < 0)
+        return _equal_ids(arguments[0], axes, hidden=arguments[0] < 0)
     return None
 
 
-def _combine(builder: str, functions, place: _Place, position) -> AttentionMask | None:
+def _combine(builder: str, functions, axes: _Axes, position) -> AttentionMask | None:
     parts = [compat.describe(function) for function in functions]
     masks = []
     remapped = any(name == "remap_positions_for_packed_sequence" for name, _ in parts)
@@ -245,7 +245,7 @@ def _combine(builder: str, functions, place: _Place, position) -> AttentionMask 
         if builder == "and_masks" and name == "remap_positions_for_packed_sequence":
             # Within a document positions go up by one: all that is relative stays as it is.
             inner, position_ids = arguments
-            masks.append(_convert(inner, place, position_ids))
+            masks.append(_convert(inner, axes, position_ids))
         elif (
             name == "packed_sequence_mask_function"
             and builder == "and_masks"
@@ -258,25 +258,25 @@ def _combine(builder: str, functions, place: _Place, position) -> AttentionMask 
             runs = AttentionMask.from_documents(segment_ids=arguments[0])
             masks.append(replace(runs, query_offset=None))
         else:
-            masks.append(_convert(function, place, position))
+            masks.append(_convert(function, axes, position))
     if any(mask is None for mask in masks):
         return None
     result = masks[0]
     for mask in masks[1:]:
-        result = result & mask if builder == "and_masks" else _union(result, mask, place)
+        result = result & mask if builder == "and_masks" else _union(result, mask, axes)
     return result
 
 
-def _union(a: AttentionMask, b: AttentionMask, place: _Place) -> AttentionMask:
-    (first_a, last_a), (first_b, last_b) = _intervals(a, place), _intervals(b, place)
+def _union(a: AttentionMask, b: AttentionMask, axes: _Axes) -> AttentionMask:
+    (first_a, last_a), (first_b, last_b) = _intervals(a, axes), _intervals(b, axes)
     return AttentionMask.from_intervals(
         torch.minimum(first_a, first_b), torch.maximum(last_a, last_b)
     )
 
 
-def _intervals(mask: AttentionMask, place: _Place) -> tuple[Tensor, Tensor]:
+def _intervals(mask: AttentionMask, axes: _Axes) -> tuple[Tensor, Tensor]:
     """first_query, last_query of any mask without a dense part."""
-    everyone = torch.ones(1, place.kv_length, dtype=torch.bool, device=place.device)
+    everyone = torch.ones(1, axes.kv_length, dtype=torch.bool, device=axes.device)
     return _bounds(mask & AttentionMask.from_padding(everyone))
 
 
@@ -286,14 +286,14 @@ def _bounds(mask: AttentionMask) -> tuple[Tensor, Tensor]:
     return mask.first_query, mask.last_query
 
 
-def _chunks(size: int, left_padding: Tensor, place: _Place, position) -> AttentionMask:
-    key = place.keys()[None]
-    position = key if position is None else place.of_keys(position)
+def _chunks(size: int, left_padding: Tensor, axes: _Axes, position) -> AttentionMask:
+    key = axes.keys()[None]
+    position = key if position is None else axes.of_keys(position)
     first = key - (position - left_padding[:, None]) % size
-    return AttentionMask.from_intervals(first - place.kv_offset, first - place.kv_offset + size)
+    return AttentionMask.from_intervals(first - axes.kv_offset, first - axes.kv_offset + size)
 
 
-def _equal_ids(ids: Tensor, place: _Place, hidden: Tensor | None = None) -> AttentionMask | None:
+def _equal_ids(ids: Tensor, axes: _Axes, hidden: Tensor | None = None) -> AttentionMask | None:
     """A query sees the keys of its own id, [B, L]; None unless each id is one run of positions."""
     if is_symbolic():
         return None  # whether an id comes back later is not to be known
@@ -305,7 +305,7 @@ def _equal_ids(ids: Tensor, place: _Place, hidden: Tensor | None = None) -> Atte
     if bool(returns.any()):
         return None
     runs = _bounds(AttentionMask.from_documents(segment_ids=ids))
-    first, last = (place.of_keys(x) - place.kv_offset for x in runs)
+    first, last = (axes.of_keys(x) - axes.kv_offset for x in runs)
     if hidden is not None:
-        last = torch.where(place.of_keys(hidden), first, last)
+        last = torch.where(axes.of_keys(hidden), first, last)
     return AttentionMask.from_intervals(first, last)
