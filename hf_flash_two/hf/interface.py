@@ -93,21 +93,17 @@ def attention_forward(
             module, query, key, attention_mask, is_causal, sliding_window, position_ids,
             cu_seq_lens_q, cu_seq_lens_k,
         )  # fmt: skip
-    if indices is not None:
-        mask = mask & from_indices(indices, key.shape[2])
-    elif block_indices is not None:
-        indexer: Any = module.indexer
-        size = indexer.block_size
-        mask = mask & from_block_indices(block_indices, size, query.shape[1], key.shape[2])
+    chosen = _chosen_keys(module, query, key, indices, block_indices)
+    mask = mask if chosen is None else mask & chosen
     if position_bias is not None:
         bias = position_bias if bias is None else position_bias + bias
     if isinstance(scaling, Tensor):
         query, scaling = query * scaling, 1.0
     if query.shape[0] != key.shape[0] and query.shape[0] == 1:
         query = query.expand(key.shape[0], -1, -1, -1)
-    row_sinks = sinks if sinks is not None and sinks.dim() == 4 else None
-    if sinks is not None and row_sinks is None:
-        s_aux = sinks
+    row_sinks = None
+    if sinks is not None:
+        s_aux, row_sinks = (s_aux, sinks) if sinks.dim() == 4 else (sinks, None)
     wants_weights = _wants_weights(module, output_attentions)
     out = flash_attention(
         query,
@@ -266,6 +262,21 @@ def _from_paged_cache(
         )
 
     return key, value, once(key_ends, ("paged", keys, window), build, query_ends)
+
+
+def _chosen_keys(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    indices: Tensor | None,
+    block_indices: Tensor | None,
+) -> AttentionMask | None:
+    if indices is not None:
+        return from_indices(indices, key.shape[2])
+    if block_indices is None:
+        return None
+    indexer: Any = module.indexer
+    return from_block_indices(block_indices, indexer.block_size, query.shape[1], key.shape[2])
 
 
 def _wants_weights(module: torch.nn.Module, asked: bool | None) -> bool:

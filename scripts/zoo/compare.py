@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import hf_flash_two
 from hf_flash_two import op
-from hf_flash_two.hf.families import NOT_POSSIBLE, attention_kind, key, why_not
+from hf_flash_two.hf.families import NOT_POSSIBLE, attention_kind, name_of, why_not
 from zoo import inputs as given
 from zoo.build import Family
 from zoo.inputs import padded, run
@@ -125,7 +125,7 @@ def _check(family: Family, row: Row) -> None:
     if not good:
         row.status = "differs"
     elif row.layers:
-        others = all(key(type(layer)) in NOT_POSSIBLE for layer in counter.unserved)
+        others = all(name_of(type(layer)) in NOT_POSSIBLE for layer in counter.unserved)
         row.status = "equal" if row.ours and others else "partly"
 
 
