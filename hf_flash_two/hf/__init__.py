@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NoReturn
 
 import transformers
 
 from hf_flash_two.hf import compat
 from hf_flash_two.hf.interface import attention_forward
 from hf_flash_two.hf.mask_function import make_mask
-from hf_flash_two.hf.patching import check_built, patch_asked, patch_built
+from hf_flash_two.hf.patching import check_built, patch_built, patch_requested
 from hf_flash_two.hf.serving import check_serving
 
 __all__ = ["register"]
@@ -23,12 +22,11 @@ def register() -> None:
     it is asked for, and the rest works.
     """
     compat.check_names()
-    compat.describe_mask_functions()
-    compat.note("flash_two", compat.allow_flash_two())
-    compat.note("loading", compat.patch_at_load(patch_built, patch_asked))
-    compat.note("serving", compat.check_before_serving(check_serving))
-    if not compat.offers("loading"):
-        compat.check_at_load(check_built)
+    compat.install_hooks(
+        compat.Listeners(
+            built=patch_built, requested=patch_requested, serving=check_serving, begun=check_built
+        )
+    )
     for name in compat.with_paged_names([compat.FA_TWO, compat.FLASH_TWO]):
         attention, mask = attention_forward, make_mask
         if compat.FLASH_TWO in name and not compat.offers("flash_two"):
@@ -37,7 +35,7 @@ def register() -> None:
         transformers.AttentionMaskInterface.register(name, mask)
 
 
-def _refusing(feature: str) -> Callable[..., NoReturn]:
+def _refusing(feature: str) -> Callable[..., None]:
     def refuse(*_, **__):
         compat.require(feature)
 

@@ -1,7 +1,8 @@
 """Every name of Transformers that is no public interface, in one place, and checked before use.
 
-Nothing here fails at import. What a missing or renamed name makes impossible is noted, and whoever
-needs it calls `require`, which then refuses by name.
+Nothing here fails at import. `NAMES` lists what each feature needs; what a missing or changed name
+makes impossible is noted, and whoever needs it calls `require`, which then refuses by name. `HOOKS`
+lists what is replaced in Transformers.
 
 Tested with transformers 5.4 to 5.24; what differs there:
 
@@ -33,13 +34,17 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from packaging.version import Version
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_flash_two.hf import families
 
 
 def _module(name: str) -> ModuleType | None:
@@ -49,31 +54,36 @@ def _module(name: str) -> ModuleType | None:
         return None
 
 
-masking_utils = _module("transformers.masking_utils")
-output_capturing = _module("transformers.utils.output_capturing")
-_continuous_batching = _module("transformers.generation.continuous_batching")
+_MASKING = "transformers.masking_utils"
+_CONFIG = "transformers.PreTrainedConfig"
+_MODEL = "transformers.PreTrainedModel"
+_GENERATION = "transformers.GenerationMixin"
+_SERVING = "transformers.generation.continuous_batching"
+_FLASH_ATTENTION = "transformers.modeling_flash_attention_utils"
+_FLASH_TEST_MODULES = (
+    "transformers.modeling_utils",
+    "transformers.masking_utils",
+    "transformers.generation.utils",
+)
+_FLASH_TEST = "is_flash_attention_requested"
 
+masking_utils: Any = _module(_MASKING)
+output_capturing = _module("transformers.utils.output_capturing")
 # None stands for no function that a model may hand over.
-causal_mask_function = getattr(masking_utils, "causal_mask_function", None)
+causal_mask_function: Any = getattr(masking_utils, "causal_mask_function", None)
 bidirectional_mask_function = getattr(masking_utils, "bidirectional_mask_function", None)
-sdpa_mask = getattr(masking_utils, "sdpa_mask", None)
+# The class of the cache of continuous batching.
+PagedCache: type = getattr(_module(_SERVING), "PagedAttentionCache", object)
 
 FLASH_TWO = "flash_two"
 FA_TWO = "fa_two"
 PAGED = "paged|"
 RIGHT_PAGED_WINDOWS = Version("5.16.0")
 
-_FLASH_TEST = "is_flash_attention_requested"
-_FLASH_TEST_ARGUMENTS = ["config", "requested_attention_implementation"]
-_FLASH_TEST_MODULES = (
-    "transformers.modeling_utils",
-    "transformers.masking_utils",
-    "transformers.generation.utils",
-)
 _DESCRIPTION = "flash_two_description"
 # Those of Transformers that need nothing installed.
 _IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flex_attention")
-# The functions that make mask functions, and the variables that those close over.
+# The functions that make mask functions, their arguments, which those close over.
 _BUILDERS = {
     "and_masks": ("mask_functions",),
     "or_masks": ("mask_functions",),
@@ -85,56 +95,93 @@ _BUILDERS = {
     "packed_sequence_mask_function": ("packed_sequence_mask",),
     "remap_positions_for_packed_sequence": ("mask_function", "position_ids"),
 }
-
-# Methods of PreTrainedModel, and the arguments they begin with.
-_LOADING = {
-    "_check_and_adjust_attn_implementation": ["self", "attn_implementation"],
-    "post_init": ["self"],
-    "set_attn_implementation": ["self", "attn_implementation"],
-}
-_CHOOSE = "set_attn_implementation"
+# Those that older versions lack.
+_NEWER_BUILDERS = ("blockwise_overlay", "remap_positions_for_packed_sequence")
 _TABLES = "_ATTENTION_CLASSES"
-_SERVING = "init_continuous_batching"
-
-# The class of the cache of continuous batching.
-PagedCache: type = getattr(_continuous_batching, "PagedAttentionCache", object)
-
-# Families that ask whether the mask is a tensor, by model_type: bool where they know it.
-WANTS_BOOL_TENSOR = frozenset({"doge"})
-WANTS_FLOAT_TENSOR = frozenset({"deepseek_v4", "gemma4_audio", "glm_moe_dsa", "informer"})
-# Families that read the mask as additive, without a look at its dtype: to route tokens to experts.
-READS_ADDITIVE = frozenset({"nllb-moe"})
-# Families whose masks are causal though their configs do not say so.
-CAUSAL = frozenset({"openai-gpt"})
-# Families that hand zeros for positions to a decoder, since they add embeddings of time.
-WITHOUT_POSITIONS = frozenset({"decision_transformer"})
-# Families with bidirectional layers that say is_causal, or nothing, which no mask bears out.
-NOT_CAUSAL_WITHOUT_MASK = frozenset(
-    {
-        "bridgetower",
-        "bridgetower_text_model",
-        "chinese_clip_vision_model",
-        "kosmos_2_text_model",
-    }
-)
-# Families whose causal layers say is_causal=False where a mask came, which holds causality.
-CAUSALITY_IN_MASK = frozenset({"moonshine", "moonshine_streaming"})
-# Families that turn to sdpa under a name with "flash" where a float mask comes, which is a bias.
-_TURN_TO_SDPA = frozenset(
-    "edgetam edgetam_video sam2 sam2_video sam3 sam3_lite_text sam3_tracker "
-    "sam3_tracker_video".split()
-)
-# Families whose bidirectional layers name a window that only their cache keeps.
-NO_WINDOW_WITHOUT_MASK = frozenset({"diffusion_gemma_text"})
-
-# Families whose models return the weights of layers that are no decoder's in every call.
-RETURNS_WEIGHTS = frozenset({"kosmos_2_text_model", "kosmos_2_5_text_model"})
-# Families whose weights leave out what goes to the sinks.
-WEIGHTS_WITHOUT_SINKS = frozenset({"granite_swa", "granitemoe_swa"})
 
 
-# What needs names of Transformers that are no public interface, and what does without.
+# What needs names of Transformers that are no public interface, and what does without
+
+
+class Name(NamedTuple):
+    """One of ``owner``, a module or a class, and of a function the arguments that it begins with.
+
+    An ``owner`` that ends in "()" is an instance of that class.
+    """
+
+    owner: str
+    name: str
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> str:
+        return f"{self.owner.removesuffix('()')}.{self.name}"
+
+    def find(self) -> Any:
+        """What bears the name; None if nothing does."""
+        return getattr(_owner(self.owner), self.name, None)
+
+    def problem(self) -> str | None:
+        """Why it cannot be used; None if it can."""
+        if not hasattr(_owner(self.owner), self.name):
+            return f"{self.path} is missing"
+        if self.arguments:
+            signature = inspect.signature(self.find())
+            if tuple(signature.parameters)[: len(self.arguments)] != self.arguments:
+                return f"{self.path} takes other arguments: {signature}"
+        return None
+
+
+def _owner(path: str) -> Any:
+    path, makes, _ = path.partition("()")
+    outer, _, name = path.rpartition(".")
+    found: Any = _module(path) or getattr(_module(outer), name, None)
+    if makes:
+        with suppress(Exception):
+            return found()
+    return found
+
+
+NAMES: dict[str, tuple[Name, ...]] = {
+    "arguments": (Name(_FLASH_ATTENTION, "_flash_attention_forward"),),
+    "configs": (
+        Name(_CONFIG, "_attn_implementation"),
+        Name(_CONFIG, "sub_configs"),
+        Name(_CONFIG + "()", "_attn_implementation_internal"),
+        Name(_MODEL, "_can_set_attn_implementation"),
+        Name("transformers.modeling_utils", families.INTERFACE),
+    ),
+    "flash_two": tuple(
+        Name(module, _FLASH_TEST, ("config", "requested_attention_implementation"))
+        for module in _FLASH_TEST_MODULES
+    ),
+    "loading": (
+        Name(_MODEL, "_check_and_adjust_attn_implementation", ("self", "attn_implementation")),
+        Name(_MODEL, "post_init", ("self",)),
+        Name(_MODEL, "set_attn_implementation", ("self", "attn_implementation")),
+    ),
+    "masks": (
+        Name(_MASKING, "causal_mask_function"),
+        Name(_MASKING, "bidirectional_mask_function"),
+        Name(_MASKING, "sdpa_mask"),
+        *(
+            Name(_MASKING, name, arguments)
+            for name, arguments in _BUILDERS.items()
+            if name not in _NEWER_BUILDERS
+        ),
+    ),
+    "serving": (
+        Name(_GENERATION, "init_continuous_batching"),
+        Name(_SERVING, "PagedAttentionCache"),
+    ),
+}
+"""By feature; what is not found makes the feature impossible."""
+
 _FEATURES = {
+    "arguments": (
+        "an argument of the attention function that flash_two does not know",
+        "drop it from the call of the model, or use attn_implementation='eager'",
+    ),
     "configs": (
         "switching the attention of a model",
         "use a version of transformers that docs/versions.md lists",
@@ -144,7 +191,7 @@ _FEATURES = {
         "use 'fa_two', the same attention under a name that Transformers does not treat specially",
     ),
     "loading": (
-        "attn_implementation of a model that computes attention itself",
+        "attn_implementation of a model with hand-written attention",
         "load it as it is and call hf_flash_two.patch(model)",
     ),
     "masks": ("an attention mask of this kind", "load the model with attn_implementation='eager'"),
@@ -153,11 +200,19 @@ _FEATURES = {
 _missing: dict[str, str] = {}
 
 
+def check_names() -> None:
+    """Note for each feature whether this version of Transformers has what it needs."""
+    for feature, names in NAMES.items():
+        note(feature, next((x for x in (name.problem() for name in names) if x), None))
+    if not offers("configs"):
+        note("loading", _missing["configs"])
+
+
 def note(feature: str, reason: str | None) -> None:
     """Remember why ``feature`` is impossible with this version of Transformers; None if it is not.
 
     Args:
-        feature: "configs", "flash_two", "loading", "masks" or "serving".
+        feature: a key of `NAMES`.
     """
     if reason is None:
         _missing.pop(feature, None)
@@ -196,7 +251,7 @@ def is_ours(implementation: str | None) -> bool:
 
 def uses_ours(config: transformers.PreTrainedConfig) -> bool:
     """Whether the layers of a watched model with this config use flash_two."""
-    return is_ours(implementation(config)) or needs_its_sdpa(config)
+    return is_ours(implementation(config)) or families.needs_its_sdpa(config)
 
 
 def with_paged_names(names: list[str]) -> list[str]:
@@ -232,7 +287,7 @@ def update_paged_cache(
                 "`generate`"
             )
         return key, value, ends, _paged_window(module)
-    layer: int = module.layer_idx
+    layer: Any = module.layer_idx
     states = {"key_states": key, "value_states": value, "layer_idx": layer}
     allocators = getattr(cache, "layer_to_allocator", None)
     if allocators is not None:
@@ -270,30 +325,46 @@ def _paged_window(module: torch.nn.Module) -> int | None:
     return getattr(module.config, "sliding_window", None)
 
 
-def allow_flash_two() -> str | None:
-    """Let ``flash_two`` load and behave as any registered name; the reason if impossible."""
-    found = []
-    for name in _FLASH_TEST_MODULES:
-        module = _module(name)
-        test = getattr(module, _FLASH_TEST, None)
-        if test is None:
-            return f"{name}.{_FLASH_TEST} is missing"
-        if list(inspect.signature(test).parameters)[:2] != _FLASH_TEST_ARGUMENTS:
-            return f"{name}.{_FLASH_TEST} takes other arguments: {inspect.signature(test)}"
-        found.append(module)
-    for module in found:
-        _hide_flash_in_name(module)
-    return None
+# What is replaced in Transformers
 
 
-def _hide_flash_in_name(module: ModuleType) -> None:
-    test = getattr(module, _FLASH_TEST)
-    if not hasattr(test, FLASH_TWO):
-        setattr(module, _FLASH_TEST, _false_for_flash_two(test))
+class Listeners(NamedTuple):
+    """Whom the hooks call.
+
+    Attributes:
+        built: with each model at the end of its construction, its parts done.
+        requested: with a model and the names requested by id of config, None for all others: before
+            ``set_attn_implementation`` with those not ours, after it with ours.
+        serving: with each model that begins to batch continuously.
+        begun: where "loading" is not offered, with each model before its parts are built, and with
+            each part of one whose implementation is to be set, and whether ours was requested.
+    """
+
+    built: Callable[[PreTrainedModel], None]
+    requested: Callable[[PreTrainedModel, dict[int | None, str]], None]
+    serving: Callable[[PreTrainedModel], None]
+    begun: Callable[[PreTrainedModel, bool], None]
 
 
-def _false_for_flash_two(test: Callable) -> Callable:
-    @functools.wraps(test)
+def install_hooks(listeners: Listeners) -> None:
+    """Install all `HOOKS` whose feature is offered, else `FALLBACKS`; again is no harm."""
+    for feature, hooks in HOOKS.items():
+        for name, wrap in hooks if offers(feature) else FALLBACKS.get(feature, ()):
+            if name.problem() is None:
+                _hook(_owner(name.owner), name.name, partial(wrap, listeners))
+
+
+def _hook(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> None:
+    before = getattr(owner, name)
+    if not hasattr(before, FLASH_TWO):
+        hook = functools.wraps(before)(wrap(before))
+        setattr(hook, FLASH_TWO, True)
+        setattr(owner, name, hook)
+
+
+def _false_for_flash_two(_: Listeners | None, test: Callable) -> Callable:
+    """To Transformers' own modules ``flash_two`` is no name of Tri Dao's package."""
+
     def is_flash_attention_requested(
         config=None, requested_attention_implementation=None, *args, **kwargs
     ) -> bool:
@@ -303,53 +374,16 @@ def _false_for_flash_two(test: Callable) -> Callable:
             return False
         return test(config, name, *args, **kwargs)
 
-    setattr(is_flash_attention_requested, FLASH_TWO, True)
     return is_flash_attention_requested
 
 
-def check_names() -> None:
-    """Note what is impossible for want of names that are only read."""
-    config = PreTrainedConfig()
-    names = ("_attn_implementation", "_attn_implementation_internal")
-    reason = next(
-        (f"PreTrainedConfig.{x} is missing" for x in names if not hasattr(config, x)), None
-    )
-    if not hasattr(PreTrainedModel, "_can_set_attn_implementation"):
-        reason = "PreTrainedModel._can_set_attn_implementation is missing"
-    note("configs", reason)
-    known = {
-        "causal_mask_function": causal_mask_function,
-        "bidirectional_mask_function": bidirectional_mask_function,
-        "sdpa_mask": sdpa_mask,
-    }
-    lost = [name for name, found in known.items() if found is None]
-    note("masks", f"transformers.masking_utils.{lost[0]} is missing" if lost else None)
+def _hide_flash_in_name(module: ModuleType) -> None:
+    _hook(module, _FLASH_TEST, partial(_false_for_flash_two, None))
 
 
-def patch_at_load(
-    built: Callable[[PreTrainedModel], None],
-    asked: Callable[[PreTrainedModel, dict[int | None, str]], None],
-) -> str | None:
-    """Tell when a model is asked for under our names, however that is done; why not if impossible.
+def _entering_in_tables(_: Listeners, check: Callable) -> Callable:
+    """Our names are entered where a family looks for the class of an implementation."""
 
-    Args:
-        built: called with each model at the end of its construction, its parts done.
-        asked: called with a model and the names asked for by id of config, None for all others:
-            before ``set_attn_implementation`` with those not ours, after it with ours.
-    """
-    if not offers("configs"):
-        return _missing["configs"]
-    for name, arguments in _LOADING.items():
-        method = getattr(PreTrainedModel, name, None)
-        if method is None:
-            return f"PreTrainedModel.{name} is missing"
-        if list(inspect.signature(method).parameters)[: len(arguments)] != arguments:
-            return f"PreTrainedModel.{name} takes other arguments: {inspect.signature(method)}"
-    if hasattr(PreTrainedModel.post_init, FLASH_TWO):
-        return None
-    check, end, choose = (getattr(PreTrainedModel, name) for name in _LOADING)
-
-    @functools.wraps(check)
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
         if is_ours(attn_implementation):
             if attn_implementation.removeprefix(PAGED) == FLASH_TWO:
@@ -357,83 +391,99 @@ def patch_at_load(
             _enter_in_tables(type(self))
         return check(self, attn_implementation, *args, **kwargs)
 
-    @functools.wraps(end)
+    return _check_and_adjust_attn_implementation
+
+
+def _telling_what_is_built(listeners: Listeners, end: Callable) -> Callable:
     def post_init(self, *args, **kwargs):
         end(self, *args, **kwargs)
         name = type(self).__module__
-        if name.rpartition("modeling_")[2] in _TURN_TO_SDPA:
+        if name.rpartition("modeling_")[2] in families.TURN_TO_SDPA:
             _hide_flash_in_name(sys.modules[name])
         if not _is_part_of_another(self):
-            built(self)
+            listeners.built(self)
 
-    @functools.wraps(choose)
+    return post_init
+
+
+def _telling_what_is_requested(listeners: Listeners, choose: Callable) -> Callable:
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
-        names = dict(_asked_for(self.config, attn_implementation))
+        names: dict[int | None, str] = dict(_requested(self.config, attn_implementation))
         if isinstance(attn_implementation, str):
             names[None] = attn_implementation
-        asked(self, {at: name for at, name in names.items() if not is_ours(name)})
-        # Of a family that computes attention itself it would say that it cannot be set.
+        listeners.requested(self, {at: name for at, name in names.items() if not is_ours(name)})
+        # Of a family with hand-written attention it would say that it cannot be set.
         if uses_interface(self) or self.config.sub_configs or not is_ours(attn_implementation):
             choose(self, attn_implementation, *args, **kwargs)
-        asked(self, {at: name for at, name in names.items() if is_ours(name)})
+        listeners.requested(self, {at: name for at, name in names.items() if is_ours(name)})
 
-    for method in (_check_and_adjust_attn_implementation, post_init, set_attn_implementation):
-        setattr(method, FLASH_TWO, True)
-        setattr(PreTrainedModel, method.__name__, method)
-    return None
+    return set_attn_implementation
 
 
-def check_at_load(check: Callable[[PreTrainedModel, bool], None]) -> None:
-    """Where `patch_at_load` is impossible: tell at least of each model that is built or changed.
-
-    Args:
-        check: called with each model before its parts are built, and with each part of one whose
-            implementation is to be set, and whether one of our names was asked for.
-    """
-    build, choose = PreTrainedModel.__init__, getattr(PreTrainedModel, _CHOOSE, None)
-    if hasattr(build, FLASH_TWO):
-        return
-
-    @functools.wraps(build)
+def _telling_what_is_begun(listeners: Listeners, build: Callable) -> Callable:
     def __init__(self, config, *args, **kwargs):
         build(self, config, *args, **kwargs)
-        check(self, is_ours(name_in(self.config)))
+        listeners.begun(self, is_ours(name_in(self.config)))
 
-    setattr(__init__, FLASH_TWO, True)
-    PreTrainedModel.__init__ = __init__
-    if choose is None or hasattr(choose, FLASH_TWO):
-        return
+    return __init__
 
-    @functools.wraps(choose)
+
+def _telling_what_is_chosen(listeners: Listeners, choose: Callable) -> Callable:
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
         several = isinstance(attn_implementation, dict)
         names = attn_implementation.values() if several else [attn_implementation]
         for part in self.modules():
             if isinstance(part, PreTrainedModel):
-                check(part, any(map(is_ours, names)))
+                listeners.begun(part, any(map(is_ours, names)))
         choose(self, attn_implementation, *args, **kwargs)
 
-    setattr(PreTrainedModel, _CHOOSE, set_attn_implementation)
+    return set_attn_implementation
 
 
-def check_before_serving(check: Callable[[PreTrainedModel], None]) -> str | None:
-    """Call ``check`` with each model that begins to batch continuously; why not if impossible."""
-    start = getattr(transformers.GenerationMixin, _SERVING, None)
-    if start is None:
-        return f"GenerationMixin.{_SERVING} is missing"
-    if PagedCache is object:
-        return "transformers.generation.continuous_batching.PagedAttentionCache is missing"
-    if hasattr(start, FLASH_TWO):
-        return None
-
-    @functools.wraps(start)
+def _telling_what_serves(listeners: Listeners, start: Callable) -> Callable:
     def init_continuous_batching(self, *args, **kwargs):
-        check(self)
+        listeners.serving(self)
         return start(self, *args, **kwargs)
 
-    setattr(init_continuous_batching, FLASH_TWO, True)
-    setattr(transformers.GenerationMixin, _SERVING, init_continuous_batching)
-    return None
+    return init_continuous_batching
+
+
+def _describing(_: Listeners, builder: Callable) -> Callable:
+    """Mask functions say what they are: while torch.compile traces, closures cannot be read."""
+    name = builder.__name__
+    variadic = _BUILDERS[name] == ("mask_functions",)
+
+    def describing(*args, **kwargs):
+        function = builder(*args, **kwargs)
+        if not kwargs:
+            setattr(function, _DESCRIPTION, (name, (args,) if variadic else args))
+        return function
+
+    return describing
+
+
+Hook = tuple[Name, Callable[[Listeners, Callable], Callable]]
+HOOKS: dict[str, tuple[Hook, ...]] = {
+    "flash_two": tuple((name, _false_for_flash_two) for name in NAMES["flash_two"]),
+    "loading": tuple(
+        zip(
+            NAMES["loading"],
+            (_entering_in_tables, _telling_what_is_built, _telling_what_is_requested),
+            strict=True,
+        )
+    ),
+    "masks": tuple((Name(_MASKING, *item), _describing) for item in _BUILDERS.items()),
+    "serving": ((NAMES["serving"][0], _telling_what_serves),),
+}
+"""By feature: what is replaced, and what makes the replacement."""
+FALLBACKS: dict[str, tuple[Hook, ...]] = {
+    "loading": (
+        (Name(_MODEL, "__init__"), _telling_what_is_begun),
+        (Name(_MODEL, "set_attn_implementation"), _telling_what_is_chosen),
+    ),
+    "masks": HOOKS["masks"],
+}
+"""The same where the feature is not offered: what is left of it works, or is refused by name."""
 
 
 def _enter_in_tables(model: type[PreTrainedModel]) -> None:
@@ -449,7 +499,7 @@ def _enter_in_tables(model: type[PreTrainedModel]) -> None:
         _hide_flash_in_name(module)
 
 
-def _asked_for(config: PreTrainedConfig, name: str | dict | None) -> Iterator[tuple[int, str]]:
+def _requested(config: PreTrainedConfig, name: str | dict | None) -> Iterator[tuple[int, str]]:
     """(id of config, name) that ``name`` asks for, down through the sub-configs."""
     own = name.get("") if isinstance(name, dict) else name
     if own is not None:
@@ -458,7 +508,7 @@ def _asked_for(config: PreTrainedConfig, name: str | dict | None) -> Iterator[tu
         sub = getattr(config, key, None)
         below = name.get(key) if isinstance(name, dict) else name
         if sub is not None and below is not None:
-            yield from _asked_for(sub, below)
+            yield from _requested(sub, below)
 
 
 def _is_part_of_another(model: PreTrainedModel) -> bool:
@@ -478,25 +528,6 @@ def only_inlined(function: Callable) -> Callable:
     return function
 
 
-def has_cross_attention(model: transformers.PreTrainedModel) -> bool:
-    """Whether a bidirectional mask of this model may be one from a decoder to an encoder."""
-    names = ("is_decoder", "is_encoder_decoder", "add_cross_attention")
-    return any(getattr(model.config, name, False) for name in names)
-
-
-def has_positions(model: transformers.PreTrainedModel) -> bool:
-    """Whether the ``position_ids`` that a model is given tell where its tokens stand."""
-    return model.config.model_type not in WITHOUT_POSITIONS
-
-
-def is_causal_model(model: transformers.PreTrainedModel) -> bool:
-    """Whether a model that makes its own masks makes causal ones."""
-    config = model.config
-    return config.model_type in CAUSAL or any(
-        getattr(config, name, False) for name in ("is_decoder", "causal")
-    )
-
-
 @torch.compiler.assume_constant_result
 def is_read_by_attention(name: str, modeling: str) -> bool:
     """Whether an attention function of Transformers reads the argument ``name``.
@@ -504,6 +535,7 @@ def is_read_by_attention(name: str, modeling: str) -> bool:
     Args:
         modeling: name of a layer's Python module, whose own attention functions count as well.
     """
+    require("arguments")
     return name in _arguments_of_attention(modeling)
 
 
@@ -512,7 +544,7 @@ def _arguments_of_attention(modeling: str) -> frozenset[str]:
     functions = [transformers.AttentionInterface()[name] for name in _IMPLEMENTATIONS]
     for module, pattern in (
         (modeling, "attention_forward"),
-        ("transformers.modeling_flash_attention_utils", "_flash_attention"),
+        (_FLASH_ATTENTION, "_flash_attention"),
     ):
         members = vars(importlib.import_module(module)).items()
         functions += [f for n, f in members if pattern in n and inspect.isfunction(f)]
@@ -533,40 +565,19 @@ def remaps_positions() -> bool:
     return hasattr(masking_utils, "remap_positions_for_packed_sequence")
 
 
-def describe_mask_functions() -> None:
-    """Let mask functions say what they are: while torch.compile traces, closures cannot be read."""
-    for name in _BUILDERS:
-        builder = getattr(masking_utils, name, None)
-        if builder is not None and not hasattr(builder, FLASH_TWO):
-            setattr(masking_utils, name, _describing(builder, name))
-
-
-def _describing(builder: Callable, name: str) -> Callable:
-    variadic = _BUILDERS[name] == ("mask_functions",)
-
-    @functools.wraps(builder)
-    def describing(*args, **kwargs):
-        function = builder(*args, **kwargs)
-        if not kwargs:
-            setattr(function, _DESCRIPTION, (name, (args,) if variadic else args))
-        return function
-
-    setattr(describing, FLASH_TWO, True)
-    return describing
-
-
-def describe(mask_function: Callable) -> tuple[str, tuple[Any, ...]] | None:
-    """(builder, its arguments) of a mask function made by masking_utils; None of any other."""
+def describe(mask_function: Callable) -> tuple[str, tuple[Any, ...]]:
+    """(builder, its arguments) of a mask function made by masking_utils; ("", ()) of any other."""
+    unknown = "", ()
     description = getattr(mask_function, _DESCRIPTION, None)
     if description is not None or torch.compiler.is_compiling():
-        return description
+        return description or unknown
     if getattr(mask_function, "__module__", None) != "transformers.masking_utils":
-        return None
+        return unknown
     builder = mask_function.__qualname__.partition(".")[0]
     variables = mask_function.__code__.co_freevars
     if sorted(variables) != sorted(_BUILDERS.get(builder, ())) or not variables:
-        return None
-    cells = (cell.cell_contents for cell in mask_function.__closure__)
+        return unknown
+    cells = (cell.cell_contents for cell in mask_function.__closure__ or ())
     values = dict(zip(variables, cells, strict=True))
     return builder, tuple(values[name] for name in _BUILDERS[builder])
 
@@ -577,57 +588,10 @@ def makes_masks(module: torch.nn.Module) -> bool:
     return name in transformers.AttentionMaskInterface()
 
 
-def is_causal_without_mask(module: torch.nn.Module) -> bool:
-    """Whether ``module.is_causal`` may be believed where no mask came."""
-    return _family(module) not in NOT_CAUSAL_WITHOUT_MASK
-
-
-def leaves_causality_to_mask(module: torch.nn.Module) -> bool:
-    """Whether ``is_causal=False`` says nothing once there is a mask."""
-    return _family(module) in CAUSALITY_IN_MASK
-
-
-def has_window_without_mask(module: torch.nn.Module) -> bool:
-    """Whether a bidirectional layer that names a window hides keys where no mask came."""
-    return _family(module) not in NO_WINDOW_WITHOUT_MASK
-
-
-def returns_weights(module: torch.nn.Module) -> bool:
-    """Whether the model returns the weights of this layer whoever calls it."""
-    return _family(module) in RETURNS_WEIGHTS and not getattr(module, "is_decoder", True)
-
-
-def weights_without_sinks(module: torch.nn.Module) -> bool:
-    """Whether eager weights of this layer sum to 1, though it has sinks."""
-    return _family(module) in WEIGHTS_WITHOUT_SINKS
-
-
-def _family(module: torch.nn.Module) -> str | None:
-    return getattr(getattr(module, "config", None), "model_type", None)
-
-
-def has_own_attention(config: transformers.PreTrainedConfig) -> bool:
-    """Whether the family computes attention itself, and so wants the float mask that eager gets."""
-    name = type(config).__module__.replace(".configuration_", ".modeling_")
-    return not hasattr(
-        sys.modules.get(name, transformers.modeling_utils), "ALL_ATTENTION_FUNCTIONS"
-    )
-
-
 def uses_interface(model: transformers.PreTrainedModel) -> bool:
     """Whether the layers of this very model (not of others in it) go through the interface."""
     require("configs")
     return model._can_set_attn_implementation()
-
-
-def default_implementation(config: transformers.PretrainedConfig) -> str:
-    """What a family that computes attention itself may always be set to."""
-    return "sdpa" if needs_its_sdpa(config) else "eager"
-
-
-def needs_its_sdpa(config: transformers.PretrainedConfig) -> bool:
-    """Whether the family is right under "sdpa" only: Falcon's eager code adds its ALiBi twice."""
-    return config.model_type == "falcon" and config.alibi
 
 
 def records_attentions() -> bool:

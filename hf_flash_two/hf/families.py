@@ -1,6 +1,7 @@
-"""Which classes compute attention, and which do so themselves instead of through the interface.
+"""Every table of families: which of them need what, and whose attention is hand-written.
 
-All of the latter are carried out by one mechanism, `own_attention`. Listed are those that tests
+Layers with hand-written attention compute it in their own forward instead of through Transformers'
+attention interface. All of them are run by one mechanism, `tracer`. Listed are those that tests
 prove to give the same numbers, as ``family.class``, and those that cannot, with the reason; users
 register their own. Everything else is told by the names its code uses.
 """
@@ -10,15 +11,58 @@ from __future__ import annotations
 import dis
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from functools import cache
 from types import CodeType, FunctionType
 from typing import TypeVar
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 Module = TypeVar("Module", bound=type[nn.Module])
+
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+"""What code that goes through Transformers' attention interface calls it."""
+
+# Facts by model_type
+
+# Families that ask whether the mask is a tensor, by model_type: bool where they know it.
+WANTS_BOOL_TENSOR = frozenset({"doge"})
+WANTS_FLOAT_TENSOR = frozenset({"deepseek_v4", "gemma4_audio", "glm_moe_dsa", "informer"})
+# Families that read the mask as additive, without a look at its dtype: to route tokens to experts.
+READS_ADDITIVE = frozenset({"nllb-moe"})
+# Families whose masks are causal though their configs do not say so.
+CAUSAL = frozenset({"openai-gpt"})
+# Families that hand zeros for positions to a decoder, since they add embeddings of time.
+WITHOUT_POSITIONS = frozenset({"decision_transformer"})
+# Families with bidirectional layers that say is_causal, or nothing, which no mask bears out.
+NOT_CAUSAL_WITHOUT_MASK = frozenset(
+    {
+        "bridgetower",
+        "bridgetower_text_model",
+        "chinese_clip_vision_model",
+        "kosmos_2_text_model",
+    }
+)
+# Families whose causal layers say is_causal=False where a mask came, which holds causality.
+CAUSALITY_IN_MASK = frozenset({"moonshine", "moonshine_streaming"})
+# Families that turn to sdpa under a name with "flash" where a float mask comes, which is a bias.
+TURN_TO_SDPA = frozenset(
+    {
+        "edgetam", "edgetam_video", "sam2", "sam2_video", "sam3", "sam3_lite_text", "sam3_tracker",
+        "sam3_tracker_video",
+    }
+)  # fmt: skip
+# Families whose bidirectional layers name a window that only their cache keeps.
+NO_WINDOW_WITHOUT_MASK = frozenset({"diffusion_gemma_text"})
+
+# Families whose models return the weights of layers that are no decoder's in every call.
+RETURNS_WEIGHTS = frozenset({"kosmos_2_text_model", "kosmos_2_5_text_model"})
+# Families whose weights leave out what goes to the sinks.
+WEIGHTS_WITHOUT_SINKS = frozenset({"granite_swa", "granitemoe_swa"})
+
+# Classes with hand-written attention, and such that cannot be run
 
 _BY_FAMILY = {
     "aimv2": "Aimv2AttentionPoolingHead",
@@ -122,7 +166,7 @@ _BY_FAMILY = {
     "xlnet": "XLNetRelativeAttention",
     "zoedepth": "ZoeDepthMultiheadAttention",
 }
-OWN_ATTENTION = frozenset(
+HAND_WRITTEN = frozenset(
     f"{family}.{name}" for family, names in _BY_FAMILY.items() for name in names.split()
 )
 """Tested to give what they give unpatched."""
@@ -160,7 +204,7 @@ NOT_POSSIBLE = {
     "yoso.YosoSelfAttention": "estimates weights by hashing; there is no softmax",
 }
 
-ALWAYS_ASKED = frozenset(
+ALWAYS_REQUESTED = frozenset(
     {
         "dab_detr.DabDetrAttention",
         "grounding_dino.GroundingDinoBiMultiHeadAttention",
@@ -177,7 +221,7 @@ UNLESS = {
     "deberta.DisentangledSelfAttention": ("talking_head", "mixes the probabilities of its heads"),
     "ibert.IBertSelfAttention": ("quant_mode", "computes in integers"),
 }
-"""Layers of classes in OWN_ATTENTION that cannot: (attribute that tells, reason)."""
+"""Layers of classes in HAND_WRITTEN that cannot: (attribute that tells, reason)."""
 
 _TRANSFORMERS = "transformers.models."
 _NAMED = re.compile(r"att(ention|n)|mha", re.IGNORECASE)
@@ -191,7 +235,7 @@ _registered: set[type[nn.Module]] = set()
 
 
 def register_attention(cls: Module) -> Module:
-    """Let `patch` switch a class of your own that writes softmax attention out in its ``forward``.
+    """Let `patch` switch a class of your own with hand-written softmax attention.
 
     Its forward then runs as it is, while the product of queries and keys is recorded and computed
     by the kernels; what has no counterpart there raises NotImplementedError in the first call.
@@ -205,10 +249,10 @@ def register_attention(cls: Module) -> Module:
     """
     if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
         raise TypeError(f"cls: expected a subclass of torch.nn.Module, got {cls!r}")
-    name = key(cls)
+    name = name_of(cls)
     if name in NOT_POSSIBLE:
-        raise ValueError(f"cls: {cls.__name__} cannot be carried out: {NOT_POSSIBLE[name]}")
-    if name not in OWN_ATTENTION and attention_kind(cls) == "interface":
+        raise ValueError(f"cls: {cls.__name__} cannot be switched: {NOT_POSSIBLE[name]}")
+    if name not in HAND_WRITTEN and attention_kind(cls) == "interface":
         raise ValueError(
             f"cls: {cls.__name__} goes through Transformers' attention interface; "
             "attn_implementation='flash_two' or `patch` switch it as it is"
@@ -219,14 +263,14 @@ def register_attention(cls: Module) -> Module:
 
 
 def why_not(layer: nn.Module) -> str | None:
-    """Why a layer that computes attention itself cannot be carried out; None if it can."""
+    """Why a layer with hand-written attention cannot be run; None if it can."""
     cls = type(layer)
-    name = key(cls)
+    name = name_of(cls)
     if name in NOT_POSSIBLE:
         return NOT_POSSIBLE[name]
-    if name not in OWN_ATTENTION and _defines_forward(cls) not in _registered:
+    if name not in HAND_WRITTEN and _defines_forward(cls) not in _registered:
         register = f"; hf_flash_two.register_attention({_defines_forward(cls).__name__}) allows it"
-        reason = "computes attention itself in a way not known"
+        reason = "its attention is hand-written in a way not known"
         return reason + (register if ":" in name else "")
     attribute, reason = UNLESS.get(name, ("", ""))
     return reason if attribute and getattr(layer, attribute) else None
@@ -234,15 +278,15 @@ def why_not(layer: nn.Module) -> str | None:
 
 @cache
 def attention_kind(cls: type[nn.Module]) -> str | None:
-    """ "interface", "own" or None for a class that is no attention layer."""
-    name, owner = key(cls), _defines_forward(cls)
+    """ "interface", "hand-written" or None for a class that is no attention layer."""
+    name, owner = name_of(cls), _defines_forward(cls)
     functions = [] if issubclass(cls, PreTrainedModel) else _functions(cls)
     names = {name for function in functions for name in _names(function.__code__)}
     # Before the lists: some classes in them use the interface in newer versions.
-    if "ALL_ATTENTION_FUNCTIONS" in names:
+    if INTERFACE in names:
         return "interface"
-    if name in OWN_ATTENTION or name in NOT_POSSIBLE or owner in _registered:
-        return "own"
+    if name in HAND_WRITTEN or name in NOT_POSSIBLE or owner in _registered:
+        return "hand-written"
     if issubclass(cls, PreTrainedModel) or owner.__module__.startswith("torch."):
         return None
 
@@ -254,10 +298,10 @@ def attention_kind(cls: type[nn.Module]) -> str | None:
         named = named or uses(_WHOLE) or uses(_QUERY)
     attends = uses(_WHOLE) or any("softmax" in name.lower() for name in names) and uses(_PRODUCT)
     # Of a class that is compiled nothing but the name tells.
-    return "own" if named and (attends or not functions) else None
+    return "hand-written" if named and (attends or not functions) else None
 
 
-def key(cls: type) -> str:
+def name_of(cls: type) -> str:
     """``family.class`` of the class that defines ``forward``; PyTorch's own family is ``torch``.
 
     ``module:class`` where neither Transformers nor PyTorch ships it.
@@ -275,16 +319,16 @@ def _defines_forward(cls: type) -> type:
 def _functions(cls: type) -> list[FunctionType]:
     """What an instance of ``cls`` may run of its own code, helpers of the same module included."""
     found: dict[FunctionType, None] = {}
-    settled: set[str] = set()
+    done: set[str] = set()
     for owner in cls.__mro__:
         if owner is object or owner.__module__.startswith("torch."):
             continue
         for name, member in vars(owner).items():
             function = inspect.unwrap(getattr(member, "__func__", member))
-            if inspect.isfunction(function) and name not in settled:
+            if inspect.isfunction(function) and name not in done:
                 found[function] = None
                 if "super" not in function.__code__.co_names:
-                    settled.add(name)
+                    done.add(name)
     waiting = list(found)
     while waiting:
         function = waiting.pop()
@@ -306,3 +350,70 @@ def _names(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _names(constant)
+
+
+# Questions about one model or layer
+
+
+def has_cross_attention(model: PreTrainedModel) -> bool:
+    """Whether a bidirectional mask of this model may be one from a decoder to an encoder."""
+    names = ("is_decoder", "is_encoder_decoder", "add_cross_attention")
+    return any(getattr(model.config, name, False) for name in names)
+
+
+def has_positions(model: PreTrainedModel) -> bool:
+    """Whether the ``position_ids`` that a model is given tell where its tokens stand."""
+    return model.config.model_type not in WITHOUT_POSITIONS
+
+
+def is_causal_model(model: PreTrainedModel) -> bool:
+    """Whether a model that makes its own masks makes causal ones."""
+    config = model.config
+    return config.model_type in CAUSAL or any(
+        getattr(config, name, False) for name in ("is_decoder", "causal")
+    )
+
+
+def is_causal_without_mask(module: nn.Module) -> bool:
+    """Whether ``module.is_causal`` may be believed where no mask came."""
+    return _family(module) not in NOT_CAUSAL_WITHOUT_MASK
+
+
+def leaves_causality_to_mask(module: nn.Module) -> bool:
+    """Whether ``is_causal=False`` says nothing once there is a mask."""
+    return _family(module) in CAUSALITY_IN_MASK
+
+
+def has_window_without_mask(module: nn.Module) -> bool:
+    """Whether a bidirectional layer that names a window hides keys where no mask came."""
+    return _family(module) not in NO_WINDOW_WITHOUT_MASK
+
+
+def returns_weights(module: nn.Module) -> bool:
+    """Whether the model returns the weights of this layer whoever calls it."""
+    return _family(module) in RETURNS_WEIGHTS and not getattr(module, "is_decoder", True)
+
+
+def weights_without_sinks(module: nn.Module) -> bool:
+    """Whether eager weights of this layer sum to 1, though it has sinks."""
+    return _family(module) in WEIGHTS_WITHOUT_SINKS
+
+
+def _family(module: nn.Module) -> str | None:
+    return getattr(getattr(module, "config", None), "model_type", None)
+
+
+def is_hand_written(config: PreTrainedConfig) -> bool:
+    """Whether all attention of the family is hand-written, and wants the float mask of eager."""
+    name = type(config).__module__.replace(".configuration_", ".modeling_")
+    return name in sys.modules and not hasattr(sys.modules[name], INTERFACE)
+
+
+def default_implementation(config: PreTrainedConfig) -> str:
+    """What a family with hand-written attention may always be set to."""
+    return "sdpa" if needs_its_sdpa(config) else "eager"
+
+
+def needs_its_sdpa(config: PreTrainedConfig) -> bool:
+    """Whether the family is right under "sdpa" only: Falcon's eager code adds its ALiBi twice."""
+    return config.model_type == "falcon" and config.alibi

@@ -1,20 +1,20 @@
-"""The attention function that Transformers calls: it refuses, settles the mask, calls."""
+"""The attention function that Transformers calls: resolves the mask, calls `flash_attention`."""
 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_flash_two.attention import flash_attention
-from hf_flash_two.hf import compat, forward_pass
+from hf_flash_two.hf import compat, families, forward_pass
 from hf_flash_two.hf.forward_pass import once
-from hf_flash_two.hf.mask_carrier import MaskCarrier
-from hf_flash_two.hf.mask_function import from_tiles
-from hf_flash_two.hf.packing import demand, document_starts, may_be_packed
+from hf_flash_two.hf.mask_proxy import MaskProxy
+from hf_flash_two.hf.packing import keep_apart, keep_apart_in_layer
+from hf_flash_two.hf.tensor_masks import from_block_indices, from_indices, from_tensor
 from hf_flash_two.masks import AttentionMask
-from hf_flash_two.tensor_cache import is_symbolic
 
 # What attention functions of Transformers read, though here it changes no result: lengths that
 # cu_seq_lens already hold; every kernel is deterministic; how another kernel is tuned; groups of
@@ -32,7 +32,7 @@ def attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: MaskCarrier | Tensor | None,
+    attention_mask: MaskProxy | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
@@ -81,6 +81,56 @@ def attention_forward(
             models hand down all sorts of arguments.
         ValueError: arguments that contradict each other or do not fit.
     """
+    _refuse_what_others_use(module, kwargs)
+    bias = None
+    if cache is not None or kwargs.get("write_index") is not None:
+        compat.require("serving")
+        _check_paged(module, attention_mask)
+        paged = dict(kwargs, cu_seq_lens_k=cu_seq_lens_k)
+        key, value, mask = _from_paged_cache(module, key, value, cache, cu_seq_lens_q, paged)
+    else:
+        mask, bias = _resolve_mask(
+            module, query, key, attention_mask, is_causal, sliding_window, position_ids,
+            cu_seq_lens_q, cu_seq_lens_k,
+        )  # fmt: skip
+    chosen = _chosen_keys(module, query, key, indices, block_indices)
+    mask = mask if chosen is None else mask & chosen
+    if position_bias is not None:
+        bias = position_bias if bias is None else position_bias + bias
+    if isinstance(scaling, Tensor):
+        query, scaling = query * scaling, 1.0
+    if query.shape[0] != key.shape[0] and query.shape[0] == 1:
+        query = query.expand(key.shape[0], -1, -1, -1)
+    row_sinks = None
+    if sinks is not None:
+        s_aux, row_sinks = (s_aux, sinks) if sinks.dim() == 4 else (sinks, None)
+    wants_weights = _wants_weights(module, output_attentions)
+    out = flash_attention(
+        query,
+        key,
+        value,
+        mask=mask,
+        scale=scaling,
+        bias=bias,
+        softcap=softcap,
+        sinks=s_aux,
+        dropout_p=dropout,
+        return_lse=wants_weights or row_sinks is not None,
+    )
+    if not isinstance(out, tuple):
+        return out.transpose(1, 2).contiguous(), None
+    out, lse = out if row_sinks is None else _with_row_sinks(*out, row_sinks)
+    weights = None
+    if wants_weights:
+        lse = None if families.weights_without_sinks(module) else lse
+        weights = _weights(query, key, mask, bias, lse, scaling, softcap)
+        if cu_seq_lens_q is not None and is_causal is False and attention_mask is None:
+            # Towers, which under "eager" attend within one image at a time.
+            weights = _blocks(weights, cu_seq_lens_q, cu_seq_lens_k)
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _refuse_what_others_use(module: torch.nn.Module, kwargs: dict[str, object]) -> None:
     for name, given in kwargs.items():
         if given is None or given is False or name in _INFORMATIONAL:
             continue
@@ -95,69 +145,14 @@ def attention_forward(
             "block_table: flash_two does not write to the pages of continuous batching by a table; "
             "leave max_blocks_per_request of its configuration at 0"
         )
-    if cache is not None or kwargs.get("write_index") is not None:
-        compat.require("serving")
-        _check_paged(module, attention_mask)
-        paged = dict(kwargs, cu_seq_lens_k=cu_seq_lens_k)
-        key, value, mask = _from_paged_cache(module, key, value, cache, cu_seq_lens_q, paged)
-        bias = None
-    else:
-        causal = _causality(module, attention_mask, is_causal)
-        mask, bias = _settle_mask(
-            module, query, key, attention_mask, causal, sliding_window, position_ids,
-            cu_seq_lens_q, cu_seq_lens_k,
-        )  # fmt: skip
-    if indices is not None or block_indices is not None:
-        mask = mask & _from_indices(module, query, key, indices, block_indices)
-    if position_bias is not None:
-        bias = position_bias if bias is None else position_bias + bias
-    if isinstance(scaling, Tensor):
-        query, scaling = query * scaling, 1.0
-    if query.shape[0] != key.shape[0] and query.shape[0] == 1:
-        query = query.expand(key.shape[0], -1, -1, -1)
-    row_sinks = sinks if sinks is not None and sinks.dim() == 4 else None
-    if sinks is not None and row_sinks is None:
-        s_aux = sinks
-    if output_attentions is None:
-        output_attentions = getattr(getattr(module, "config", None), "output_attentions", False)
-    wants_weights = (
-        output_attentions or compat.returns_weights(module) or forward_pass.asks_for_weights()
-    )
-    out = flash_attention(
-        query,
-        key,
-        value,
-        mask=mask,
-        scale=scaling,
-        bias=bias,
-        softcap=softcap,
-        sinks=s_aux,
-        dropout_p=dropout,
-        return_lse=wants_weights or row_sinks is not None,
-    )
-    weights = None
-    if isinstance(out, tuple):
-        out, lse = out
-        if row_sinks is not None:
-            # One more logit in the denominator takes the share exp(sink) / (exp(lse) + exp(sink)).
-            share = torch.sigmoid(lse - row_sinks[..., 0].to(lse.dtype))
-            out = out * share[..., None].to(out.dtype)
-            lse = torch.logaddexp(lse, row_sinks[..., 0].to(lse.dtype))
-        if wants_weights:
-            lse = None if compat.weights_without_sinks(module) else lse
-            weights = _weights(query, key, mask, bias, lse, scaling, softcap)
-            if cu_seq_lens_q is not None and is_causal is False and attention_mask is None:
-                # Towers, which under "eager" attend within one image at a time.
-                weights = _blocks(weights, cu_seq_lens_q, cu_seq_lens_k)
-    return out.transpose(1, 2).contiguous(), weights
 
 
 def _causality(module: torch.nn.Module, attention_mask, is_causal: bool | None) -> bool:
     modules = getattr(module, "is_causal", True)
     if is_causal is None:
-        return modules and (attention_mask is not None or compat.is_causal_without_mask(module))
-    if not is_causal and modules and isinstance(attention_mask, MaskCarrier):
-        if attention_mask.causal and not compat.leaves_causality_to_mask(module):
+        return modules and (attention_mask is not None or families.is_causal_without_mask(module))
+    if not is_causal and modules and isinstance(attention_mask, MaskProxy):
+        if attention_mask.causal and not families.leaves_causality_to_mask(module):
             raise ValueError(
                 "is_causal: False was passed, but the model made a causal mask; set "
                 "`model.config.is_causal = False` before the forward for bidirectional attention"
@@ -165,22 +160,23 @@ def _causality(module: torch.nn.Module, attention_mask, is_causal: bool | None) 
     return is_causal
 
 
-def _settle_mask(
+def _resolve_mask(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
-    attention_mask: MaskCarrier | Tensor | None,
-    causal: bool,
+    attention_mask: MaskProxy | Tensor | None,
+    is_causal: bool | None,
     sliding_window: int | None,
     position_ids: Tensor | None,
     cu_seq_lens_q: Tensor | None,
-    cu_seq_lens_k: Tensor | None,
+    cu_seq_lens_k: Any,
 ) -> tuple[AttentionMask, Tensor | None]:
     """(mask, additive bias or None)"""
+    causal = _causality(module, attention_mask, is_causal)
     batch, heads, queries, _ = query.shape
     keys = key.shape[2]
     bias = padding = None
-    if isinstance(attention_mask, MaskCarrier):
+    if isinstance(attention_mask, MaskProxy):
         attention_mask = attention_mask.broadcast_to(queries, keys)
         if attention_mask.shape[2:] != (queries, keys):
             raise ValueError(
@@ -193,7 +189,7 @@ def _settle_mask(
     elif attention_mask is None:
         mask = _without_mask(module, queries, keys, causal, sliding_window)
     elif isinstance(attention_mask, Tensor):
-        mask, bias = _from_tensor(attention_mask, (batch, heads, queries, keys), causal)
+        mask, bias = from_tensor(attention_mask, (batch, heads, queries, keys), causal)
         padding = attention_mask
     else:
         raise TypeError(
@@ -201,17 +197,9 @@ def _settle_mask(
             f"{type(attention_mask).__name__}; a model must take its masks from "
             "transformers.masking_utils under the same attn_implementation"
         )
-    if cu_seq_lens_q is not None:
-        documents = _from_cu_seqlens(cu_seq_lens_q, cu_seq_lens_k, batch, queries, keys)
-    elif may_be_packed(position_ids, batch, queries) and (padding is None or padding.dim() == 2):
-        documents = _from_positions(position_ids, padding, mask, queries, keys)
-    else:
-        return mask, bias
-    forward_pass.keep_apart()
-    if documents is None:
-        return mask, bias
-    described_by = position_ids if cu_seq_lens_q is None else cu_seq_lens_q
-    return once(described_by, (mask, documents), lambda: mask & documents), bias
+    shape = batch, queries, keys
+    mask = keep_apart_in_layer(mask, padding, shape, position_ids, cu_seq_lens_q, cu_seq_lens_k)
+    return mask, bias
 
 
 def _without_mask(
@@ -219,8 +207,8 @@ def _without_mask(
 ) -> AttentionMask:
     """Towers and cross attention come without a mask; nothing that had to have one may."""
     if not causal:
-        windowed = sliding_window is not None and compat.has_window_without_mask(module)
-        if windowed and keys > sliding_window:
+        windowed = families.has_window_without_mask(module)
+        if sliding_window is not None and windowed and keys > sliding_window:
             raise ValueError(
                 f"attention_mask: a bidirectional layer with sliding_window={sliding_window} got "
                 f"no mask for its {keys} keys"
@@ -242,102 +230,6 @@ def _without_mask(
     return AttentionMask.causal(window=sliding_window)
 
 
-def _from_tensor(
-    mask: Tensor, shape: tuple[int, int, int, int], causal: bool
-) -> tuple[AttentionMask, Tensor | None]:
-    batch, _, queries, keys = shape
-    if mask.dim() == 2:
-        if mask.shape != (batch, keys):
-            raise ValueError(
-                f"attention_mask: expected [batch, keys] = [{batch}, {keys}], got "
-                f"{list(mask.shape)}"
-            )
-        padding = once(mask, "padding", lambda: AttentionMask.from_padding(mask))
-        return (padding & AttentionMask.causal() if causal and queries > 1 else padding), None
-    if mask.dim() != 4 or any(
-        got not in (1, want) for got, want in zip(mask.shape, shape, strict=True)
-    ):
-        raise ValueError(
-            "attention_mask: expected [batch, keys], or a tensor broadcastable to [batch, heads, "
-            f"queries, keys] = {list(shape)}, got {list(mask.shape)}"
-        )
-    if mask.dtype == torch.bool:
-        return once(mask, ("dense", queries, keys), lambda: _from_dense(mask, queries, keys)), None
-    if not mask.is_floating_point():
-        raise ValueError(
-            "attention_mask: expected bool (True may attend) or float (added to the scores) in "
-            f"four dimensions, got {mask.dtype}"
-        )
-    visible = None
-    if mask.shape[1] == 1 and not mask.requires_grad and not is_symbolic():
-        key = ("additive", queries, keys)
-        visible = once(mask, key, lambda: _from_additive(mask, queries, keys))
-    return (AttentionMask.full(), mask) if visible is None else (visible, None)
-
-
-def _from_dense(visible: Tensor, queries: int, keys: int) -> AttentionMask:
-    visible = visible.expand(*visible.shape[:3], keys)
-    if visible.shape[1] != 1 or is_symbolic():
-        return AttentionMask.from_dense(visible)
-    if visible.shape[2] == 1 and queries != 1:
-        return AttentionMask.from_padding(visible[:, 0, 0])
-    return from_tiles(lambda i, j: visible[:, :, i:j], queries, visible[:, :, 0].numel())
-
-
-def _from_additive(mask: Tensor, queries: int, keys: int) -> AttentionMask | None:
-    """The mask that a float one of 0 and the smallest number (or -inf) is; None of any other."""
-    visible = mask == 0
-    if not bool((visible | (mask <= torch.finfo(mask.dtype).min)).all()):
-        return None
-    return _from_dense(visible, queries, keys)
-
-
-def _from_positions(
-    position_ids: Tensor, padding: Tensor | None, mask: AttentionMask, queries: int, keys: int
-) -> AttentionMask | None:
-    """The documents that restarting positions tell of; None if there is one to a row.
-
-    Raises:
-        ValueError: there are several, behind a cache of earlier tokens.
-    """
-    if padding is not None:
-        at = mask.resolve_offset(queries, keys)
-        padding = padding[:, at : at + queries]
-
-    def build() -> AttentionMask | None:
-        starts = document_starts(position_ids, padding)
-        if not is_symbolic() and not starts.any():
-            return None
-        if queries != keys:
-            message = (
-                "position_ids: tell of packed documents behind a cache that is longer than they "
-                "are; pass them without a cache"
-            )
-            if not is_symbolic():
-                raise ValueError(message)
-            demand(~starts.any(), message)
-            return None
-        return AttentionMask.from_documents(segment_ids=starts.cumsum(1))
-
-    others = () if padding is None else (padding,)
-    return once(position_ids, ("documents of layers", queries, keys), build, *others)
-
-
-def _from_cu_seqlens(
-    query_ends: Tensor, key_ends: Tensor | None, batch: int, queries: int, keys: int
-) -> AttentionMask:
-    if batch != 1:
-        raise ValueError(
-            f"cu_seq_lens_q: describes documents laid end to end in a batch of 1, got batch {batch}"
-        )
-    key_ends = query_ends if key_ends is None else key_ends
-
-    def build() -> AttentionMask:
-        return AttentionMask.from_documents(key_ends, query_cu_seqlens=query_ends, key_length=keys)
-
-    return once(key_ends, ("cu_seqlens", queries, keys), build, query_ends)
-
-
 def _check_paged(module: torch.nn.Module, attention_mask) -> None:
     """Refuse what pages of earlier tokens have no answer to."""
     reason = None
@@ -356,12 +248,12 @@ def _from_paged_cache(
     key: Tensor,
     value: Tensor,
     cache,
-    query_ends: Tensor,
+    query_ends: Any,
     paged: dict,
 ) -> tuple[Tensor, Tensor, AttentionMask]:
     """The keys and values of all requests end to end, and the mask that keeps these apart."""
     key, value, key_ends, window = compat.update_paged_cache(cache, key, value, module, paged)
-    forward_pass.keep_apart()
+    keep_apart()
     keys = key.shape[2]
 
     def build() -> AttentionMask:
@@ -372,27 +264,32 @@ def _from_paged_cache(
     return key, value, once(key_ends, ("paged", keys, window), build, query_ends)
 
 
-def _from_indices(
+def _chosen_keys(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     indices: Tensor | None,
     block_indices: Tensor | None,
-) -> AttentionMask:
-    batch, heads, queries, _ = query.shape
-    keys = key.shape[2]
+) -> AttentionMask | None:
     if indices is not None:
-        visible = torch.zeros(batch, queries, keys, dtype=torch.bool, device=query.device)
-        return AttentionMask.from_dense(visible.scatter(-1, indices.long(), True)[:, None])
-    size = module.indexer.block_size
-    blocks = -(-keys // size)
-    groups = block_indices.shape[1]
-    chosen = block_indices.masked_fill(block_indices < 0, blocks)
-    visible = torch.zeros(
-        batch, groups, queries, blocks + 1, dtype=torch.bool, device=query.device
-    ).scatter(-1, chosen, True)[..., :blocks]
-    visible = visible.repeat_interleave(size, dim=-1)[..., :keys]
-    return AttentionMask.from_dense(visible.repeat_interleave(heads // groups, dim=1))
+        return from_indices(indices, key.shape[2])
+    if block_indices is None:
+        return None
+    indexer: Any = module.indexer
+    return from_block_indices(block_indices, indexer.block_size, query.shape[1], key.shape[2])
+
+
+def _wants_weights(module: torch.nn.Module, asked: bool | None) -> bool:
+    if asked is None:
+        asked = getattr(getattr(module, "config", None), "output_attentions", False)
+    return bool(asked) or families.returns_weights(module) or forward_pass.asks_for_weights()
+
+
+def _with_row_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """One more logit in the denominator of each row takes exp(sink) / (exp(lse) + exp(sink))."""
+    sinks = sinks[..., 0].to(lse.dtype)
+    share = torch.sigmoid(lse - sinks)
+    return out * share[..., None].to(out.dtype), torch.logaddexp(lse, sinks)
 
 
 def _weights(
@@ -412,9 +309,9 @@ def _weights(
     dtype = torch.promote_types(query.dtype, torch.float32)
     group = query.shape[1] // key.shape[1]
     key = key.repeat_interleave(group, dim=1).to(dtype)
-    scale = query.shape[3] ** -0.5 if scale is None else scale
+    factor: float = query.shape[3] ** -0.5 if scale is None else scale
     with torch.autocast(query.device.type, enabled=False):
-        scores = query.to(dtype) @ key.transpose(2, 3) * scale
+        scores = query.to(dtype) @ key.transpose(2, 3) * factor
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
@@ -425,7 +322,7 @@ def _weights(
     return (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp().to(query.dtype)
 
 
-def _blocks(weights: Tensor, query_ends: Tensor, key_ends: Tensor | None) -> tuple[Tensor, ...]:
+def _blocks(weights: Tensor, query_ends: Tensor, key_ends: Any) -> tuple[Tensor, ...]:
     """Of [1, Hq, Tq, Tk] what each document [1, Hq, its queries, its keys] has."""
     key_ends = query_ends if key_ends is None else key_ends
     runs = (pairwise(ends.tolist()) for ends in (query_ends, key_ends))

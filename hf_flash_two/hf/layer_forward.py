@@ -1,4 +1,4 @@
-"""A ``forward`` of its own for one layer that computes attention itself: it runs under the tracer.
+"""A ``forward`` of its own for one layer with hand-written attention: it runs under the tracer.
 
 What lies on an instance is looked up without binding. A forward that held its layer would run that
 layer's weights in every shallow copy (`nn.DataParallel` makes one per device and call), and would
@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from hf_flash_two.hf.forward_pass import asks_for_weights
-from hf_flash_two.hf.own_attention import own_attention
+from hf_flash_two.hf.tracer.mode import tracing
 
 _UNPATCHED = "flash_two_unpatched"
 
@@ -49,14 +49,14 @@ class LayerForward:
             return unpatched(*args, **kwargs)  # PyTorch's own is compiled whole, and as thrifty
         return self._traced(unpatched, args, kwargs)
 
-    @torch.compiler.disable(reason="attention that a layer writes out itself runs uncompiled")
+    @torch.compiler.disable(reason="hand-written attention runs uncompiled")
     def _traced(self, unpatched: partial, args: tuple, kwargs: dict):
         layer, forward = unpatched.args[0], self.previous or unpatched
         if self.believed and _asked(type(layer), args, kwargs) or asks_for_weights():
             return forward(*args, **kwargs)  # the caller wants what is saved here
-        with own_attention(self.name) as tracer:
+        with tracing(self.name) as tracer:
             outputs = forward(*args, **kwargs)
-        return tree_map(tracer.settled, outputs)
+        return tree_map(tracer.resolve, outputs)
 
     def remove(self, layer: nn.Module) -> None:
         """``layer`` is as it was; Accelerate's hooks, which wrap what they find, stay."""

@@ -1,15 +1,15 @@
 """`patch`, `unpatch` and `patched`: switch a loaded model to flash_two and back.
 
 Layers that go through Transformers' attention interface are switched by their configs. Layers that
-compute attention themselves run under `own_attention`: the layer object gets a ``forward`` of its
-own that calls the class's. No class is edited; modules and state_dict stay as they are.
+have hand-written attention run under `tracer`: the layer object gets a ``forward`` of its own that
+calls the class's. No class is edited; modules and state_dict stay as they are.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,10 +17,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from hf_flash_two.hf import compat, layer_forward
-from hf_flash_two.hf.families import ALWAYS_ASKED, attention_kind, key, why_not
-from hf_flash_two.hf.forward_pass import unwatch, watch
+from hf_flash_two.hf import compat, families, layer_forward
+from hf_flash_two.hf.families import ALWAYS_REQUESTED, attention_kind, name_of, why_not
+from hf_flash_two.hf.forward_pass import unwatch
 from hf_flash_two.hf.layer_forward import LayerForward
+from hf_flash_two.hf.packing import watch
 
 logger = logging.get_logger(__name__)
 
@@ -33,7 +34,7 @@ class Layer:
 
     name: str
     kind: str
-    uses: str
+    uses: str | None
     reason: str = ""
 
     @property
@@ -52,14 +53,10 @@ class PatchReport:
         """Every attention layer uses flash_two."""
         return bool(self.layers) and all(layer.ok for layer in self.layers)
 
-    @property
-    def unsupported(self) -> tuple[Layer, ...]:
-        return tuple(layer for layer in self.layers if not layer.ok)
-
     def __str__(self) -> str:
         if not self.layers:
             return "no attention layer found"
-        groups: dict[tuple[str, str, str], list[str]] = {}
+        groups: dict[tuple[str, str | None, str], list[str]] = {}
         for layer in self.layers:
             groups.setdefault((layer.kind, layer.uses, layer.reason), []).append(layer.name)
         lines = [f"{'layers':>6}  {'class':32} uses"]
@@ -142,15 +139,17 @@ def patch_built(model: PreTrainedModel) -> None:
         ValueError: they ask for it, and no attention layer of the model can be switched.
     """
     asking = [part for part in _parts(model) if compat.is_ours(compat.implementation(part.config))]
-    names = {id(part.config): compat.implementation(part.config) for part in asking}
+    names: dict[int | None, str | None] = {
+        id(part.config): compat.implementation(part.config) for part in asking
+    }
     for part in asking:
         if not compat.uses_interface(part):
-            compat.set_implementation(part.config, compat.default_implementation(part.config))
+            compat.set_implementation(part.config, families.default_implementation(part.config))
     unreached = []
     if model in asking:  # Transformers hands the name on to sub-configs, but not to others
         reached = {id(config) for config in _with_sub_configs(model.config)} | names.keys()
         unreached = [part for part in _parts(model) if id(part.config) not in reached]
-    patch_asked(model, names, unreached)
+    patch_requested(model, names, unreached)
 
 
 def _with_sub_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
@@ -161,8 +160,10 @@ def _with_sub_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
             yield from _with_sub_configs(part)
 
 
-def patch_asked(
-    model: PreTrainedModel, names: dict[int | None, str], unreached: Iterable[PreTrainedModel] = ()
+def patch_requested(
+    model: PreTrainedModel,
+    names: Mapping[int | None, str | None],
+    unreached: Iterable[PreTrainedModel] = (),
 ) -> None:
     """Switch each part of ``model`` to the name that its config is asked to use, or back.
 
@@ -200,14 +201,14 @@ def check_built(model: PreTrainedModel, asks: bool) -> None:
     """What is left where Transformers does not tell of the models that it builds.
 
     Raises:
-        NotImplementedError: ``model`` asks for us, and its family computes attention itself.
+        NotImplementedError: ``model`` asks for us, and its family has hand-written attention.
     """
     if asks:
         watch(model)
     module = sys.modules[type(model).__module__]
     classes = [x for x in vars(module).values() if inspect.isclass(x) and issubclass(x, nn.Module)]
     kinds = {attention_kind(x) for x in classes if x.__module__ == module.__name__}
-    if asks and "own" in kinds and "interface" not in kinds:
+    if asks and "hand-written" in kinds and "interface" not in kinds:
         compat.require("loading")
 
 
@@ -218,7 +219,7 @@ def _patch_part(part: PreTrainedModel, name: str | None = None) -> None:
     ours = [
         (at, layer)
         for at, layer in layers
-        if attention_kind(type(layer)) == "own" and why_not(layer) is None
+        if attention_kind(type(layer)) == "hand-written" and why_not(layer) is None
     ]
     configs = [
         getattr(layer, "config", None)
@@ -229,12 +230,12 @@ def _patch_part(part: PreTrainedModel, name: str | None = None) -> None:
         configs.append(part.config)
     for config in configs:
         if config is not None:
-            _switch(part, config, "sdpa" if ours and compat.needs_its_sdpa(config) else name)
+            _switch(part, config, "sdpa" if ours and families.needs_its_sdpa(config) else name)
     if configs:
         watch(part)
     for at, layer in ours:
         if layer_forward.of(layer) is None:
-            believed = key(type(layer)) not in ALWAYS_ASKED
+            believed = name_of(type(layer)) not in ALWAYS_REQUESTED
             LayerForward(layer, f"{at} ({type(layer).__name__})", believed=believed)
 
 

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig
 
-from hf_flash_two.hf import compat, forward_pass, patching
+from hf_flash_two.hf import compat, families, forward_pass, patching
 from hf_flash_two.hf.packing import document_ids, may_be_packed
 from hf_flash_two.kernels import select
 from hf_flash_two.kernels.params import AttentionParams
@@ -89,7 +89,7 @@ def _implementations(configs: list[PreTrainedConfig]) -> Iterator[None]:
 def eagerly(configs: list[PreTrainedConfig]) -> Iterator[None]:
     with _implementations(configs):
         for config in configs:
-            name = "sdpa" if compat.needs_its_sdpa(config) else "eager"
+            name = "sdpa" if families.needs_its_sdpa(config) else "eager"
             compat.set_implementation(config, name)
         yield
 

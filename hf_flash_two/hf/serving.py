@@ -16,7 +16,7 @@ class _Probe(compat.PagedCache):
     """Stands for the paged cache while a model takes one token, and counts who asks it."""
 
     def __init__(self):
-        self.asked: Counter[int] = Counter()
+        self.asked: Counter[int | None] = Counter()
         self.layer_to_allocator = defaultdict(lambda: None)
 
     def update(self, key_states, value_states, layer_idx, kwargs=None):

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from hf_flash_two.hf.families import NOT_POSSIBLE, attention_kind, key
+from hf_flash_two.hf.families import NOT_POSSIBLE, attention_kind, name_of
 from zoo.overrides import OVERRIDES, SMALL, Override
 
 LARGEST = 40_000_000
@@ -65,11 +65,11 @@ class Family:
         if hasattr(self.module, "ALL_ATTENTION_FUNCTIONS"):
             return "interface"
         names = {
-            key(value)
+            name_of(value)
             for value in vars(self.module).values()
             if inspect.isclass(value)
             and value.__module__ == self.module.__name__
-            and attention_kind(value) == "own"
+            and attention_kind(value) == "hand-written"
         }
         return "none" if not names else "not softmax" if names <= NOT_POSSIBLE.keys() else "own"
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import hf_flash_two
 from hf_flash_two import op
-from hf_flash_two.hf.families import NOT_POSSIBLE, attention_kind, key, why_not
+from hf_flash_two.hf.families import NOT_POSSIBLE, attention_kind, name_of, why_not
 from zoo import inputs as given
 from zoo.build import Family
 from zoo.inputs import padded, run
@@ -96,7 +96,7 @@ def _check(family: Family, row: Row) -> None:
     eager = family.build(family.override.reference)
     plain = given.example(eager, family.override)
     layers = attention_layers(eager)
-    row.patched = "own" in layers.values() or family.override.patched
+    row.patched = "hand-written" in layers.values() or family.override.patched
     if row.patched:
         ours = family.build("eager")
         with suppress(ValueError):  # of no layer that can be; the remarks will say why
@@ -125,7 +125,7 @@ def _check(family: Family, row: Row) -> None:
     if not good:
         row.status = "differs"
     elif row.layers:
-        others = all(key(type(layer)) in NOT_POSSIBLE for layer in counter.unserved)
+        others = all(name_of(type(layer)) in NOT_POSSIBLE for layer in counter.unserved)
         row.status = "equal" if row.ours and others else "partly"
 
 
@@ -136,7 +136,7 @@ def _reason(layer: nn.Module) -> str | None:
 
 
 def attention_layers(model: nn.Module) -> dict[nn.Module, str]:
-    """The attention layers of a model, and whether each is of the "interface" or has its "own"."""
+    """The attention layers of a model, and the kind of each: "interface" or "hand-written"."""
     kinds = {module: attention_kind(type(module)) for module in model.modules()}
     return {module: kind for module, kind in kinds.items() if kind is not None}
 

@@ -19,8 +19,8 @@ from functools import cache
 import torch
 import transformers
 from checks import assert_close, backward
+from hand_written_models import FAMILIES, HandWritten, prompt
 from models import CACHE, DECODERS, tokens
-from own_models import FAMILIES, OwnFamily, prompt
 from packed_rows import Row, boundaries, each_alone
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
@@ -29,10 +29,10 @@ from hf_flash_two import patch
 
 _OWN = "bloom codegen falcon_rotary falcon_new gpt_neo gpt_neox_japanese gptj mpt xglm".split()
 _MORE = [
-    OwnFamily("gpt2", "GPT2LMHeadModel", {}, prompt),
-    OwnFamily("gpt_bigcode", "GPTBigCodeForCausalLM", {}, prompt),
-    OwnFamily("opt", "OPTForCausalLM", {"word_embed_proj_dim": 32, "ffn_dim": 32}, prompt),
-    OwnFamily("persimmon", "PersimmonForCausalLM", {}, prompt),
+    HandWritten("gpt2", "GPT2LMHeadModel", {}, prompt),
+    HandWritten("gpt_bigcode", "GPTBigCodeForCausalLM", {}, prompt),
+    HandWritten("opt", "OPTForCausalLM", {"word_embed_proj_dim": 32, "ffn_dim": 32}, prompt),
+    HandWritten("persimmon", "PersimmonForCausalLM", {}, prompt),
 ]
 MODELS = {
     **{family.name: family for family in DECODERS},

@@ -35,7 +35,7 @@ def pair(name: str):
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
     family = FAMILIES[name]
     eager = family.build(family.override.reference)
-    by_patch = "own" in attention_layers(eager).values() or family.override.patched
+    by_patch = "hand-written" in attention_layers(eager).values() or family.override.patched
     ours = family.build("eager" if by_patch else "flash_two")
     if by_patch:
         hf_flash_two.patch(ours)

@@ -14,9 +14,8 @@ import accelerate
 import pytest
 import torch
 import transformers
+from hand_written_models import FAMILIES, HandWritten, floats
 from models import supported
-from own_models import FAMILIES, OwnFamily
-from test_own_attention import floats
 from test_patching import build
 from torch import nn
 
@@ -46,7 +45,7 @@ def replica(model: nn.Module, factor: float) -> nn.Module:
 
 
 @pytest.mark.parametrize("family", [pytest.param(x, id=x.name) for x in FAMILIES])
-def test_a_replica_computes_with_its_own_weights(family: OwnFamily) -> None:
+def test_a_replica_computes_with_its_own_weights(family: HandWritten) -> None:
     supported(family)
     model, inputs = family.build(), family.inputs()
     torch.manual_seed(2)

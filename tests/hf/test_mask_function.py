@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import BertModel, RemBertModel, masking_utils
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from hf_flash_two.hf import compat, mask_function
+from hf_flash_two.hf import compat, mask_function, tensor_masks
 from hf_flash_two.hf.mask_function import make_mask
 
 BATCH = 3
@@ -117,7 +117,7 @@ def dense(function, place: tuple[int, int, int, int], mask: Tensor | None, vmap=
     )
 
 
-def carrier(function, place: tuple, mask: Tensor | None, **options):
+def proxy(function, place: tuple, mask: Tensor | None, **options):
     queries, keys, q_offset, kv_offset = place
     return make_mask(
         batch_size=BATCH,
@@ -141,7 +141,7 @@ def test_equals_the_dense_mask(kind: str, place: str, padding: str, offset: str)
     mask = attention_mask(padding, keys + kv_offset)
     expected = dense(function, PLACES[place], mask)
     position = torch.tensor(q_offset) if offset == "tensor" else q_offset
-    made = carrier(function, (queries, keys, position, kv_offset), mask)
+    made = proxy(function, (queries, keys, position, kv_offset), mask)
     assert made.shape == expected.shape
     assert made.mask.dense is None
     assert torch.equal(made.as_bool(), expected)
@@ -153,7 +153,7 @@ def test_equals_the_dense_mask(kind: str, place: str, padding: str, offset: str)
 def test_packed_documents(kind: str, length: int, padding: str) -> None:
     function = packed_closures(length)[kind]
     mask = attention_mask(padding, length)
-    made = carrier(function, (length, length, 0, 0), mask)
+    made = proxy(function, (length, length, 0, 0), mask)
     assert made.mask.dense is None
     assert torch.equal(made.as_bool(), dense(function, (length, length, 0, 0), mask))
 
@@ -167,7 +167,7 @@ def test_closures_made_before_the_import_are_recognised(kind: str, monkeypatch) 
     function = closures(37)[kind]
     assert kind == "causal" or not hasattr(function, compat._DESCRIPTION)
     monkeypatch.setattr(mask_function, "from_tiles", None)
-    made = carrier(function, PLACES["prefill"], None)
+    made = proxy(function, PLACES["prefill"], None)
     assert torch.equal(made.as_bool(), dense(function, PLACES["prefill"], None))
 
 
@@ -187,9 +187,9 @@ def hidden_parity(batch, head, q, k):
 @pytest.mark.parametrize("place", ["prefill", "continued", "decode", "static cache", "long"])
 @pytest.mark.parametrize("padding", ["none", "left", "holes"])
 def test_unknown_function_with_runs_becomes_intervals(padding, place, vmap, monkeypatch) -> None:
-    monkeypatch.setattr(mask_function, "_TILE_ELEMENTS", 500)  # several tiles
+    monkeypatch.setattr(tensor_masks, "_TILE_ELEMENTS", 500)  # several tiles
     mask = attention_mask(padding, PLACES[place][1])
-    made = carrier(own_window, PLACES[place], mask, use_vmap=vmap)
+    made = proxy(own_window, PLACES[place], mask, use_vmap=vmap)
     assert made.mask.dense is None
     assert torch.equal(made.as_bool(), dense(own_window, PLACES[place], mask, vmap))
 
@@ -197,11 +197,11 @@ def test_unknown_function_with_runs_becomes_intervals(padding, place, vmap, monk
 @pytest.mark.parametrize("function", [parity, hidden_parity])
 @pytest.mark.parametrize("place", ["prefill", "continued", "static cache", "long"])
 def test_unknown_function_without_runs_stays_dense(function, place, monkeypatch) -> None:
-    monkeypatch.setattr(mask_function, "_TILE_ELEMENTS", 500)
+    monkeypatch.setattr(tensor_masks, "_TILE_ELEMENTS", 500)
     warnings: list[str] = []
-    monkeypatch.setattr(mask_function.logger, "warning_once", warnings.append)
+    monkeypatch.setattr(tensor_masks.logger, "warning_once", warnings.append)
     mask = attention_mask("left", PLACES[place][1])
-    made = carrier(function, PLACES[place], mask)
+    made = proxy(function, PLACES[place], mask)
     assert torch.equal(made.as_bool(), dense(function, PLACES[place], mask))
     assert made.mask.dense is not None
     assert len(warnings) == 1 and "dense tensor of batch x queries x keys bytes" in warnings[0]
@@ -212,11 +212,11 @@ def test_unknown_function_without_runs_stays_dense(function, place, monkeypatch)
 )
 def test_block_ids_that_come_back_are_kept_exactly(monkeypatch) -> None:
     """All images of a row under one id see each other: no interval per key says that."""
-    monkeypatch.setattr(mask_function.logger, "warning_once", lambda text: None)
+    monkeypatch.setattr(tensor_masks.logger, "warning_once", lambda text: None)
     ids = torch.full((BATCH, 37), -1)
     ids[0, 2:7] = ids[0, 15:20] = 0
     function = masking_utils.or_masks(causal_mask_function, masking_utils.blockwise_overlay(ids))
-    made = carrier(function, PLACES["prefill"], None)
+    made = proxy(function, PLACES["prefill"], None)
     assert torch.equal(made.as_bool(), dense(function, PLACES["prefill"], None))
 
 
@@ -225,20 +225,20 @@ def test_document_ids_that_come_back_are_kept_exactly() -> None:
     function = masking_utils.and_masks(
         causal_mask_function, masking_utils.packed_sequence_mask_function(ids)
     )
-    made = carrier(function, (7, 7, 0, 0), None)
+    made = proxy(function, (7, 7, 0, 0), None)
     assert torch.equal(made.as_bool(), dense(function, (7, 7, 0, 0), None))
 
 
 def test_a_growing_cache_needs_no_tensor() -> None:
     for place in ("prefill", "continued", "decode"):
-        mask = carrier(causal_mask_function, PLACES[place], attention_mask("ones", 37)).mask
+        mask = proxy(causal_mask_function, PLACES[place], attention_mask("ones", 37)).mask
         assert (mask.window_right, mask.query_offset, mask.first_query) == (0, None, None)
 
 
 def test_the_counter_of_a_static_cache_is_not_read_later() -> None:
     """The cache goes on counting in the tensor that it hands over."""
     position = torch.tensor(12)
-    made = carrier(causal_mask_function, (7, 53, position, 0), None)
+    made = proxy(causal_mask_function, (7, 53, position, 0), None)
     position.add_(7)
     assert torch.equal(made.as_bool(), dense(causal_mask_function, PLACES["static cache"], None))
 
@@ -246,17 +246,17 @@ def test_the_counter_of_a_static_cache_is_not_read_later() -> None:
 def test_a_full_bidirectional_mask_is_left_out_where_it_would_be_added() -> None:
     function = masking_utils.bidirectional_mask_function
     place = PLACES["prefill"]
-    # RemBert computes attention itself, Bert does not.
+    # The attention of RemBert is hand-written, that of Bert is not.
     options = {"allow_is_bidirectional_skip": True, "config": RemBertModel.config_class()}
-    assert carrier(function, place, None, **options) is None
-    assert carrier(function, place, attention_mask("ones", 37), **options) is None
-    assert carrier(function, place, attention_mask("left", 37), **options) is not None
-    assert carrier(function, place, None, config=options["config"]) is not None
+    assert proxy(function, place, None, **options) is None
+    assert proxy(function, place, attention_mask("ones", 37), **options) is None
+    assert proxy(function, place, attention_mask("left", 37), **options) is not None
+    assert proxy(function, place, None, config=options["config"]) is not None
     window = masking_utils.sliding_window_bidirectional_mask_function(4)
-    assert carrier(window, place, None, **options) is not None
-    assert carrier(function, place, None, **{**options, "config": BertModel.config_class()})
+    assert proxy(window, place, None, **options) is not None
+    assert proxy(function, place, None, **{**options, "config": BertModel.config_class()})
 
 
 def test_a_mask_of_three_dimensions_is_refused() -> None:
     with pytest.raises(ValueError, match="attention_mask: expected 2 dimensions"):
-        carrier(causal_mask_function, PLACES["prefill"], torch.ones(BATCH, 37, 37))
+        proxy(causal_mask_function, PLACES["prefill"], torch.ones(BATCH, 37, 37))

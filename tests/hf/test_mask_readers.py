@@ -12,7 +12,7 @@ import transformers
 from mask_readers import _File, reads
 
 # Families that use the interface: the functions that read a mask, and why that is right with ours.
-# Those that compute attention themselves get exactly the tensor that eager gets.
+# Those with hand-written attention get exactly the tensor that eager gets.
 EXAMINED = {
     "a mask of bool that one may attend, as it takes it for by its dtype": """
         axk2 AXK2Attention.forward AXK2Indexer.forward
@@ -29,15 +29,15 @@ EXAMINED = {
         sam3_lite_text Sam3LiteTextAttention.forward
         siglip2 Siglip2MultiheadAttentionPoolingHead.forward
     """,
-    "a plain tensor of bool (compat.WANTS_BOOL_TENSOR)": """
+    "a plain tensor of bool (families.WANTS_BOOL_TENSOR)": """
         doge DogeAttention.prepare_dynamic_mask
     """,
-    "a plain additive tensor (compat.WANTS_FLOAT_TENSOR)": """
+    "a plain additive tensor (families.WANTS_FLOAT_TENSOR)": """
         deepseek_v4 DeepseekV4Attention.forward
         gemma4 Gemma4AudioAttention.forward Gemma4AudioModel._convert_4d_mask_to_blocked_5d
         informer InformerProbSparseAttention.forward
     """,
-    "an additive mask (compat.READS_ADDITIVE)": """
+    "an additive mask (families.READS_ADDITIVE)": """
         nllb_moe NllbMoeTop2Router.route_tokens
     """,
     "an additive one in sums, whose other part are scores or biases": """

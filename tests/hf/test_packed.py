@@ -7,9 +7,9 @@ import inspect
 import pytest
 import torch
 from checks import assert_close, assert_same_gradients, backward, error
+from hand_written_models import FAMILIES, HandWritten, prompt
+from hand_written_models import tokens as own_tokens
 from models import CACHE, DECODERS, MULTIMODAL, Family, named, tokens
-from own_models import FAMILIES, OwnFamily, prompt
-from own_models import tokens as own_tokens
 from packed_rows import Row, boundaries, each_alone, positions
 from transformers import StaticCache, masking_utils
 
@@ -158,8 +158,8 @@ def test_cu_seq_lens(family: Family, use_cache: bool) -> None:
     assert_close(packed, alone(eager, ids))
 
 
-def interface_family(name: str, model: str, **changes) -> OwnFamily:
-    return OwnFamily(name, model, changes, prompt)
+def interface_family(name: str, model: str, **changes) -> HandWritten:
+    return HandWritten(name, model, changes, prompt)
 
 
 # Each is silent about documents in its own way: it takes no positions, or hands its mask function
@@ -178,7 +178,7 @@ SILENT = [family for family in FAMILIES if family.name in (
 
 @pytest.mark.parametrize("said", ["boundaries", "positions", "numbers"])
 @pytest.mark.parametrize("family", [pytest.param(f, id=f.name) for f in SILENT])
-def test_families_that_are_silent_about_documents(family: OwnFamily, said: str) -> None:
+def test_families_that_are_silent_about_documents(family: HandWritten, said: str) -> None:
     model = family.build()
     ids = own_tokens(1, LENGTH)
     expected = alone(model, ids)

@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_flash_two import attention, patch, patched, unpatch
 from hf_flash_two.hf import compat, families
-from hf_flash_two.hf.own_attention import own_attention
+from hf_flash_two.hf.tracer.mode import tracing
 
 OFF = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
 GPT_OFF = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
@@ -137,7 +137,7 @@ def test_compiles_with_a_break_at_each_layer(batch, calls):
         assert len(calls) == 2
         torch.testing.assert_close(got[visible], want[visible], atol=1e-5, rtol=1e-4)
         torch._dynamo.reset()
-        with pytest.raises(Exception, match="a layer writes out itself runs uncompiled"):
+        with pytest.raises(Exception, match="hand-written attention runs uncompiled"):
             torch.compile(model, backend="aot_eager", fullgraph=True)(**batch)
     torch._dynamo.reset()
 
@@ -285,7 +285,7 @@ def test_a_layer_of_a_class_that_is_possible_may_be_impossible():
 
 
 def test_unknown_classes_are_reported(monkeypatch):
-    monkeypatch.setattr(families, "OWN_ATTENTION", frozenset())
+    monkeypatch.setattr(families, "HAND_WRITTEN", frozenset())
     with pytest.raises(ValueError, match="BloomAttention .*in a way not known"):
         patch(build("bloom"))
 
@@ -368,6 +368,6 @@ def test_scores_follow_the_formula():
         return nn.functional.dropout(s.float().softmax(-1), p=0.0).to(v.dtype) @ v
 
     want = attend()
-    with own_attention("layer"):
+    with tracing("layer"):
         got = attend()
     torch.testing.assert_close(got, want)

@@ -11,8 +11,8 @@ from functools import partial
 import pytest
 import torch
 import transformers
+from hand_written_models import tiny
 from models import DECODERS, left_padded, tokens
-from own_models import tiny
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 import hf_flash_two.hf
@@ -30,10 +30,11 @@ def gpt_neo(**options) -> PreTrainedModel:
 
 
 HOOKED = [
-    *((sys.modules[name], compat._FLASH_TEST) for name in compat._FLASH_TEST_MODULES),
-    *((PreTrainedModel, name) for name in compat._LOADING),
-    (GenerationMixin, compat._SERVING),
+    (compat._owner(name.owner), name.name)
+    for feature in ("flash_two", "loading", "serving")
+    for name, _ in compat.HOOKS[feature]
 ]
+LOADING = [name.name for name in compat.NAMES["loading"]]
 
 
 def big_code(config: PreTrainedConfig, implementation: str) -> PreTrainedModel:
@@ -94,10 +95,10 @@ def test_a_name_with_flash_in_it(module: str, how: str, changed) -> None:
     assert model.config._attn_implementation == "fa_two"
 
 
-@pytest.mark.parametrize("name", list(compat._LOADING))
+@pytest.mark.parametrize("name", LOADING)
 def test_loading_a_model_with_attention_of_its_own(name: str, changed) -> None:
     changed(PreTrainedModel, name, OTHER)
-    refusal = f"model that computes attention itself.*{name}.*hf_flash_two.patch"
+    refusal = f"model with hand-written attention.*{name}.*hf_flash_two.patch"
     with pytest.raises(NotImplementedError, match=refusal):
         gpt_neo(attn_implementation="flash_two")
     eager = gpt_neo(attn_implementation="eager")
@@ -139,15 +140,15 @@ def test_serving(changed) -> None:
     check_plain_attention("flash_two")
 
 
-def test_masks_that_have_to_be_evaluated(changed, monkeypatch) -> None:
-    monkeypatch.setattr(compat, "sdpa_mask", None)
+def test_masks_that_have_to_be_evaluated(changed) -> None:
     hf_flash_two.hf.register()
+    compat.note("masks", "sdpa_mask is missing")
     check_plain_attention("flash_two")
     with pytest.raises(NotImplementedError, match="mask of this kind.*sdpa_mask is missing"):
         mask_function.make_mask(1, 3, 3, mask_function=lambda b, h, q, k: q >= k)
 
 
-def test_weights_that_were_asked_for(changed, monkeypatch) -> None:
+def test_weights_that_were_requested(changed, monkeypatch) -> None:
     monkeypatch.setattr(compat, "output_capturing", None)
     hf_flash_two.hf.register()
     flash, eager = (gpt_neo(attn_implementation=name) for name in ("flash_two", "eager"))

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from hand_written_models import tiny
 from models import DECODERS, Family, named, text, tokens
-from own_models import tiny
 from packaging.version import Version
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
@@ -259,7 +259,7 @@ def test_the_paged_name_is_the_same_attention() -> None:
     assert len(names) == (4 if VERSION < Version("5.19") else 2)
 
 
-def test_the_neutral_name_is_refused_where_flash_is_asked_for() -> None:
+def test_the_neutral_name_is_refused_where_flash_is_requested() -> None:
     """Transformers takes from 5.19 only names with "flash" in them. It says so."""
     flash, eager = pair("llama", "fa_two")
     requests = prompts()[:2]

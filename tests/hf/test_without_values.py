@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from checks import assert_close
+from hand_written_models import FAMILIES, HandWritten
 from models import supported
-from own_models import FAMILIES, OwnFamily
 from test_patching import build
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, vmap
 
 from hf_flash_two import patch, patched
-from hf_flash_two.hf.own_attention import own_attention
+from hf_flash_two.hf.tracer.mode import tracing
 
 BY_NAME = {family.name: family for family in FAMILIES}
 TEXT = ["bloom", "codegen", "falcon_alibi", "gpt_neo", "gptj", "mpnet", "mpt", "xglm", "xlnet"]
@@ -44,7 +44,7 @@ def test_fake_tensors(family: str, batch) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", ALL)
-def test_every_family_of_text_is_exported(family: OwnFamily) -> None:
+def test_every_family_of_text_is_exported(family: HandWritten) -> None:
     supported(family)
     model, inputs = family.build(), family.inputs()
     model.config.use_cache = False
@@ -118,8 +118,8 @@ def test_what_is_not_known_of_values_is_computed() -> None:
     wanted = torch.stack([attend(limit) for limit in limits])
 
     def traced(limit: torch.Tensor) -> torch.Tensor:
-        with own_attention("layer") as tracer:
+        with tracing("layer") as tracer:
             attended = attend(limit)
-        return tracer.settled(attended)
+        return tracer.resolve(attended)
 
     torch.testing.assert_close(vmap(traced)(limits), wanted)

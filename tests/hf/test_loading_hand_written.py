@@ -1,4 +1,4 @@
-"""``attn_implementation`` on families that compute attention themselves: it works, or it raises."""
+"""``attn_implementation`` on families with hand-written attention: it works, or it raises."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from checks import assert_close
-from own_models import FAMILIES, image, prompt, tokens
+from hand_written_models import FAMILIES, image, prompt, tokens
 from transformers import AutoModel, AutoModelForCausalLM
 
 from hf_flash_two import patch, unpatch

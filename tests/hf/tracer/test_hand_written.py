@@ -1,4 +1,4 @@
-"""Families that compute attention themselves give the same numbers under `patch`."""
+"""Families with hand-written attention give the same numbers under `patch`."""
 
 from __future__ import annotations
 
@@ -8,29 +8,18 @@ from contextlib import suppress
 import pytest
 import torch
 from checks import GRADIENT, assert_close
+from hand_written_layers import LAYERS
+from hand_written_models import FAMILIES, HandWritten, floats
 from models import supported
-from own_layers import LAYERS
-from own_models import FAMILIES, OwnFamily
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from hf_flash_two import patch, patched
 from hf_flash_two.hf import families
-from hf_flash_two.hf.own_attention import own_attention
-from hf_flash_two.hf.scores import Lazy
+from hf_flash_two.hf.tracer.mode import tracing
+from hf_flash_two.hf.tracer.scores import Lazy
 
 NAMED = [pytest.param(family, id=family.name) for family in FAMILIES]
-
-
-def floats(outputs) -> list[Tensor]:
-    """All float tensors in what a model returns."""
-    if isinstance(outputs, Tensor):
-        return [outputs] if outputs.is_floating_point() and outputs.numel() else []
-    if isinstance(outputs, dict):
-        outputs = list(outputs.values())
-    if not isinstance(outputs, (list, tuple)):
-        return []
-    return [tensor for part in outputs for tensor in floats(part)]
 
 
 def gradients_of(module: torch.nn.Module, outputs: list[Tensor]) -> dict[str, Tensor]:
@@ -68,7 +57,7 @@ def assert_same(got, want) -> None:
 
 
 @pytest.mark.parametrize("family", NAMED)
-def test_same_outputs_and_gradients(family: OwnFamily, kernel_calls):
+def test_same_outputs_and_gradients(family: HandWritten, kernel_calls):
     supported(family)
     model, inputs = family.build(), family.inputs()
     want, want_gradients = outputs_and_gradients(model, inputs)
@@ -76,8 +65,8 @@ def test_same_outputs_and_gradients(family: OwnFamily, kernel_calls):
     with patched(model) as report:
         assert report.ok, str(report)
         got, gradients = outputs_and_gradients(model, inputs)
-    awake = [layer for layer in report.layers if not any(x in layer.name for x in family.asleep)]
-    assert len(kernel_calls) >= len(awake) > 0
+    active = [layer for layer in report.layers if not any(x in layer.name for x in family.inactive)]
+    assert len(kernel_calls) >= len(active) > 0
     assert_same((got, gradients), (want, want_gradients))
 
 
@@ -92,7 +81,7 @@ def test_same_output_and_gradients_of_a_layer(name: str, kernel_calls):
 
     wanted = run()
     assert not kernel_calls
-    with own_attention(name):
+    with tracing(name):
         got = run()
     assert kernel_calls
     computed = [i for i, x in enumerate(got) if not isinstance(x, Lazy) and x is not None]
@@ -108,7 +97,7 @@ GENERATING = [family for family in FAMILIES if family.name in {
 
 
 @pytest.mark.parametrize("family", [pytest.param(f, id=f.name) for f in GENERATING])
-def test_same_tokens(family: OwnFamily):
+def test_same_tokens(family: HandWritten):
     model, inputs = family.build(), family.inputs()
     inputs.pop("decoder_input_ids", None)
     settings = {"max_new_tokens": 7, "do_sample": False, "num_beams": 1, "pad_token_id": 0}
@@ -135,7 +124,7 @@ def test_every_listed_class_is_tested():
     for build in LAYERS.values():
         with suppress(pytest.skip.Exception):  # not of this version
             layers.append(build()[0])
-    tested = {families.key(type(m)) for model in (*models, *layers) for m in model.modules()}
-    untested = families.OWN_ATTENTION - tested
+    tested = {families.name_of(type(m)) for model in (*models, *layers) for m in model.modules()}
+    untested = families.HAND_WRITTEN - tested
     assert not set(filter(exists, untested))
-    assert not families.OWN_ATTENTION & families.NOT_POSSIBLE.keys()
+    assert not families.HAND_WRITTEN & families.NOT_POSSIBLE.keys()

@@ -1,4 +1,4 @@
-"""Tiny random models of the families that compute attention themselves, and inputs for them."""
+"""Tiny random models of the families with hand-written attention, and inputs for them."""
 
 from __future__ import annotations
 
@@ -49,6 +49,17 @@ _SIZES = (
 _TINY = {name: value for value, names in _SIZES for name in names.split()}
 
 
+def floats(outputs) -> list[Tensor]:
+    """All float tensors in what a model returns."""
+    if isinstance(outputs, Tensor):
+        return [outputs] if outputs.is_floating_point() and outputs.numel() else []
+    if isinstance(outputs, dict):
+        outputs = list(outputs.values())
+    if not isinstance(outputs, (list, tuple)):
+        return []
+    return [tensor for part in outputs for tensor in floats(part)]
+
+
 def tiny(config_class: type[PreTrainedConfig], **changes) -> PreTrainedConfig:
     """A configuration of two layers and few channels."""
     settings = {}
@@ -94,12 +105,12 @@ def speech() -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class OwnFamily:
+class HandWritten:
     """A model whose attention does not go through Transformers' interface.
 
     Attributes:
         reference: the implementation to compare with.
-        asleep: parts of names of layers that this model does not call.
+        inactive: parts of names of layers that this model does not call.
         since: the Transformers from which its other layers use the interface.
     """
 
@@ -108,7 +119,7 @@ class OwnFamily:
     changes: dict = field(default_factory=dict)
     inputs: Callable[[], dict[str, Tensor]] = text
     reference: str = "eager"
-    asleep: tuple[str, ...] = ()
+    inactive: tuple[str, ...] = ()
     since: str = "5.4"
 
     def build(self, implementation: str | None = None, **changes) -> PreTrainedModel:
@@ -173,151 +184,151 @@ def _with(more: Callable[[], dict[str, Tensor]], **names) -> Callable[[], dict[s
 
 
 ENCODERS = [
-    OwnFamily("big_bird_full", "BigBirdModel", {"attention_type": "original_full"}),
-    OwnFamily("blip_text", "BlipTextModel", asleep=("crossattention",)),
-    OwnFamily("canine", "CanineModel", {"local_transformer_stride": 8, "num_hash_buckets": 64},
+    HandWritten("big_bird_full", "BigBirdModel", {"attention_type": "original_full"}),
+    HandWritten("blip_text", "BlipTextModel", inactive=("crossattention",)),
+    HandWritten("canine", "CanineModel", {"local_transformer_stride": 8, "num_hash_buckets": 64},
               lambda: text(40)),
-    OwnFamily("convbert", "ConvBertModel"),
-    OwnFamily("deberta", "DebertaModel", _C2P),
-    OwnFamily("deberta_plain", "DebertaModel"),
-    OwnFamily("deberta_v2", "DebertaV2Model", _C2P | {"position_buckets": 8}),
-    OwnFamily("flaubert", "FlaubertModel"),
-    OwnFamily("flava_text", "FlavaTextModel"),
-    OwnFamily("funnel", "FunnelModel"),
-    OwnFamily("git", "GitModel", {"vision_config": _VISION},
+    HandWritten("convbert", "ConvBertModel"),
+    HandWritten("deberta", "DebertaModel", _C2P),
+    HandWritten("deberta_plain", "DebertaModel"),
+    HandWritten("deberta_v2", "DebertaV2Model", _C2P | {"position_buckets": 8}),
+    HandWritten("flaubert", "FlaubertModel"),
+    HandWritten("flava_text", "FlavaTextModel"),
+    HandWritten("funnel", "FunnelModel"),
+    HandWritten("git", "GitModel", {"vision_config": _VISION},
               _with(text, pixel_values=lambda: random(2, 3, 32, 32))),
-    OwnFamily("groupvit_text", "GroupViTTextModel"),
-    OwnFamily("ibert", "IBertModel"),
-    OwnFamily("layoutlmv3", "LayoutLMv3Model",
+    HandWritten("groupvit_text", "GroupViTTextModel"),
+    HandWritten("ibert", "IBertModel"),
+    HandWritten("layoutlmv3", "LayoutLMv3Model",
               {"input_size": 32, "coordinate_size": 4, "shape_size": 6, "hidden_size": 28,
                "max_2d_position_embeddings": 64, "rel_pos_bins": 8, "max_rel_pos": 16,
                "rel_2d_pos_bins": 8, "max_rel_2d_pos": 16},
               _with(_boxes, pixel_values=lambda: random(2, 3, 32, 32))),
-    OwnFamily("lilt", "LiltModel", _LAYOUT | {"channel_shrink_ratio": 2}, _boxes),
-    OwnFamily("luke", "LukeModel", {"entity_vocab_size": 9}),
-    OwnFamily("luke_entities", "LukeModel", {"entity_vocab_size": 9},
+    HandWritten("lilt", "LiltModel", _LAYOUT | {"channel_shrink_ratio": 2}, _boxes),
+    HandWritten("luke", "LukeModel", {"entity_vocab_size": 9}),
+    HandWritten("luke_entities", "LukeModel", {"entity_vocab_size": 9},
               _with(text, entity_ids=lambda: tokens(2, 3) % 9,
                     entity_position_ids=lambda: tokens(2, 3, 4) % 9,
                     entity_attention_mask=lambda: torch.ones(2, 3, dtype=torch.long))),
-    OwnFamily("lxmert", "LxmertModel", {"visual_feat_dim": 8},
+    HandWritten("lxmert", "LxmertModel", {"visual_feat_dim": 8},
               _with(text, visual_feats=lambda: random(2, 6, 8),
                     visual_pos=lambda: random(2, 6, 4))),
-    OwnFamily("megatron_bert", "MegatronBertModel"),
-    OwnFamily("mpnet", "MPNetModel"),
-    OwnFamily("perceiver", "PerceiverModel",
+    HandWritten("megatron_bert", "MegatronBertModel"),
+    HandWritten("mpnet", "MPNetModel"),
+    HandWritten("perceiver", "PerceiverModel",
               {"d_model": 32, "d_latents": 32, "num_latents": 8, "num_self_attends_per_block": 2,
                "num_cross_attention_heads": 2, "num_self_attention_heads": 2, "qk_channels": 16,
                "v_channels": 32},
               lambda: {"inputs": random(2, 17, 32), "attention_mask": text()["attention_mask"]}),
-    OwnFamily("rembert", "RemBertModel"),
-    OwnFamily("roformer", "RoFormerModel"),
-    OwnFamily("squeezebert", "SqueezeBertModel"),
-    OwnFamily("tapas", "TapasModel"),
-    OwnFamily("vilt", "ViltModel",
+    HandWritten("rembert", "RemBertModel"),
+    HandWritten("roformer", "RoFormerModel"),
+    HandWritten("squeezebert", "SqueezeBertModel"),
+    HandWritten("tapas", "TapasModel"),
+    HandWritten("vilt", "ViltModel",
               inputs=_with(text, pixel_values=lambda: random(2, 3, 32, 32))),
-    OwnFamily("visual_bert", "VisualBertModel"),
-    OwnFamily("xlm", "XLMModel", {"use_lang_emb": False}),
-    OwnFamily("xlm_causal", "XLMWithLMHeadModel", {"use_lang_emb": False, "causal": True}),
-    OwnFamily("xlnet", "XLNetModel"),
+    HandWritten("visual_bert", "VisualBertModel"),
+    HandWritten("xlm", "XLMModel", {"use_lang_emb": False}),
+    HandWritten("xlm_causal", "XLMWithLMHeadModel", {"use_lang_emb": False, "causal": True}),
+    HandWritten("xlnet", "XLNetModel"),
 ]  # fmt: skip
 DECODERS = [
-    OwnFamily("bark", "BarkSemanticModel", _BARK, prompt),
-    OwnFamily("bloom", "BloomForCausalLM", inputs=prompt),
-    OwnFamily("codegen", "CodeGenForCausalLM", inputs=prompt),
-    OwnFamily("falcon_rotary", "FalconForCausalLM", _FALCON, prompt),
-    OwnFamily("falcon_new", "FalconForCausalLM",
+    HandWritten("bark", "BarkSemanticModel", _BARK, prompt),
+    HandWritten("bloom", "BloomForCausalLM", inputs=prompt),
+    HandWritten("codegen", "CodeGenForCausalLM", inputs=prompt),
+    HandWritten("falcon_rotary", "FalconForCausalLM", _FALCON, prompt),
+    HandWritten("falcon_new", "FalconForCausalLM",
               {"new_decoder_architecture": True, "num_kv_heads": 2}, prompt),
     # Under eager Falcon adds its ALiBi twice.
-    OwnFamily("falcon_alibi", "FalconForCausalLM", _FALCON | {"alibi": True}, prompt, "sdpa"),
-    OwnFamily("falcon_alibi_mqa", "FalconForCausalLM",
+    HandWritten("falcon_alibi", "FalconForCausalLM", _FALCON | {"alibi": True}, prompt, "sdpa"),
+    HandWritten("falcon_alibi_mqa", "FalconForCausalLM",
               _FALCON | {"alibi": True, "multi_query": True}, prompt, "sdpa"),
-    OwnFamily("gpt_neo", "GPTNeoForCausalLM",
+    HandWritten("gpt_neo", "GPTNeoForCausalLM",
               {"attention_types": [[["global", "local"], 1]], "window_size": 5}, prompt),
-    OwnFamily("gpt_neox_japanese", "GPTNeoXJapaneseForCausalLM", inputs=prompt),
-    OwnFamily("gptj", "GPTJForCausalLM", inputs=prompt),
-    OwnFamily("imagegpt", "ImageGPTForCausalImageModeling", inputs=prompt),
-    OwnFamily("imagegpt_upcast", "ImageGPTForCausalImageModeling",
+    HandWritten("gpt_neox_japanese", "GPTNeoXJapaneseForCausalLM", inputs=prompt),
+    HandWritten("gptj", "GPTJForCausalLM", inputs=prompt),
+    HandWritten("imagegpt", "ImageGPTForCausalImageModeling", inputs=prompt),
+    HandWritten("imagegpt_upcast", "ImageGPTForCausalImageModeling",
               {"reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True}, prompt),
-    OwnFamily("mpt", "MptForCausalLM", {"max_seq_len": 64, "expansion_ratio": 2}, prompt),
-    OwnFamily("openai_gpt", "OpenAIGPTLMHeadModel", inputs=prompt),
-    OwnFamily("trocr", "TrOCRForCausalLM", inputs=prompt, asleep=("encoder_attn",)),
-    OwnFamily("xglm", "XGLMForCausalLM", inputs=prompt),
+    HandWritten("mpt", "MptForCausalLM", {"max_seq_len": 64, "expansion_ratio": 2}, prompt),
+    HandWritten("openai_gpt", "OpenAIGPTLMHeadModel", inputs=prompt),
+    HandWritten("trocr", "TrOCRForCausalLM", inputs=prompt, inactive=("encoder_attn",)),
+    HandWritten("xglm", "XGLMForCausalLM", inputs=prompt),
 ]  # fmt: skip
 SEQ2SEQ = [
-    OwnFamily("bigbird_pegasus_full", "BigBirdPegasusForConditionalGeneration",
+    HandWritten("bigbird_pegasus_full", "BigBirdPegasusForConditionalGeneration",
               {"attention_type": "original_full"}, two_texts),
-    OwnFamily("fsmt", "FSMTForConditionalGeneration", {"langs": ["a", "b"]}, two_texts),
-    OwnFamily("longt5_local", "LongT5ForConditionalGeneration", inputs=two_texts, since="5.14"),
-    OwnFamily("mvp", "MvpForConditionalGeneration", inputs=two_texts),
-    OwnFamily("mvp_prompt", "MvpForConditionalGeneration",
+    HandWritten("fsmt", "FSMTForConditionalGeneration", {"langs": ["a", "b"]}, two_texts),
+    HandWritten("longt5_local", "LongT5ForConditionalGeneration", inputs=two_texts, since="5.14"),
+    HandWritten("mvp", "MvpForConditionalGeneration", inputs=two_texts),
+    HandWritten("mvp_prompt", "MvpForConditionalGeneration",
               {"use_prompt": True, "prompt_length": 5, "prompt_mid_dim": 16}, two_texts),
-    OwnFamily("pegasus_x", "PegasusXForConditionalGeneration", inputs=two_texts),
-    OwnFamily("prophetnet", "ProphetNetForConditionalGeneration", inputs=two_texts),
+    HandWritten("pegasus_x", "PegasusXForConditionalGeneration", inputs=two_texts),
+    HandWritten("prophetnet", "ProphetNetForConditionalGeneration", inputs=two_texts),
 ]  # fmt: skip
 VISION = [
-    OwnFamily("aimv2_head", "Aimv2VisionModel", {"use_head": True}, image, "sdpa"),
-    OwnFamily("blip_vision", "BlipVisionModel", inputs=image),
-    OwnFamily("cvt", "CvtModel",
+    HandWritten("aimv2_head", "Aimv2VisionModel", {"use_head": True}, image, "sdpa"),
+    HandWritten("blip_vision", "BlipVisionModel", inputs=image),
+    HandWritten("cvt", "CvtModel",
               {"embed_dim": [8, 16, 16], "num_heads": [1, 2, 4], "depth": [1, 2, 3],
                "drop_path_rate": [0.0, 0.0, 0.0]}, large_image),
-    OwnFamily("data2vec_vision", "Data2VecVisionModel", {"use_relative_position_bias": True},
+    HandWritten("data2vec_vision", "Data2VecVisionModel", {"use_relative_position_bias": True},
               image),
-    OwnFamily("data2vec_vision_sdpa", "Data2VecVisionModel",
+    HandWritten("data2vec_vision_sdpa", "Data2VecVisionModel",
               {"use_shared_relative_position_bias": True}, image, "sdpa"),
-    OwnFamily("donut", "DonutSwinModel", _SWIN, image),
-    OwnFamily("flava_image", "FlavaImageModel", inputs=image),
-    OwnFamily("glpn", "GLPNModel", _PYRAMID | {"sr_ratios": [4, 2, 1, 1]}, large_image),
-    OwnFamily("hiera", "HieraModel",
+    HandWritten("donut", "DonutSwinModel", _SWIN, image),
+    HandWritten("flava_image", "FlavaImageModel", inputs=image),
+    HandWritten("glpn", "GLPNModel", _PYRAMID | {"sr_ratios": [4, 2, 1, 1]}, large_image),
+    HandWritten("hiera", "HieraModel",
               {"embed_dim": 16, "image_size": [32, 32], "patch_size": [7, 7],
                "patch_stride": [4, 4], "patch_padding": [3, 3], "depths": [1, 1, 1, 1],
                "num_heads": [1, 2, 4, 8], "num_query_pool": 2, "masked_unit_size": [8, 8],
                "mlp_ratio": 2.0}, image),
-    OwnFamily("maskformer_swin", "MaskFormerSwinModel", _SWIN, image),
-    OwnFamily("mobilevit", "MobileViTModel",
+    HandWritten("maskformer_swin", "MaskFormerSwinModel", _SWIN, image),
+    HandWritten("mobilevit", "MobileViTModel",
               {"hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 24, 32, 32, 64],
                "image_size": 64, "patch_size": 2}, large_image),
-    OwnFamily("pvt", "PvtModel",
+    HandWritten("pvt", "PvtModel",
               _PYRAMID | {"patch_sizes": [4, 2, 2, 2], "sequence_reduction_ratios": [4, 2, 1, 1]},
               large_image),
-    OwnFamily("pvt_v2", "PvtV2Model", _PYRAMID | {"sr_ratios": [4, 2, 1, 1]}, large_image),
-    OwnFamily("pvt_v2_linear", "PvtV2Model",
+    HandWritten("pvt_v2", "PvtV2Model", _PYRAMID | {"sr_ratios": [4, 2, 1, 1]}, large_image),
+    HandWritten("pvt_v2_linear", "PvtV2Model",
               _PYRAMID | {"sr_ratios": [4, 2, 1, 1], "linear_attention": True}, large_image),
-    OwnFamily("sam_vision", "SamVisionModel", _SAM, image),
-    OwnFamily("sam_vision_sdpa", "SamVisionModel", _SAM, image, "sdpa"),
-    OwnFamily("sam_hq_vision", "SamHQVisionModel", _SAM, image),
-    OwnFamily("sam_hq_vision_sdpa", "SamHQVisionModel", _SAM, image, "sdpa"),
-    OwnFamily("seggpt", "SegGptModel",
+    HandWritten("sam_vision", "SamVisionModel", _SAM, image),
+    HandWritten("sam_vision_sdpa", "SamVisionModel", _SAM, image, "sdpa"),
+    HandWritten("sam_hq_vision", "SamHQVisionModel", _SAM, image),
+    HandWritten("sam_hq_vision_sdpa", "SamHQVisionModel", _SAM, image, "sdpa"),
+    HandWritten("seggpt", "SegGptModel",
               {"image_size": [32, 16], "merge_index": 1, "intermediate_hidden_state_indices": [1],
                "pretrain_image_size": 16, "num_hidden_layers": 3},
               lambda: {name: random(1, 3, 16, 16)
                        for name in ("pixel_values", "prompt_pixel_values", "prompt_masks")}),
-    OwnFamily("siglip_head", "SiglipVisionModel", inputs=image),
-    OwnFamily("superglue", "SuperGlueForKeypointMatching",
+    HandWritten("siglip_head", "SiglipVisionModel", inputs=image),
+    HandWritten("superglue", "SuperGlueForKeypointMatching",
               {"hidden_size": 16, "keypoint_encoder_sizes": [8, 16],
                "gnn_layers_types": ["self", "cross"], "num_attention_heads": 2,
                "keypoint_detector_config": _SUPERPOINT},
               lambda: {"pixel_values": random(1, 2, 3, 48, 48)}),
-    OwnFamily("swin2sr", "Swin2SRForImageSuperResolution",
+    HandWritten("swin2sr", "Swin2SRForImageSuperResolution",
               {"embed_dim": 16, "depths": [2], "num_heads": [2], "patch_size": 1, "upscale": 2},
               image),
-    OwnFamily("swinv2", "Swinv2Model", _SWIN, image),
-    OwnFamily("timesformer", "TimesformerModel", {"num_frames": 2},
+    HandWritten("swinv2", "Swinv2Model", _SWIN, image),
+    HandWritten("timesformer", "TimesformerModel", {"num_frames": 2},
               lambda: {"pixel_values": random(2, 2, 3, 32, 32)}),
-    OwnFamily("vitdet", "VitDetModel",
+    HandWritten("vitdet", "VitDetModel",
               {"window_block_indices": [0], "window_size": 3, "pretrain_image_size": 32,
                "use_relative_position_embeddings": True}, image),
 ]  # fmt: skip
 AUDIO = [
-    OwnFamily("bark_fine", "BarkFineModel", _BARK | {"n_codes_total": 4, "n_codes_given": 1},
+    HandWritten("bark_fine", "BarkFineModel", _BARK | {"n_codes_total": 4, "n_codes_given": 1},
               lambda: {"codebook_idx": 2, "input_ids": tokens(2, 9, 4)}),
-    OwnFamily("fastspeech2_conformer", "FastSpeech2ConformerModel", _FAST_SPEECH),
-    OwnFamily("sew_d", "SEWDModel",
+    HandWritten("fastspeech2_conformer", "FastSpeech2ConformerModel", _FAST_SPEECH),
+    HandWritten("sew_d", "SEWDModel",
               _CONV | {"squeeze_factor": 2, "position_buckets": 8, "max_position_embeddings": 16},
               speech),
-    OwnFamily("speecht5", "SpeechT5ForSpeechToText",
+    HandWritten("speecht5", "SpeechT5ForSpeechToText",
               _CONV | {"encoder_max_relative_position": 8, "speech_decoder_prenet_units": 16},
               lambda: speech() | {"decoder_input_ids": tokens(2, 7)}),
-    OwnFamily("wavlm", "WavLMModel",
+    HandWritten("wavlm", "WavLMModel",
               _CONV | {"num_buckets": 16, "max_bucket_distance": 32, "mask_feature_prob": 0.0},
               speech),
 ]  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_flash_two.hf.own_attention import own_attention
+from hf_flash_two.hf.tracer.mode import tracing
 
 
 @pytest.fixture
@@ -28,16 +28,16 @@ def run(layer, tensors):
 def assert_same(layer, tensors, kernel_calls, calls: int = 1):
     want = run(layer, tensors)
     assert not kernel_calls
-    with own_attention("layer"):
+    with tracing("layer"):
         out = layer(*tensors)
     assert len(kernel_calls) == calls
     kernel_calls.clear()
 
-    def carried_out(*tensors):
-        with own_attention("layer"):
+    def lowered(*tensors):
+        with tracing("layer"):
             return layer(*tensors)
 
-    got = run(carried_out, tensors)
+    got = run(lowered, tensors)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
     assert out.shape == want[0].shape
 
@@ -90,7 +90,7 @@ def einsums(q, k, v):
 
 
 POSITIONS = torch.randn(5, 7, 8, generator=torch.Generator().manual_seed(4))
-CARRIED_OUT = {
+LOWERED = {
     "scaled": lambda q, k, v: (product(q, k) / 3).softmax(-1) @ v,
     "factor_tensor": lambda q, k, v: (product(q, k) * torch.tensor(0.3)).softmax(-1) @ v,
     "factor_per_head": lambda q, k, v: (product(q, k) * BIAS[:, :, :1, :1]).softmax(-1) @ v,
@@ -143,7 +143,7 @@ CARRIED_OUT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("layer", CARRIED_OUT.values(), ids=CARRIED_OUT)
+@pytest.mark.parametrize("layer", LOWERED.values(), ids=LOWERED)
 def test_same_numbers_and_gradients(layer, qkv, kernel_calls):
     assert_same(layer, qkv, kernel_calls)
 
@@ -155,7 +155,7 @@ def test_gradient_of_a_bias(qkv, kernel_calls):
 
 def test_probabilities_used_twice_are_dropped_once(qkv):
     q, k, v = qkv
-    with own_attention("layer"):
+    with tracing("layer"):
         p = F.dropout(product(q, k).softmax(-1), 0.5)
         assert torch.equal(p @ v, p @ v)
 
@@ -173,7 +173,7 @@ def test_both_ways(qkv, kernel_calls):
 
 
 def test_a_layer_may_have_nothing_to_do(qkv):
-    with own_attention("layer"):
+    with tracing("layer"):
         qkv[0] + 1.0
 
 
@@ -192,7 +192,7 @@ COMPUTED = {
 @pytest.mark.parametrize("change", COMPUTED.values(), ids=COMPUTED)
 def test_what_is_not_known_on_scores_computes_them(change, qkv):
     q, k, v = qkv
-    with own_attention("layer"):
+    with tracing("layer"):
         s = product(q, k)
         changed = change(s)
         s.softmax(-1) @ v
@@ -218,7 +218,7 @@ NOT_ON_PROBABILITIES = {
 @pytest.mark.parametrize("change", NOT_ON_PROBABILITIES.values(), ids=NOT_ON_PROBABILITIES)
 def test_what_is_not_known_on_probabilities_raises(change, qkv):
     q, k, v = qkv
-    with pytest.raises(NotImplementedError, match="layer 7.*unpatch"), own_attention("layer 7"):
+    with pytest.raises(NotImplementedError, match="layer 7.*unpatch"), tracing("layer 7"):
         change(product(q, k).softmax(-1), v)
 
 
@@ -237,13 +237,13 @@ NOT_ATTENTION = {
 @pytest.mark.parametrize("layer", NOT_ATTENTION.values(), ids=NOT_ATTENTION)
 def test_a_layer_without_attention_raises(layer, qkv):
     raises = pytest.raises(NotImplementedError, match="layer 7.*what this layer does")
-    with raises, own_attention("layer 7"):
+    with raises, tracing("layer 7"):
         layer(*qkv)
 
 
 def test_a_change_in_place_of_the_queries_raises(qkv):
     q, k, v = (x.detach() for x in qkv)
-    with pytest.raises(NotImplementedError, match="layer 7.*in place"), own_attention("layer 7"):
+    with pytest.raises(NotImplementedError, match="layer 7.*in place"), tracing("layer 7"):
         s = product(q, k)
         q.mul_(2)
         s.softmax(-1) @ v
@@ -251,7 +251,7 @@ def test_a_change_in_place_of_the_queries_raises(qkv):
 
 def test_a_change_in_place_of_a_view_raises(qkv):
     q, k, v = qkv
-    with pytest.raises(NotImplementedError, match="through a view"), own_attention("layer 7"):
+    with pytest.raises(NotImplementedError, match="through a view"), tracing("layer 7"):
         s = product(q, k)
         view = s.view(6, 5, 7)
         s += 1.0
@@ -263,8 +263,18 @@ def test_nested_attention_through_the_interface(qkv, kernel_calls):
 
     q, k, v = qkv
     want = flash_attention(q, k, v)
-    with own_attention("layer"):
+    with tracing("layer"):
         got = flash_attention(q, k, v)
         product(q, k).softmax(-1) @ v
     assert torch.equal(got, want)
     assert len(kernel_calls) == 3
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1, 1)])
+def test_a_learned_temperature(shape: tuple[int, ...], qkv, kernel_calls) -> None:
+    temperature = torch.full(shape, 0.3, requires_grad=True)
+
+    def layer(q, k, v, temperature):
+        return (product(q, k) * temperature).softmax(-1) @ v
+
+    assert_same(layer, [*qkv, temperature], kernel_calls)

@@ -12,17 +12,17 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import CanineConfig, LlamaConfig
 from transformers.masking_utils import causal_mask_function, create_causal_mask
-from transformers.models.canine import modeling_canine  # noqa: F401  (own attention)
+from transformers.models.canine import modeling_canine  # noqa: F401  (hand-written attention)
 from transformers.models.llama import modeling_llama  # noqa: F401  (interface)
 
 from hf_flash_two import AttentionMask
-from hf_flash_two.hf.mask_carrier import MaskCarrier
 from hf_flash_two.hf.mask_function import make_mask
+from hf_flash_two.hf.mask_proxy import MaskProxy
 
 QUERIES, KEYS = 7, 19
 
 
-def carrier(kind: str, dtype: torch.dtype = torch.bool) -> MaskCarrier:
+def proxy(kind: str, dtype: torch.dtype = torch.bool) -> MaskProxy:
     generator = torch.Generator().manual_seed(0)
     keep = torch.rand(3, KEYS, generator=generator) > 0.3
     masks = {
@@ -33,7 +33,7 @@ def carrier(kind: str, dtype: torch.dtype = torch.bool) -> MaskCarrier:
         ),
     }
     shape = (3, 1, QUERIES, KEYS)
-    return MaskCarrier(masks[kind], shape, "cpu", dtype, causal=kind != "dense", packed=True)
+    return MaskProxy(masks[kind], shape, "cpu", dtype, causal=kind != "dense", packed=True)
 
 
 KINDS = pytest.mark.parametrize("kind", ["band", "intervals", "dense"])
@@ -42,12 +42,12 @@ KINDS = pytest.mark.parametrize("kind", ["band", "intervals", "dense"])
 @KINDS
 def test_looks_like_a_mask(kind: str) -> None:
     """What masking_utils and generate ask of a mask that was made before."""
-    mask = carrier(kind)
+    mask = proxy(kind)
     assert isinstance(mask, BlockMask) and len(mask.shape) == mask.ndim == mask.dim() == 4
     assert mask.shape == mask.size() == (3, 1, QUERIES, KEYS) and mask.size(-1) == KEYS
     assert mask.contiguous() is mask
     assert (mask.dtype, mask.device) == (torch.bool, torch.device("cpu"))
-    assert str(mask.shape[0]) in repr(mask) and "MaskCarrier" in str(mask)
+    assert str(mask.shape[0]) in repr(mask) and "MaskProxy" in str(mask)
     ids = torch.zeros(3, QUERIES, 8)
     config = LlamaConfig()
     config._attn_implementation = "flash_two"
@@ -57,13 +57,13 @@ def test_looks_like_a_mask(kind: str) -> None:
 
 @KINDS
 def test_travels(kind: str) -> None:
-    mask = carrier(kind)
+    mask = proxy(kind)
     assert mask.to("cpu") is mask and mask.to(torch.device("cpu"), non_blocking=True) is mask
     sent = send_to_device({"mask": [mask]}, "cpu", non_blocking=True)["mask"][0]
-    assert isinstance(sent, MaskCarrier) and torch.equal(sent.as_bool(), mask.as_bool())
+    assert isinstance(sent, MaskProxy) and torch.equal(sent.as_bool(), mask.as_bool())
     assert torch.equal(copy.deepcopy(mask).as_bool(), mask.as_bool())
     moved = mask.to("meta")
-    assert moved.device.type == "meta" and isinstance(moved, MaskCarrier)
+    assert moved.device.type == "meta" and isinstance(moved, MaskProxy)
     assert all(
         part is None or part.device.type == "meta"
         for part in (moved.mask.first_query, moved.mask.last_query, moved.mask.dense)
@@ -72,7 +72,7 @@ def test_travels(kind: str) -> None:
 
 def test_travels_to_a_gpu_by_its_number() -> None:
     """As hooks of a device map say it: what a tensor does with a number, the mask does."""
-    mask = carrier("intervals")
+    mask = proxy("intervals")
     try:
         expected = mask.mask.first_query.to(0).device
     except Exception as error:  # without a GPU, of a kind that depends on the build of PyTorch
@@ -96,9 +96,9 @@ def test_travels_to_a_gpu_by_its_number() -> None:
     ids=str,
 )
 def test_slices_stay_masks(kind: str, index) -> None:
-    mask = carrier(kind)
+    mask = proxy(kind)
     part = mask[index]
-    assert isinstance(part, MaskCarrier)
+    assert isinstance(part, MaskProxy)
     assert torch.equal(part.as_bool(), mask.as_bool()[index])
     assert part.shape == mask.as_bool()[index].shape
 
@@ -110,7 +110,7 @@ def test_slices_stay_masks(kind: str, index) -> None:
     ids=str,
 )
 def test_other_indices_give_tensors(kind: str, index) -> None:
-    mask = carrier(kind)
+    mask = proxy(kind)
     assert torch.equal(mask[index], mask.as_bool()[index])
     chosen = torch.tensor([2, 0, 0])
     assert torch.equal(mask[chosen], mask.as_bool()[chosen])
@@ -118,17 +118,17 @@ def test_other_indices_give_tensors(kind: str, index) -> None:
 
 @KINDS
 def test_intersection(kind: str) -> None:
-    mask, other = carrier(kind), carrier("intervals")
+    mask, other = proxy(kind), proxy("intervals")
     expected = mask.as_bool() & other.as_bool()
     both = mask & other
-    assert torch.equal(both.as_bool() if isinstance(both, MaskCarrier) else both, expected)
-    assert isinstance(carrier("band") & carrier("band"), MaskCarrier)
+    assert torch.equal(both.as_bool() if isinstance(both, MaskProxy) else both, expected)
+    assert isinstance(proxy("band") & proxy("band"), MaskProxy)
     tensor = torch.rand(3, 1, QUERIES, KEYS) > 0.5
     assert torch.equal(mask & tensor, mask.as_bool() & tensor)
     assert torch.equal(tensor & mask, mask.as_bool() & tensor)
 
 
-def use_as_bool(mask: MaskCarrier | Tensor, scores: Tensor) -> list[Tensor]:
+def use_as_bool(mask: MaskProxy | Tensor, scores: Tensor) -> list[Tensor]:
     return [
         ~mask,
         mask | (scores > 0),
@@ -151,14 +151,14 @@ def use_as_bool(mask: MaskCarrier | Tensor, scores: Tensor) -> list[Tensor]:
 
 @KINDS
 def test_stands_for_its_bool_tensor(kind: str) -> None:
-    mask, scores = carrier(kind), torch.randn(3, 4, QUERIES, KEYS)
+    mask, scores = proxy(kind), torch.randn(3, 4, QUERIES, KEYS)
     for actual, expected in zip(
         use_as_bool(mask, scores), use_as_bool(mask.as_bool(), scores), strict=True
     ):
         assert type(actual) is Tensor and torch.equal(actual, expected)
 
 
-def use_in_sums(mask: MaskCarrier | Tensor, scores: Tensor) -> list[Tensor]:
+def use_in_sums(mask: MaskProxy | Tensor, scores: Tensor) -> list[Tensor]:
     return [
         scores + mask,
         mask + scores,
@@ -170,7 +170,7 @@ def use_in_sums(mask: MaskCarrier | Tensor, scores: Tensor) -> list[Tensor]:
     ]
 
 
-def additive(mask: MaskCarrier, dtype: torch.dtype) -> Tensor:
+def additive(mask: MaskProxy, dtype: torch.dtype) -> Tensor:
     visible = mask.as_bool()
     return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
@@ -178,7 +178,7 @@ def additive(mask: MaskCarrier, dtype: torch.dtype) -> Tensor:
 @KINDS
 @pytest.mark.parametrize("scores", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_is_additive_in_a_sum(kind: str, scores: torch.dtype) -> None:
-    mask, scores = carrier(kind), torch.randn(3, 4, QUERIES, KEYS).to(scores)
+    mask, scores = proxy(kind), torch.randn(3, 4, QUERIES, KEYS).to(scores)
     expected = use_in_sums(additive(mask, scores.dtype), scores)
     for actual, wanted in zip(use_in_sums(mask, scores), expected, strict=True):
         assert torch.equal(actual, wanted)
@@ -186,7 +186,7 @@ def test_is_additive_in_a_sum(kind: str, scores: torch.dtype) -> None:
 
 @KINDS
 def test_the_float_kind_keeps_its_dtype_in_a_sum(kind: str) -> None:
-    mask, scores = carrier(kind, torch.float32), torch.randn(3, 4, QUERIES, KEYS)
+    mask, scores = proxy(kind, torch.float32), torch.randn(3, 4, QUERIES, KEYS)
     for dtype in (torch.float32, torch.bfloat16):
         actual = mask + scores.to(dtype)
         assert torch.equal(actual, additive(mask, torch.float32) + scores.to(dtype))
@@ -195,14 +195,14 @@ def test_the_float_kind_keeps_its_dtype_in_a_sum(kind: str) -> None:
 
 @KINDS
 def test_stands_for_the_float_tensor_of_eager(kind: str) -> None:
-    mask = carrier(kind, torch.float32)
+    mask = proxy(kind, torch.float32)
     expected = additive(mask, torch.float32)
     assert mask.dtype == torch.float32
     for use in (lambda m: m.squeeze(1), lambda m: m[:, 0], lambda m: m < 0, lambda m: m.float()):
         assert torch.equal(use(mask), use(expected))
 
 
-def test_families_with_their_own_attention_get_the_float_kind() -> None:
+def test_families_with_hand_written_attention_get_the_float_kind() -> None:
     shapes = {"batch_size": 2, "q_length": 5, "kv_length": 5}
     for config, dtype in ((CanineConfig(), torch.float32), (LlamaConfig(), torch.bool)):
         mask = make_mask(**shapes, mask_function=causal_mask_function, config=config)
@@ -211,17 +211,17 @@ def test_families_with_their_own_attention_get_the_float_kind() -> None:
 
 def test_no_attribute_that_a_tensor_lacks() -> None:
     with pytest.raises(AttributeError, match="no attribute 'kv_indices'"):
-        _ = carrier("band").kv_indices
+        _ = proxy("band").kv_indices
 
 
 def test_hashes_by_identity() -> None:
-    mask = carrier("band")
+    mask = proxy("band")
     assert {mask: 1}[mask] == 1
 
 
 @KINDS
 def test_additive_mask_as_bool_is_where_it_is_not_zero(kind: str) -> None:
     """MPT takes the mask as the places to fill, by converting the float mask of eager."""
-    mask = carrier(kind, torch.float32)
+    mask = proxy(kind, torch.float32)
     assert torch.equal(mask.to(torch.bool), mask.as_additive(torch.float32).to(torch.bool))
     assert torch.equal(mask.bool(), mask.to(torch.bool))

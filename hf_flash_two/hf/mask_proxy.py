@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +15,11 @@ from hf_flash_two.masks import AttentionMask
 
 logger = logging.get_logger(__name__)
 
+_bitwise_and: Any = torch.bitwise_and  # takes proxies too, by `__torch_function__`
 _SUMS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
 
 
-class MaskCarrier(BlockMask):
+class MaskProxy(BlockMask):
     """An `AttentionMask` that Transformers passes through and foreign code may use as a tensor.
 
     Transformers lets a mask pass untouched if it is a tensor or a ``BlockMask`` of four
@@ -47,7 +49,8 @@ class MaskCarrier(BlockMask):
         padding: Tensor | None = None,
     ):
         self.mask = mask
-        self._shape = tuple(shape)
+        batch, heads, queries, keys = shape
+        self._shape = batch, heads, queries, keys
         self.device = torch.device(device)
         self.dtype = dtype
         self.causal = causal
@@ -64,7 +67,7 @@ class MaskCarrier(BlockMask):
     def dim(self) -> int:
         return 4
 
-    def broadcast_to(self, queries: int, keys: int) -> MaskCarrier:
+    def broadcast_to(self, queries: int, keys: int) -> MaskProxy:
         """The mask of one query, or to one key, as that of all; any other as it is.
 
         One that hides nothing fits all lengths: eager has no mask there, so nobody notices when a
@@ -108,10 +111,12 @@ class MaskCarrier(BlockMask):
     def to_dense(self) -> Tensor:
         return self.as_tensor()
 
-    def contiguous(self, *_, **__) -> MaskCarrier:
+    def contiguous(self, *_, **__) -> MaskProxy:
         return self
 
-    def to(self, *args, **kwargs) -> MaskCarrier | Tensor:
+    def to(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, *args, **kwargs
+    ) -> MaskProxy | Tensor:
         options = [*args, *kwargs.values()]
         for like in (x for x in options if isinstance(x, Tensor)):
             options += [like.device, like.dtype]
@@ -132,9 +137,9 @@ class MaskCarrier(BlockMask):
     def type_as(self, other: Tensor) -> Tensor:
         return self.as_tensor(other.dtype)
 
-    def _replace(self, mask: AttentionMask, shape=None, device=None) -> MaskCarrier:
+    def _replace(self, mask: AttentionMask, shape=None, device=None) -> MaskProxy:
         padding = self.padding
-        return MaskCarrier(
+        return MaskProxy(
             mask,
             self._shape if shape is None else shape,
             self.device if device is None else device,
@@ -144,7 +149,9 @@ class MaskCarrier(BlockMask):
             padding=padding if device is None or padding is None else padding.to(device),
         )
 
-    def __getitem__(self, index) -> MaskCarrier | Tensor:
+    def __getitem__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, index
+    ) -> MaskProxy | Tensor:
         rows = _slices(index, self._shape)
         if rows is None:
             return self.as_tensor()[index]
@@ -154,26 +161,26 @@ class MaskCarrier(BlockMask):
         mask = mask.slice_keys(start_k, stop_k, stop_q - start_q, keys)
         mask = mask.each_tensor(lambda part: part[batch] if part.shape[0] > 1 else part)
         count = len(range(self._shape[0])[batch])
-        carrier = self._replace(mask, (count, 1, stop_q - start_q, stop_k - start_k))
+        proxy = self._replace(mask, (count, 1, stop_q - start_q, stop_k - start_k))
         if self.padding is not None:
-            carrier.padding = self.padding[batch]
-        return carrier
+            proxy.padding = self.padding[batch]
+        return proxy
 
-    def __and__(self, other) -> MaskCarrier | Tensor:
-        if not isinstance(other, MaskCarrier) or other._shape != self._shape:
-            return torch.bitwise_and(self, other)
+    def __and__(self, other) -> MaskProxy | Tensor:
+        if not isinstance(other, MaskProxy) or other._shape != self._shape:
+            return _bitwise_and(self, other)
         queries, keys = self._shape[2:]
         offset, others = (m.mask.resolve_offset(queries, keys) for m in (self, other))
         if offset != others:
-            return torch.bitwise_and(self, other)
+            return _bitwise_and(self, other)
         both = replace(self.mask, query_offset=offset) & replace(other.mask, query_offset=offset)
-        carrier = self._replace(both)
-        carrier.causal, carrier.packed = self.causal or other.causal, self.packed or other.packed
-        return carrier
+        proxy = self._replace(both)
+        proxy.causal, proxy.packed = self.causal or other.causal, self.packed or other.packed
+        return proxy
 
     def __getattr__(self, name: str):
         if name.startswith("_") or not hasattr(Tensor, name):
-            raise AttributeError(f"MaskCarrier has no attribute {name!r}")
+            raise AttributeError(f"MaskProxy has no attribute {name!r}")
         return getattr(self.as_tensor(), name)
 
     @classmethod
@@ -198,7 +205,7 @@ class MaskCarrier(BlockMask):
     __hash__ = object.__hash__
 
     def __repr__(self) -> str:
-        return f"MaskCarrier({self.mask}, shape={list(self._shape)}, device={self.device})"
+        return f"MaskProxy({self.mask}, shape={list(self._shape)}, device={self.device})"
 
     __str__ = __repr__
 
@@ -220,11 +227,11 @@ def _slices(index, shape):
 
 
 def _operator(name: str):
-    def operate(self: MaskCarrier, *others) -> Tensor:
-        return self.__torch_function__(getattr(Tensor, name), (MaskCarrier,), (self, *others))
+    def operate(self: MaskProxy, *others) -> Tensor:
+        return self.__torch_function__(getattr(Tensor, name), (MaskProxy,), (self, *others))
 
     return operate
 
 
 for _name in "add radd sub rsub mul rmul rand or ror invert eq ne lt le gt ge".split():
-    setattr(MaskCarrier, f"__{_name}__", _operator(f"__{_name}__"))
+    setattr(MaskProxy, f"__{_name}__", _operator(f"__{_name}__"))
