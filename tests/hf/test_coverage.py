@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from models import NOT_KNOWN, is_not_known
 
 from hf_flash_two.hf import interface
 from hf_flash_two.masks import AttentionMask
@@ -43,6 +44,10 @@ def row_of(name: str) -> Row:
 @pytest.mark.parametrize("name", INTERFACE + OWN)
 def test_a_family_is_equal(name: str) -> None:
     row = row_of(name)
+    if is_not_known(FAMILIES[name].build("eager")):
+        assert (row.status, row.ours) == ("partly", 0)
+        assert NOT_KNOWN in " ".join(row.notes)
+        return
     assert row.status == "equal", row
     assert row.layers == row.ours > 0
     assert row.calls >= row.layers
