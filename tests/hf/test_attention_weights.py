@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import transformers
@@ -13,12 +10,9 @@ from models import patched_where_known
 from packaging.version import Version
 
 import hf_flash_two
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-from zoo import inputs as given  # noqa: E402
-from zoo.build import families  # noqa: E402
-from zoo.compare import attention_layers, attention_weights  # noqa: E402
+from scripts.coverage import inputs as given
+from scripts.coverage.build import families
+from scripts.coverage.compare import attention_layers, attention_weights
 
 FAMILIES = {family.name: family for family in families()}
 # Recorded by hooks of Transformers, by arguments, by the model's own code; in one family several.

@@ -1,9 +1,8 @@
-"""scripts/coverage.py on one family of each kind; that it notices what is wrong; its table."""
+"""scripts/coverage on one family of each kind; that it notices what is wrong; its table."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +13,11 @@ from models import NOT_KNOWN, is_not_known
 from hf_flash_two.hf import interface
 from hf_flash_two.masks import AttentionMask
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
+from scripts.coverage import overrides, table
+from scripts.coverage.build import families
+from scripts.coverage.compare import Row, check
 
-from zoo import overrides, table  # noqa: E402
-from zoo.build import families  # noqa: E402
-from zoo.compare import Row, check  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 FAMILIES = {family.name: family for family in families()}
 # Windows, chunks, sinks, caps, biases, indices, documents laid end to end, masks as tensors.

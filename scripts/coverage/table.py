@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from zoo.compare import FORWARD, GRADIENT, Row
+from scripts.coverage.compare import FORWARD, GRADIENT, Row
 
 _KINDS = {
     "interface": "Families that use Transformers' attention interface",

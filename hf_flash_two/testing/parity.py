@@ -1,6 +1,6 @@
 """`check_parity`: a user's own model and batch under flash_two, against eager in higher precision.
 
-The model itself runs (see `replay`): under flash_two, under eager, and under eager with every
+The model itself runs (see `layerwise`): under flash_two, under eager, and under eager with every
 weight in higher precision, which is the reference. Packed documents run together under flash_two
 but one by one under eager, so that no mask that separates them is in the reference.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from hf_flash_two.hf import patching
-from hf_flash_two.hf.replay import (
+from hf_flash_two.testing.layerwise import (
     OUTPUT,
     Batch,
     Replay,

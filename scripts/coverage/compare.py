@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import hf_flash_two
 from hf_flash_two import op
 from hf_flash_two.hf.families import NOT_POSSIBLE, attention_kind, key, why_not
-from zoo import inputs as given
-from zoo.build import Family
-from zoo.inputs import padded, run
+from scripts.coverage import inputs as given
+from scripts.coverage.build import Family
+from scripts.coverage.inputs import padded, run
 
 FORWARD, GRADIENT = 2e-5, 1e-4
 WEIGHTS = 1e-4  # computed from scores, of which some models have large ones

@@ -1,0 +1,1 @@
+"""Tools that check what runs under flash_two."""
