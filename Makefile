@@ -25,7 +25,7 @@ test: $(INSTALLED)
 	rm -f $(VENV)/tests-*.xml
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --junitxml=$(VENV)/tests-1.xml
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) \
-		--junitxml=$(VENV)/tests-2.xml tests/test_*.py
+		--junitxml=$(VENV)/tests-2.xml tests/test_*.py tests/kernel
 
 # The combinations that `make test` only samples.
 test-sweep: $(INSTALLED)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_flash_two.kernels import NAMES as KERNELS
-from hf_flash_two.kernels.problem import Problem, statistics_dtype
+from hf_flash_two.kernels.params import Problem, statistics_dtype
 from hf_flash_two.masks import AttentionMask
 from hf_flash_two.op import flash_attn
 

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function, _SingleLevelFunction
 
 from hf_flash_two.kernels import select
-from hf_flash_two.kernels.problem import Problem, empty_lse, empty_output
+from hf_flash_two.kernels.params import Problem, empty_lse, empty_output
 from hf_flash_two.masks import KEY_GRANULE
 
 _PROBLEM = (

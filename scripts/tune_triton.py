@@ -1,4 +1,4 @@
-"""Time candidate tile sizes of the Triton kernels on this GPU, for the table in triton_config.
+"""Time candidate tile sizes of the Triton kernels on this GPU, for the table in triton/config.py.
 
     python scripts/tune_triton.py --passes forward keys queries --head-dims 64 128 256
 
@@ -17,12 +17,7 @@ import torch
 import triton
 
 from hf_flash_two import AttentionMask, flash_attention
-from hf_flash_two.kernels import (
-    triton_backward,
-    triton_config,
-    triton_forward,
-    triton_launch,
-)
+from hf_flash_two.kernels.triton import backward, config, forward, launch
 
 Candidate = tuple[int, int, int, int]
 Job = tuple[str, int, str, Candidate]
@@ -43,22 +38,22 @@ def candidates(walk: str) -> list[Candidate]:
 def use(walk: str, candidate: Candidate) -> None:
     """Make the kernels take this candidate."""
     block_q, block_k, warps, stages = candidate
-    triton_launch.plans.clear()
+    launch.plans.clear()
     chosen = {"block_q": block_q, "block_k": block_k, "warps": warps, "stages": stages}
     if walk == "forward":
 
         def forward_tiles(*args):
-            return replace(triton_config.forward_tiles(*args), **chosen)
+            return replace(config.forward_tiles(*args), **chosen)
 
-        triton_forward.forward_tiles = forward_tiles
+        forward.forward_tiles = forward_tiles
     else:
 
         def backward_tiles(*args):
-            tiles = triton_config.backward_tiles(*args)
+            tiles = config.backward_tiles(*args)
             # A walk for values alone begins as the one that it shares with keys.
             return replace(tiles, **{walk: replace(getattr(tiles, walk) or tiles.keys, **chosen)})
 
-        triton_backward.backward_tiles = backward_tiles
+        backward.backward_tiles = backward_tiles
 
 
 def problem(head_dim: int, mask: str, length: int):

@@ -9,6 +9,7 @@ import torch
 from machine import GPU, INTERPRETED, KERNELS
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("helpers")
 
 
 def modules_beside_the_package() -> str:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from helpers import LargestTensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention import LargestTensor
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 

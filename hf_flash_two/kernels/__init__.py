@@ -20,6 +20,7 @@ from hf_flash_two.kernels import blockwise
 
 
 class Kernel(NamedTuple):
+    name: str
     forward: Callable
     backward: Callable
 
@@ -44,10 +45,10 @@ def _select(name: str, device: str, index: int | None, dtype: torch.dtype) -> Ke
     if name == "triton" and obstacle:
         raise ValueError(f"kernel: 'triton' cannot run, {obstacle}; use 'auto' or 'blockwise'")
     if name == "blockwise" or obstacle:
-        return Kernel(blockwise.forward, blockwise.backward)
-    from hf_flash_two.kernels import triton_backward, triton_forward
+        return Kernel("blockwise", blockwise.forward, blockwise.backward)
+    from hf_flash_two.kernels.triton import backward, forward
 
-    return Kernel(triton_forward.forward, triton_backward.backward)
+    return Kernel("triton", forward.forward, backward.backward)
 
 
 def _triton_obstacle(name: str, device: str, index: int | None, dtype: torch.dtype) -> str | None:

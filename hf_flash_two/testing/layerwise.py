@@ -528,8 +528,7 @@ class _Kernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.hf_flash_two.flash_attn_fwd.default and self.calls.running:
-            kernel = select(args[-1], args[0]).forward.__module__.rpartition(".")[2]
-            self.found[self.calls.running[-1][0]].add(kernel.partition("_")[0])
+            self.found[self.calls.running[-1][0]].add(select(args[-1], args[0]).name)
         return function(*args, **(kwargs or {}))
 
 

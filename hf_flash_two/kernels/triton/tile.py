@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_flash_two.kernels.problem import LOG2E
+from hf_flash_two.kernels.params import LOG2E
 from hf_flash_two.masks import KEY_GRANULE
 
 _LOG2E = tl.constexpr(LOG2E)
@@ -31,7 +31,7 @@ def key_tiles(
 ):  # fmt: skip
     """Key tiles that queries at positions [start, stop) must visit: [first, last), and the one run
     [full, full_end) of them that needs no masking. Intervals were looked through before, for all
-    ``tile`` of a batch row: see `triton_ranges`."""
+    ``tile`` of a batch row: see `ranges`."""
     tiles = tl.cdiv(key_length, BLOCK_K)
     first, last, full, full_end = 0, tiles, 0, key_length // BLOCK_K
     if MASK == BAND:
@@ -148,7 +148,7 @@ def seen_product(a, b, acc, seen, b_at, step, inside, PRECISION: tl.constexpr):
 
 @triton.jit
 def bulk_load(tiles, batch, head, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """One tile by the copy engine, zero outside of the tensor; see `triton_config.bulk_tiles`."""
+    """One tile by the copy engine, zero outside of the tensor; see `config.bulk_tiles`."""
     at = [batch.to(tl.int32), head.to(tl.int32), row, column]
     return tiles.load(at).reshape(ROWS, COLUMNS)
 

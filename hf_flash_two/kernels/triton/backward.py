@@ -15,14 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_flash_two.kernels.problem import (
+from hf_flash_two.kernels.params import (
     LOG2E,
     Layout,
     Problem,
     empty_output,
     output_layout,
 )
-from hf_flash_two.kernels.triton_config import (
+from hf_flash_two.kernels.triton.config import (
     BackwardTiles,
     Tiles,
     backward_tiles,
@@ -34,9 +34,9 @@ from hf_flash_two.kernels.triton_config import (
     launch_flags,
     strides_of,
 )
-from hf_flash_two.kernels.triton_launch import Launch, planned
-from hf_flash_two.kernels.triton_ranges import key_ranges
-from hf_flash_two.kernels.triton_tile import (
+from hf_flash_two.kernels.triton.launch import Launch, planned
+from hf_flash_two.kernels.triton.ranges import key_ranges
+from hf_flash_two.kernels.triton.tile import (
     bulk_load,
     holds_nan,
     intervals,

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_flash_two.kernels.problem import Problem
-from hf_flash_two.kernels.triton_config import Tiles
+from hf_flash_two.kernels.params import Problem
+from hf_flash_two.kernels.triton.config import Tiles
 from hf_flash_two.masks import KEY_GRANULE, Lasting, lasts
 
 _GRANULE = tl.constexpr(KEY_GRANULE)
@@ -16,7 +16,7 @@ _SCAN = tl.constexpr(128)
 
 
 def key_ranges(problem: Problem, tiles: Tiles, query_length: int, key_length: int) -> Tensor | None:
-    """int32 [B or 1, query tiles, 4] for `triton_tile.key_tiles`; None without intervals.
+    """int32 [B or 1, query tiles, 4] for `tile.key_tiles`; None without intervals.
 
     Worked out once for each mask and tile size: all layers share the mask, which owns its bounds.
     """

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_flash_two.kernels import dropout
-from hf_flash_two.kernels.problem import LOG2E, Problem, statistics_dtype
+from hf_flash_two.kernels.params import LOG2E, Problem, statistics_dtype
 from hf_flash_two.masks import KEY_GRANULE, TileMap, band_tiles, bound_tiles
 
 _BLOCK_Q = 256

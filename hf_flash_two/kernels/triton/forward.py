@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_flash_two.kernels.problem import (
+from hf_flash_two.kernels.params import (
     LOG2E,
     Layout,
     Problem,
@@ -22,7 +22,7 @@ from hf_flash_two.kernels.problem import (
     empty_output,
     output_layout,
 )
-from hf_flash_two.kernels.triton_config import (
+from hf_flash_two.kernels.triton.config import (
     Tiles,
     bulk_run,
     bulk_strides,
@@ -33,9 +33,9 @@ from hf_flash_two.kernels.triton_config import (
     launch_flags,
     strides_of,
 )
-from hf_flash_two.kernels.triton_launch import Launch, planned
-from hf_flash_two.kernels.triton_ranges import key_ranges
-from hf_flash_two.kernels.triton_tile import (
+from hf_flash_two.kernels.triton.launch import Launch, planned
+from hf_flash_two.kernels.triton.ranges import key_ranges
+from hf_flash_two.kernels.triton.tile import (
     bulk_load,
     holds_nan,
     intervals,

@@ -17,8 +17,8 @@ import math
 import torch
 from torch import Tensor
 
-from hf_flash_two.kernels.lane import KeyTile, Lane, QueryTile, lanes
-from hf_flash_two.kernels.problem import Problem, empty_lse, empty_output, statistics_dtype
+from hf_flash_two.kernels.blockwise.head_blocks import KeyTile, Lane, QueryTile, lanes
+from hf_flash_two.kernels.params import Problem, empty_lse, empty_output, statistics_dtype
 
 _SAFE_MEAN = 2.0**4
 _FINE = 2.0**10

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_attention import BATCH, check, dtype_id, inputs, padded
+from helpers import BATCH, check, dtype_id, inputs, padded
 from torch import Tensor
 
 from hf_flash_two import flash_attention

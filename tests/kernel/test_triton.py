@@ -10,13 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import BATCH, check, inputs
 from machine import GPU, INTERPRETED
 from oracle import dense_attention
-from test_attention import BATCH, check, inputs
 from torch import Tensor
 
 from hf_flash_two import AttentionMask, flash_attention
-from hf_flash_two.kernels.problem import Problem
+from hf_flash_two.kernels.params import Problem
 from hf_flash_two.masks import KEY_GRANULE
 
 if not (INTERPRETED or GPU):
@@ -25,12 +25,12 @@ if not (INTERPRETED or GPU):
         allow_module_level=True,
     )
 
-from hf_flash_two.kernels import (  # noqa: E402
-    triton_backward,
-    triton_config,
-    triton_forward,
-    triton_launch,
-    triton_ranges,
+from hf_flash_two.kernels.triton import (  # noqa: E402
+    backward,
+    config,
+    forward,
+    launch,
+    ranges,
 )
 
 needs_gpu = pytest.mark.skipif(INTERPRETED, reason="the interpreter has neither streams nor code")
@@ -38,9 +38,9 @@ needs_gpu = pytest.mark.skipif(INTERPRETED, reason="the interpreter has neither 
 
 @pytest.fixture(autouse=True)
 def forget_launches():
-    triton_launch.plans.clear()
+    launch.plans.clear()
     yield
-    triton_launch.plans.clear()
+    launch.plans.clear()
 
 
 def attend(*tensors: Tensor, **arguments) -> Tensor:
@@ -74,13 +74,13 @@ def test_the_copy_engine_changes_nothing(
     if not INTERPRETED and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("the copy engine came with Hopper")
     if INTERPRETED:
-        hopper = triton_config.Device(8, 2**20, bulk_copy=True)
-        monkeypatch.setattr(triton_config, "device_of", lambda index: hopper)
-        monkeypatch.setattr(triton_launch, "device_of", lambda index: hopper)
+        hopper = config.Device(8, 2**20, bulk_copy=True)
+        monkeypatch.setattr(config, "device_of", lambda index: hopper)
+        monkeypatch.setattr(launch, "device_of", lambda index: hopper)
     copied = []
-    for module in (triton_forward, triton_backward):
+    for module in (forward, backward):
         monkeypatch.setattr(module, "bulk_tiles", lambda *a: copied.append(make(*a)) or copied[-1])
-    make = triton_config.bulk_tiles
+    make = config.bulk_tiles
     tensors = inputs(
         132, 132, head_dim=head_dim, value_dim=value_dim, dtype=torch.float16, device=device
     )
@@ -88,8 +88,8 @@ def test_the_copy_engine_changes_nothing(
     mask = masks(132, device)[name]
     found = []
     for least in (64, 1000):
-        monkeypatch.setattr(triton_config, "_BULK_LENGTH", least)
-        triton_launch.plans.clear()
+        monkeypatch.setattr(config, "_BULK_LENGTH", least)
+        launch.plans.clear()
         copied.clear()
         found.append(results(tensors, upstream, mask=mask))
         assert all((tiles is not None) == (least == 64) for tiles in copied)
@@ -117,11 +117,11 @@ def test_key_ranges(
         problem = SimpleNamespace(
             key_bounds=mask.key_bounds(), query_offset=mask.resolve_offset(query_length, key_length)
         )
-        tiles = triton_config.Tiles(block_q, block_k, 16, 16, 4, 1)
-        ranges = triton_ranges.key_ranges(problem, tiles, query_length, key_length)
+        tiles = config.Tiles(block_q, block_k, 16, 16, 4, 1)
+        found = ranges.key_ranges(problem, tiles, query_length, key_length)
         visible = mask.to_dense(query_length, key_length, device)[:, 0]
-        for batch, tile in itertools.product(*map(range, ranges.shape[:2])):
-            first, last, full, full_end = ranges[batch, tile].tolist()
+        for batch, tile in itertools.product(*map(range, found.shape[:2])):
+            first, last, full, full_end = found[batch, tile].tolist()
             seen = visible[batch, tile * block_q : (tile + 1) * block_q]
             assert not seen[:, : first * block_k].any()
             assert not seen[:, max(first, last) * block_k :].any()
@@ -137,8 +137,8 @@ def test_key_ranges(
 def test_a_causal_tile_masks_only_its_diagonal(device: str) -> None:
     mask = AttentionMask.causal() & AttentionMask.from_padding(torch.ones(1, 512, device=device))
     problem = SimpleNamespace(key_bounds=mask.key_bounds(), query_offset=0)
-    tiles = triton_config.Tiles(64, 64, 16, 16, 4, 1)
-    first, last, full, full_end = triton_ranges.key_ranges(problem, tiles, 512, 512)[0].T.tolist()
+    tiles = config.Tiles(64, 64, 16, 16, 4, 1)
+    first, last, full, full_end = ranges.key_ranges(problem, tiles, 512, 512)[0].T.tolist()
     assert first == [0] * 8 and last == list(range(1, 9))
     assert full[1:] == [0] * 7 and full_end[1:] == list(range(1, 8))
 
@@ -153,7 +153,7 @@ def test_remembered_launches_take_new_values(device: str) -> None:
         causal = torch.arange(70)[None] <= torch.arange(33)[:, None] + 37
         visible = keep.cpu()[:, None, None] & causal
         check("triton", *tensors, mask=mask, visible=visible, softcap=float(seed + 1))
-    assert triton_launch.plans
+    assert launch.plans
 
 
 @pytest.fixture(params=["backends", "backends.cuda.matmul"])
@@ -171,21 +171,21 @@ def test_tf32_is_used_where_pytorch_uses_it(device: str, precision: Callable[[st
     query = SimpleNamespace(dtype=torch.float32, is_cuda=True)
     problem = SimpleNamespace(**dict.fromkeys(Problem._fields, 0))
     exact = results(tensors, upstream)
-    assert triton_config.launch_flags(query, problem)["PRECISION"] == "ieee"
+    assert config.launch_flags(query, problem)["PRECISION"] == "ieee"
     precision("tf32")
     wanted = "ieee" if torch.version.hip else "tf32"
-    assert triton_config.launch_flags(query, problem)["PRECISION"] == wanted
+    assert config.launch_flags(query, problem)["PRECISION"] == wanted
     for got, want in zip(results(tensors, upstream), exact, strict=True):
         torch.testing.assert_close(got, want, rtol=2**-8, atol=2**-8)
 
 
 def test_few_launches_are_remembered(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    monkeypatch.setattr(triton_launch, "_MOST_PLANS", 3)
+    monkeypatch.setattr(launch, "_MOST_PLANS", 3)
     for length in range(20, 28):
         query, key, value = inputs(9, length, device=device)
         expected = dense_attention(query, key, value)[0]
         torch.testing.assert_close(attend(query, key, value), expected, rtol=1e-4, atol=1e-5)
-        assert 0 < len(triton_launch.plans) <= 3
+        assert 0 < len(launch.plans) <= 3
 
 
 def test_a_known_launch_skips_the_jit_unless_a_profiler_watches(
@@ -209,17 +209,17 @@ def test_a_known_launch_skips_the_jit_unless_a_profiler_watches(
         get_current_device=lambda: 1, get_current_stream=lambda device: 10 + device
     )
     hooks = SimpleNamespace(launch_enter_hook=None, launch_exit_hook=SimpleNamespace(calls=[]))
-    monkeypatch.setattr(triton_launch, "CompiledKernel", Compiled)
-    monkeypatch.setattr(triton_launch, "driver", SimpleNamespace(active=gpu))
-    monkeypatch.setattr(triton_launch, "knobs", SimpleNamespace(runtime=hooks))
-    tiles = triton_config.Tiles(16, 16, 16, 16, 4, 1)
-    launch = triton_launch.Launch(Kernel(), (7,), (5,), {"SIZE": 3}, tiles)
+    monkeypatch.setattr(launch, "CompiledKernel", Compiled)
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=gpu))
+    monkeypatch.setattr(launch, "knobs", SimpleNamespace(runtime=hooks))
+    tiles = config.Tiles(16, 16, 16, 16, 4, 1)
+    run = launch.Launch(Kernel(), (7,), (5,), {"SIZE": 3}, tiles)
     for name in ("a", "b"):
-        launch(name)
+        run(name)
     known = (7, 1, 1, 11, "function", "metadata", None, None, None, "b", 5, 3)
     assert calls == ["jit", known]
     hooks.launch_exit_hook.calls.append(print)
-    launch("c")
+    run("c")
     assert calls == ["jit", known, "jit"]
 
 
@@ -231,9 +231,9 @@ def test_a_missing_compiler_is_named() -> None:
 
             return launch
 
-    tiles = triton_config.Tiles(16, 16, 16, 16, 4, 1)
+    tiles = config.Tiles(16, 16, 16, 16, 4, 1)
     with pytest.raises(RuntimeError, match="no C compiler.*install gcc or clang.*'blockwise'"):
-        triton_launch.Launch(Kernel(), (1,), (), {}, tiles)()
+        launch.Launch(Kernel(), (1,), (), {}, tiles)()
 
 
 @pytest.mark.parametrize("group", [65, 71, 128])
@@ -241,17 +241,17 @@ def test_many_heads_to_a_key_decode_packed(device: str, group: int) -> None:
     """More than one tile of queries; keys are still read once for all of a tile's heads."""
     tensors = inputs(1, 300, heads=(group, 1), device=device)
     problem = SimpleNamespace(bias=None, dense=None, block_q=None, block_k=None)
-    assert triton_config.forward_tiles(*tensors, problem).pack == group
+    assert config.forward_tiles(*tensors, problem).pack == group
     expected = dense_attention(*tensors)[0]
     torch.testing.assert_close(attend(*tensors), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("programs", [1, 8, 70, 100, 128, 133, 512, 4096])
 def test_decode_keeps_the_processors_busy(programs: int) -> None:
-    splits = triton_config._splits(programs, 132, 128)
+    splits = config._splits(programs, 132, 128)
     waves = programs * splits / 132
     assert waves / math.ceil(waves) > 0.85
-    assert triton_config._splits(programs, 132, 1) == triton_config._splits(programs, 132, 0) == 1
+    assert config._splits(programs, 132, 1) == config._splits(programs, 132, 0) == 1
 
 
 def far_apart(length: int, heads: int, dtype: torch.dtype, device: str) -> Tensor:
@@ -299,7 +299,7 @@ def test_a_mask_keeps_nothing_made_while_a_graph_is_captured(
     """The graph's memory holds it only once the graph was replayed."""
     tensors = inputs(33, 70, device=device)
     mask = masks(70, device)["padded"]
-    monkeypatch.setattr("hf_flash_two.kernels.triton_ranges.lasts", lambda tensor: False)
+    monkeypatch.setattr("hf_flash_two.kernels.triton.ranges.lasts", lambda tensor: False)
     attend(*tensors, mask=mask)
     assert vars(mask.key_bounds())["_key_ranges"] == {}
     fresh = masks(70, device)["padded"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hf_flash_two import AttentionMask
-from hf_flash_two.kernels.problem import Problem
+from hf_flash_two.kernels.params import Problem
 
 triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
 
@@ -21,12 +21,12 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from hf_flash_two.kernels import (  # noqa: E402
-    triton_backward,
-    triton_config,
-    triton_forward,
-    triton_launch,
-    triton_ranges,
+from hf_flash_two.kernels.triton import (  # noqa: E402
+    backward,
+    config,
+    forward,
+    launch,
+    ranges,
 )
 
 TYPES = {
@@ -35,9 +35,9 @@ TYPES = {
 }  # fmt: skip
 
 
-def gpu(kib: int, *engines: str) -> triton_config.Device:
+def gpu(kib: int, *engines: str) -> config.Device:
     """A GPU of so much shared memory for a program."""
-    return triton_config.Device(132, kib * 2**10, **dict.fromkeys(engines, True))
+    return config.Device(132, kib * 2**10, **dict.fromkeys(engines, True))
 
 
 TARGETS = {
@@ -66,13 +66,13 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list:
     """The kernels that are launched, with their grids and arguments, instead of running them."""
     launches: list = []
     for module, names in (
-        (triton_forward, ("_forward_kernel", "_merge_kernel")),
-        (triton_ranges, ("_ranges_kernel",)),
-        (triton_backward, ("_keys_kernel", "_queries_kernel", "_bias_kernel", "_stats_kernel")),
+        (forward, ("_forward_kernel", "_merge_kernel")),
+        (ranges, ("_ranges_kernel",)),
+        (backward, ("_keys_kernel", "_queries_kernel", "_bias_kernel", "_stats_kernel")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), launches))
-    monkeypatch.setattr(triton_launch, "plans", {})
+    monkeypatch.setattr(launch, "plans", {})
     return launches
 
 
@@ -114,8 +114,8 @@ def problem(mask: AttentionMask, length: int, **changes) -> Problem:
     return Problem(**(settings | changes))
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, device: triton_config.Device) -> None:
-    for module in (triton_config, triton_launch):
+def pretend(monkeypatch: pytest.MonkeyPatch, device: config.Device) -> None:
+    for module in (config, launch):
         monkeypatch.setattr(module, "device_of", lambda index: device)
 
 
@@ -157,10 +157,10 @@ def test_compiles(monkeypatch, launches, target, feature):
     if feature == "decode":
         query = query[:, :, :1]
     described = problem(mask, length, **changes)
-    out, lse = triton_forward.forward(query, key, value, described)
+    out, lse = forward.forward(query, key, value, described)
     if feature != "decode":
         need_d_bias = described.bias is not None
-        triton_backward.backward(out, None, query, key, value, out, lse, described, need_d_bias)
+        backward.backward(out, None, query, key, value, out, lse, described, need_d_bias)
     assert launches
     for kernel, _, args, kwargs in launches:
         compiled = compile_launch(kernel, args, kwargs, gpu)
@@ -174,8 +174,8 @@ def test_any_number_of_heads_fits_the_grid(launches):
     mask = AttentionMask.causal() & AttentionMask.from_padding(torch.ones(batch, length))
     bias = torch.empty(batch, 2, length, length)
     described = problem(mask, length, bias=bias)
-    out, lse = triton_forward.forward(query, key, value, described)
-    triton_backward.backward(out, None, query, key, value, out, lse, described, True)
+    out, lse = forward.forward(query, key, value, described)
+    backward.backward(out, None, query, key, value, out, lse, described, True)
     assert {kernel.__name__ for kernel, *_ in launches} == {
         "_ranges_kernel", "_forward_kernel", "_stats_kernel", "_keys_kernel", "_queries_kernel",
         "_bias_kernel",
@@ -264,8 +264,8 @@ def test_shared_memory_suffices(
         if "dense" in words:
             mask = mask & AttentionMask.from_dense(torch.ones(shape, dtype=torch.bool))
         described = problem(mask, length, **changes)
-        out, lse = triton_forward.forward(query, key, value, described)
-        triton_backward.backward(
+        out, lse = forward.forward(query, key, value, described)
+        backward.backward(
             out, None, query, key, value, out, lse, described, described.bias is not None
         )
     for kernel, _, args, kwargs in launches:
@@ -314,8 +314,8 @@ def test_warps_wait_for_each_other_before_a_tile_is_overwritten(
         torch.empty(1, heads, length, 256, dtype=torch.bfloat16) for heads in (4, 2, 2)
     )
     described = problem(AttentionMask.causal(), length)
-    out, lse = triton_forward.forward(query, key, value, described)
-    triton_backward.backward(out, None, query, key, value, out, lse, described, False)
+    out, lse = forward.forward(query, key, value, described)
+    backward.backward(out, None, query, key, value, out, lse, described, False)
     many = [launch for launch in launches if launch[3]["num_warps"] > 4]
     assert {kernel.__name__ for kernel, *_ in many} >= {"_queries_kernel"}
     for kernel, _, args, kwargs in many:

@@ -17,8 +17,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hf_flash_two.kernels.problem import Problem
-from hf_flash_two.kernels.triton_config import Tiles, device_of
+from hf_flash_two.kernels.params import Problem
+from hf_flash_two.kernels.triton.config import Tiles, device_of
 
 Plan = TypeVar("Plan")
 _MOST_PLANS = 4096

@@ -16,8 +16,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_flash_two.kernels import dropout
-from hf_flash_two.kernels.problem import Problem
-from hf_flash_two.kernels.triton_tile import BAND, INTERVALS, NO_MASK
+from hf_flash_two.kernels.params import Problem
+from hf_flash_two.kernels.triton.tile import BAND, INTERVALS, NO_MASK
 
 _MOST_COLUMNS = 256
 _DECODE_ROWS = 64
