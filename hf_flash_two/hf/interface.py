@@ -10,8 +10,8 @@ from torch import Tensor
 from hf_flash_two.attention import flash_attention
 from hf_flash_two.hf import compat, forward_pass
 from hf_flash_two.hf.forward_pass import once
-from hf_flash_two.hf.mask_carrier import MaskCarrier
 from hf_flash_two.hf.mask_function import from_tiles
+from hf_flash_two.hf.mask_proxy import MaskProxy
 from hf_flash_two.hf.packing import demand, document_starts, may_be_packed, recording
 from hf_flash_two.masks import AttentionMask
 
@@ -31,7 +31,7 @@ def attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: MaskCarrier | Tensor | None,
+    attention_mask: MaskProxy | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
@@ -155,7 +155,7 @@ def _causality(module: torch.nn.Module, attention_mask, is_causal: bool | None) 
     modules = getattr(module, "is_causal", True)
     if is_causal is None:
         return modules and (attention_mask is not None or compat.is_causal_without_mask(module))
-    if not is_causal and modules and isinstance(attention_mask, MaskCarrier):
+    if not is_causal and modules and isinstance(attention_mask, MaskProxy):
         if attention_mask.causal and not compat.leaves_causality_to_mask(module):
             raise ValueError(
                 "is_causal: False was passed, but the model made a causal mask; set "
@@ -168,7 +168,7 @@ def _settle_mask(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
-    attention_mask: MaskCarrier | Tensor | None,
+    attention_mask: MaskProxy | Tensor | None,
     causal: bool,
     sliding_window: int | None,
     position_ids: Tensor | None,
@@ -179,7 +179,7 @@ def _settle_mask(
     batch, heads, queries, _ = query.shape
     keys = key.shape[2]
     bias = padding = None
-    if isinstance(attention_mask, MaskCarrier):
+    if isinstance(attention_mask, MaskProxy):
         attention_mask = attention_mask.broadcast_to(queries, keys)
         if attention_mask.shape[2:] != (queries, keys):
             raise ValueError(

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from hf_flash_two.hf.forward_pass import asks_for_weights
-from hf_flash_two.hf.own_attention import own_attention
+from hf_flash_two.hf.tracer.mode import own_attention
 
 _UNPATCHED = "flash_two_unpatched"
 

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from transformers.utils import logging
 
 from hf_flash_two.hf import compat, forward_pass
-from hf_flash_two.hf.mask_carrier import MaskCarrier
+from hf_flash_two.hf.mask_proxy import MaskProxy
 from hf_flash_two.hf.packing import all_visible, demand, positions_of, recording
 from hf_flash_two.masks import FAR, AttentionMask
 
@@ -61,7 +61,7 @@ def make_mask(
     config=None,
     device: torch.device | str = "cpu",
     **_,
-) -> MaskCarrier | Tensor | None:
+) -> MaskProxy | Tensor | None:
     """What `transformers.AttentionMaskInterface` calls: one mask for all layers of one kind.
 
     Args:
@@ -75,7 +75,7 @@ def make_mask(
         use_vmap: ``mask_function`` must be called with scalars.
 
     Returns:
-        A `MaskCarrier`; a plain tensor for the few families that insist on one (`compat`).
+        A `MaskProxy`; a plain tensor for the few families that insist on one (`compat`).
     """
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
@@ -125,7 +125,7 @@ def make_mask(
     if allow_is_bidirectional_skip and adds_it and _is_full(mask):
         return None
     shape = (batch_size, 1, q_length, kv_length)
-    carrier = MaskCarrier(
+    carrier = MaskProxy(
         mask,
         shape,
         device,

@@ -19,8 +19,8 @@ from functools import cache
 import torch
 import transformers
 from checks import assert_close, backward
+from hand_written_models import FAMILIES, OwnFamily, prompt
 from models import CACHE, DECODERS, tokens
-from own_models import FAMILIES, OwnFamily, prompt
 from packed_rows import Row, boundaries, each_alone
 from torch import Tensor
 from transformers import DynamicCache, StaticCache

@@ -12,7 +12,6 @@ from models import NOT_KNOWN, is_not_known
 
 from hf_flash_two.hf import interface
 from hf_flash_two.masks import AttentionMask
-
 from scripts.coverage import overrides, table
 from scripts.coverage.build import families
 from scripts.coverage.compare import Row, check

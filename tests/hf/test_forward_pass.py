@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from checks import assert_close, error
+from hand_written_models import FAMILIES
 from models import DECODERS, tokens
-from own_models import FAMILIES
 from packed_rows import boundaries, positions
 from test_packed import LENGTH, LENGTHS, alone
 from torch import Tensor

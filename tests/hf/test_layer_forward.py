@@ -14,9 +14,8 @@ import accelerate
 import pytest
 import torch
 import transformers
+from hand_written_models import FAMILIES, OwnFamily, floats
 from models import supported
-from own_models import FAMILIES, OwnFamily
-from test_own_attention import floats
 from test_patching import build
 from torch import nn
 

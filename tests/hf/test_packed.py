@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 from checks import assert_close, assert_same_gradients, backward, error
+from hand_written_models import FAMILIES, OwnFamily, prompt
+from hand_written_models import tokens as own_tokens
 from models import CACHE, DECODERS, MULTIMODAL, Family, named, patched_where_known, tokens
-from own_models import FAMILIES, OwnFamily, prompt
-from own_models import tokens as own_tokens
 from packed_rows import Row, boundaries, each_alone, positions
 from transformers import StaticCache, masking_utils
 

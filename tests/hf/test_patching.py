@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_flash_two import attention, patch, patched, unpatch
 from hf_flash_two.hf import compat, families
-from hf_flash_two.hf.own_attention import own_attention
+from hf_flash_two.hf.tracer.mode import own_attention
 
 OFF = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
 GPT_OFF = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}

@@ -11,8 +11,8 @@ from functools import partial
 import pytest
 import torch
 import transformers
+from hand_written_models import tiny
 from models import DECODERS, left_padded, tokens
-from own_models import tiny
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 import hf_flash_two.hf

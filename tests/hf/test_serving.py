@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from hand_written_models import tiny
 from models import DECODERS, Family, named, text, tokens
-from own_models import tiny
 from packaging.version import Version
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from checks import assert_close
+from hand_written_models import FAMILIES, OwnFamily
 from models import supported
-from own_models import FAMILIES, OwnFamily
 from test_patching import build
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, vmap
 
 from hf_flash_two import patch, patched
-from hf_flash_two.hf.own_attention import own_attention
+from hf_flash_two.hf.tracer.mode import own_attention
 
 BY_NAME = {family.name: family for family in FAMILIES}
 TEXT = ["bloom", "codegen", "falcon_alibi", "gpt_neo", "gptj", "mpnet", "mpt", "xglm", "xlnet"]

@@ -8,29 +8,18 @@ from contextlib import suppress
 import pytest
 import torch
 from checks import GRADIENT, assert_close
+from hand_written_layers import LAYERS
+from hand_written_models import FAMILIES, OwnFamily, floats
 from models import supported
-from own_layers import LAYERS
-from own_models import FAMILIES, OwnFamily
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from hf_flash_two import patch, patched
 from hf_flash_two.hf import families
-from hf_flash_two.hf.own_attention import own_attention
-from hf_flash_two.hf.scores import Lazy
+from hf_flash_two.hf.tracer.mode import own_attention
+from hf_flash_two.hf.tracer.scores import Lazy
 
 NAMED = [pytest.param(family, id=family.name) for family in FAMILIES]
-
-
-def floats(outputs) -> list[Tensor]:
-    """All float tensors in what a model returns."""
-    if isinstance(outputs, Tensor):
-        return [outputs] if outputs.is_floating_point() and outputs.numel() else []
-    if isinstance(outputs, dict):
-        outputs = list(outputs.values())
-    if not isinstance(outputs, (list, tuple)):
-        return []
-    return [tensor for part in outputs for tensor in floats(part)]
 
 
 def gradients_of(module: torch.nn.Module, outputs: list[Tensor]) -> dict[str, Tensor]:

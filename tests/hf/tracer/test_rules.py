@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_flash_two.hf.own_attention import own_attention
+from hf_flash_two.hf.tracer.mode import own_attention
 
 
 @pytest.fixture

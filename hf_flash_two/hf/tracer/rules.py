@@ -16,9 +16,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_flash_two.hf.mask_carrier import MaskCarrier
+from hf_flash_two.hf.mask_proxy import MaskProxy
 from hf_flash_two.hf.packing import readable
-from hf_flash_two.hf.scores import HIDDEN, Lazy, RowArgmax, RowMax, Scores, Turned, version_of
+from hf_flash_two.hf.tracer.scores import (
+    HIDDEN,
+    Lazy,
+    RowArgmax,
+    RowMax,
+    Scores,
+    Turned,
+    version_of,
+)
 
 _UNREACHED = 5e4
 """Limits this far from 0 change no scores: float16 ends a little further out."""
@@ -136,7 +144,7 @@ def _add(a, b, *, alpha=1) -> Scores | None:
         return _sum(scores, other)
     if isinstance(other, (int, float)):
         other = torch.full((), other, dtype=scores.dtype, device=scores.device)
-    return scores.plus(other) if isinstance(other, (Tensor, MaskCarrier)) else None
+    return scores.plus(other) if isinstance(other, (Tensor, MaskProxy)) else None
 
 
 def _sum(a: Scores, b: Scores) -> Scores | None:
@@ -276,7 +284,7 @@ def _where(condition, input, other) -> Scores | None:
 
 
 def _masked_fill(scores, mask, value) -> Scores | None:
-    if not isinstance(scores, Scores) or not isinstance(mask, (Tensor, MaskCarrier)):
+    if not isinstance(scores, Scores) or not isinstance(mask, (Tensor, MaskProxy)):
         return None
     visible = mask.logical_not()
     if scores.softmaxed and value == 0:

@@ -16,13 +16,13 @@ from transformers.models.canine import modeling_canine  # noqa: F401  (own atten
 from transformers.models.llama import modeling_llama  # noqa: F401  (interface)
 
 from hf_flash_two import AttentionMask
-from hf_flash_two.hf.mask_carrier import MaskCarrier
 from hf_flash_two.hf.mask_function import make_mask
+from hf_flash_two.hf.mask_proxy import MaskProxy
 
 QUERIES, KEYS = 7, 19
 
 
-def carrier(kind: str, dtype: torch.dtype = torch.bool) -> MaskCarrier:
+def carrier(kind: str, dtype: torch.dtype = torch.bool) -> MaskProxy:
     generator = torch.Generator().manual_seed(0)
     keep = torch.rand(3, KEYS, generator=generator) > 0.3
     masks = {
@@ -33,7 +33,7 @@ def carrier(kind: str, dtype: torch.dtype = torch.bool) -> MaskCarrier:
         ),
     }
     shape = (3, 1, QUERIES, KEYS)
-    return MaskCarrier(masks[kind], shape, "cpu", dtype, causal=kind != "dense", packed=True)
+    return MaskProxy(masks[kind], shape, "cpu", dtype, causal=kind != "dense", packed=True)
 
 
 KINDS = pytest.mark.parametrize("kind", ["band", "intervals", "dense"])
@@ -47,7 +47,7 @@ def test_looks_like_a_mask(kind: str) -> None:
     assert mask.shape == mask.size() == (3, 1, QUERIES, KEYS) and mask.size(-1) == KEYS
     assert mask.contiguous() is mask
     assert (mask.dtype, mask.device) == (torch.bool, torch.device("cpu"))
-    assert str(mask.shape[0]) in repr(mask) and "MaskCarrier" in str(mask)
+    assert str(mask.shape[0]) in repr(mask) and "MaskProxy" in str(mask)
     ids = torch.zeros(3, QUERIES, 8)
     config = LlamaConfig()
     config._attn_implementation = "flash_two"
@@ -60,10 +60,10 @@ def test_travels(kind: str) -> None:
     mask = carrier(kind)
     assert mask.to("cpu") is mask and mask.to(torch.device("cpu"), non_blocking=True) is mask
     sent = send_to_device({"mask": [mask]}, "cpu", non_blocking=True)["mask"][0]
-    assert isinstance(sent, MaskCarrier) and torch.equal(sent.as_bool(), mask.as_bool())
+    assert isinstance(sent, MaskProxy) and torch.equal(sent.as_bool(), mask.as_bool())
     assert torch.equal(copy.deepcopy(mask).as_bool(), mask.as_bool())
     moved = mask.to("meta")
-    assert moved.device.type == "meta" and isinstance(moved, MaskCarrier)
+    assert moved.device.type == "meta" and isinstance(moved, MaskProxy)
     assert all(
         part is None or part.device.type == "meta"
         for part in (moved.mask.first_query, moved.mask.last_query, moved.mask.dense)
@@ -98,7 +98,7 @@ def test_travels_to_a_gpu_by_its_number() -> None:
 def test_slices_stay_masks(kind: str, index) -> None:
     mask = carrier(kind)
     part = mask[index]
-    assert isinstance(part, MaskCarrier)
+    assert isinstance(part, MaskProxy)
     assert torch.equal(part.as_bool(), mask.as_bool()[index])
     assert part.shape == mask.as_bool()[index].shape
 
@@ -121,14 +121,14 @@ def test_intersection(kind: str) -> None:
     mask, other = carrier(kind), carrier("intervals")
     expected = mask.as_bool() & other.as_bool()
     both = mask & other
-    assert torch.equal(both.as_bool() if isinstance(both, MaskCarrier) else both, expected)
-    assert isinstance(carrier("band") & carrier("band"), MaskCarrier)
+    assert torch.equal(both.as_bool() if isinstance(both, MaskProxy) else both, expected)
+    assert isinstance(carrier("band") & carrier("band"), MaskProxy)
     tensor = torch.rand(3, 1, QUERIES, KEYS) > 0.5
     assert torch.equal(mask & tensor, mask.as_bool() & tensor)
     assert torch.equal(tensor & mask, mask.as_bool() & tensor)
 
 
-def use_as_bool(mask: MaskCarrier | Tensor, scores: Tensor) -> list[Tensor]:
+def use_as_bool(mask: MaskProxy | Tensor, scores: Tensor) -> list[Tensor]:
     return [
         ~mask,
         mask | (scores > 0),
@@ -158,7 +158,7 @@ def test_stands_for_its_bool_tensor(kind: str) -> None:
         assert type(actual) is Tensor and torch.equal(actual, expected)
 
 
-def use_in_sums(mask: MaskCarrier | Tensor, scores: Tensor) -> list[Tensor]:
+def use_in_sums(mask: MaskProxy | Tensor, scores: Tensor) -> list[Tensor]:
     return [
         scores + mask,
         mask + scores,
@@ -170,7 +170,7 @@ def use_in_sums(mask: MaskCarrier | Tensor, scores: Tensor) -> list[Tensor]:
     ]
 
 
-def additive(mask: MaskCarrier, dtype: torch.dtype) -> Tensor:
+def additive(mask: MaskProxy, dtype: torch.dtype) -> Tensor:
     visible = mask.as_bool()
     return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 

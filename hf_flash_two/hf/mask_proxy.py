@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 _SUMS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
 
 
-class MaskCarrier(BlockMask):
+class MaskProxy(BlockMask):
     """An `AttentionMask` that Transformers passes through and foreign code may use as a tensor.
 
     Transformers lets a mask pass untouched if it is a tensor or a ``BlockMask`` of four
@@ -64,7 +64,7 @@ class MaskCarrier(BlockMask):
     def dim(self) -> int:
         return 4
 
-    def broadcast_to(self, queries: int, keys: int) -> MaskCarrier:
+    def broadcast_to(self, queries: int, keys: int) -> MaskProxy:
         """The mask of one query, or to one key, as that of all; any other as it is.
 
         One that hides nothing fits all lengths: eager has no mask there, so nobody notices when a
@@ -108,10 +108,10 @@ class MaskCarrier(BlockMask):
     def to_dense(self) -> Tensor:
         return self.as_tensor()
 
-    def contiguous(self, *_, **__) -> MaskCarrier:
+    def contiguous(self, *_, **__) -> MaskProxy:
         return self
 
-    def to(self, *args, **kwargs) -> MaskCarrier | Tensor:
+    def to(self, *args, **kwargs) -> MaskProxy | Tensor:
         options = [*args, *kwargs.values()]
         for like in (x for x in options if isinstance(x, Tensor)):
             options += [like.device, like.dtype]
@@ -132,9 +132,9 @@ class MaskCarrier(BlockMask):
     def type_as(self, other: Tensor) -> Tensor:
         return self.as_tensor(other.dtype)
 
-    def _replace(self, mask: AttentionMask, shape=None, device=None) -> MaskCarrier:
+    def _replace(self, mask: AttentionMask, shape=None, device=None) -> MaskProxy:
         padding = self.padding
-        return MaskCarrier(
+        return MaskProxy(
             mask,
             self._shape if shape is None else shape,
             self.device if device is None else device,
@@ -144,7 +144,7 @@ class MaskCarrier(BlockMask):
             padding=padding if device is None or padding is None else padding.to(device),
         )
 
-    def __getitem__(self, index) -> MaskCarrier | Tensor:
+    def __getitem__(self, index) -> MaskProxy | Tensor:
         rows = _slices(index, self._shape)
         if rows is None:
             return self.as_tensor()[index]
@@ -165,8 +165,8 @@ class MaskCarrier(BlockMask):
             carrier.padding = self.padding[batch]
         return carrier
 
-    def __and__(self, other) -> MaskCarrier | Tensor:
-        if not isinstance(other, MaskCarrier) or other._shape != self._shape:
+    def __and__(self, other) -> MaskProxy | Tensor:
+        if not isinstance(other, MaskProxy) or other._shape != self._shape:
             return torch.bitwise_and(self, other)
         queries, keys = self._shape[2:]
         offset, others = (m.mask.resolve_offset(queries, keys) for m in (self, other))
@@ -179,7 +179,7 @@ class MaskCarrier(BlockMask):
 
     def __getattr__(self, name: str):
         if name.startswith("_") or not hasattr(Tensor, name):
-            raise AttributeError(f"MaskCarrier has no attribute {name!r}")
+            raise AttributeError(f"MaskProxy has no attribute {name!r}")
         return getattr(self.as_tensor(), name)
 
     @classmethod
@@ -204,7 +204,7 @@ class MaskCarrier(BlockMask):
     __hash__ = object.__hash__
 
     def __repr__(self) -> str:
-        return f"MaskCarrier({self.mask}, shape={list(self._shape)}, device={self.device})"
+        return f"MaskProxy({self.mask}, shape={list(self._shape)}, device={self.device})"
 
     __str__ = __repr__
 
@@ -226,11 +226,11 @@ def _slices(index, shape):
 
 
 def _operator(name: str):
-    def operate(self: MaskCarrier, *others) -> Tensor:
-        return self.__torch_function__(getattr(Tensor, name), (MaskCarrier,), (self, *others))
+    def operate(self: MaskProxy, *others) -> Tensor:
+        return self.__torch_function__(getattr(Tensor, name), (MaskProxy,), (self, *others))
 
     return operate
 
 
 for _name in "add radd sub rsub mul rmul rand or ror invert eq ne lt le gt ge".split():
-    setattr(MaskCarrier, f"__{_name}__", _operator(f"__{_name}__"))
+    setattr(MaskProxy, f"__{_name}__", _operator(f"__{_name}__"))

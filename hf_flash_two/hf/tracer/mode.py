@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hf_flash_two.hf.packing import recording
-from hf_flash_two.hf.rules import (
+from hf_flash_two.hf.tracer.rules import (
     PRODUCTS,
     RULES_OF,
     VIEWS,
@@ -34,7 +34,7 @@ from hf_flash_two.hf.rules import (
     follow,
     signature,
 )
-from hf_flash_two.hf.scores import Lazy, Scores, version_of
+from hf_flash_two.hf.tracer.scores import Lazy, Scores, version_of
 
 
 @contextmanager

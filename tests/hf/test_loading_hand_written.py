@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from checks import assert_close
-from own_models import FAMILIES, image, prompt, tokens
+from hand_written_models import FAMILIES, image, prompt, tokens
 from transformers import AutoModel, AutoModelForCausalLM
 
 from hf_flash_two import patch, unpatch

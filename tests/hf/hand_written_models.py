@@ -49,6 +49,17 @@ _SIZES = (
 _TINY = {name: value for value, names in _SIZES for name in names.split()}
 
 
+def floats(outputs) -> list[Tensor]:
+    """All float tensors in what a model returns."""
+    if isinstance(outputs, Tensor):
+        return [outputs] if outputs.is_floating_point() and outputs.numel() else []
+    if isinstance(outputs, dict):
+        outputs = list(outputs.values())
+    if not isinstance(outputs, (list, tuple)):
+        return []
+    return [tensor for part in outputs for tensor in floats(part)]
+
+
 def tiny(config_class: type[PreTrainedConfig], **changes) -> PreTrainedConfig:
     """A configuration of two layers and few channels."""
     settings = {}

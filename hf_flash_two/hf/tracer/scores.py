@@ -18,9 +18,9 @@ from torch import Tensor
 from hf_flash_two.attention import flash_attention
 from hf_flash_two.hf.forward_pass import once
 from hf_flash_two.hf.interface import _from_dense
-from hf_flash_two.hf.leading import Lead, Leading
-from hf_flash_two.hf.mask_carrier import MaskCarrier
+from hf_flash_two.hf.mask_proxy import MaskProxy
 from hf_flash_two.hf.packing import readable
+from hf_flash_two.hf.tracer.batch_dims import Lead, Leading
 from hf_flash_two.masks import AttentionMask
 
 HIDDEN = -1e4
@@ -104,7 +104,7 @@ class Scores(Lazy):
     dtype: torch.dtype
     leads: tuple[Lead, ...]
     scale: float = 1.0
-    terms: tuple[tuple[Lead, Tensor | MaskCarrier], ...] = ()
+    terms: tuple[tuple[Lead, Tensor | MaskProxy], ...] = ()
     visible: tuple[tuple[Lead, Tensor], ...] = ()
     causal: bool = False
     shifted: Literal["", "rows", "all"] = ""
@@ -160,8 +160,8 @@ class Scores(Lazy):
         except RuntimeError:
             return False
 
-    def plus(self, term: Tensor | MaskCarrier) -> Scores | None:
-        carried = isinstance(term, MaskCarrier)
+    def plus(self, term: Tensor | MaskProxy) -> Scores | None:
+        carried = isinstance(term, MaskProxy)
         if self.softmaxed or not self.holds(*term.shape):
             return None
         if not carried and not term.is_floating_point():
@@ -192,7 +192,7 @@ class Scores(Lazy):
             return None
         if isinstance(factor, Tensor) and factor.numel() == 1 and not factor.requires_grad:
             factor = factor.item() if readable(factor) else factor.reshape(1, 1)
-        masked = self.visible or any(isinstance(term, MaskCarrier) for _, term in self.terms)
+        masked = self.visible or any(isinstance(term, MaskProxy) for _, term in self.terms)
         if isinstance(factor, Tensor):
             return None if masked else self._times_tensor(factor)
         if masked and factor <= 0:
@@ -209,7 +209,7 @@ class Scores(Lazy):
 
     def _scaled_terms(self, factor: float | Tensor) -> tuple:
         return tuple(
-            (lead, term if isinstance(term, MaskCarrier) else term * factor)
+            (lead, term if isinstance(term, MaskProxy) else term * factor)
             for lead, term in self.terms
         )
 
@@ -239,7 +239,7 @@ class Scores(Lazy):
         mask = AttentionMask.causal(query_offset=0) if self.causal else AttentionMask.full()
         biases, visible, batch = [], list(self.visible), None
         for lead, term in self.terms:
-            if not isinstance(term, MaskCarrier):
+            if not isinstance(term, MaskProxy):
                 rest, seen = _parted(term)
                 if rest is not None:
                     biases.append(leading.spread(rest, lead))

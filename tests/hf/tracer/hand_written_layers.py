@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
-from own_models import random, tiny
+from hand_written_models import random, tiny
 from torch import Tensor, nn
 
 Built = tuple[nn.Module, dict[str, object]]

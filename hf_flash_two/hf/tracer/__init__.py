@@ -1,0 +1,1 @@
+"""Hand-written attention, run by `flash_attention`."""
