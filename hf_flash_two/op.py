@@ -5,7 +5,7 @@ The names contain ``flash_attn`` so that selective-checkpointing policies recogn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from torch._ops import OpOverloadPacket
 from torch.autograd import forward_ad
 from torch.autograd.function import Function, _SingleLevelFunction
 
-from hf_flash_two.kernels import select
+from hf_flash_two.kernels import Kernel, select
 from hf_flash_two.kernels.params import Problem, empty_lse, empty_output
 from hf_flash_two.masks import KEY_GRANULE
 
@@ -36,6 +36,9 @@ _LIBRARY.define(
 )
 _PROBLEM_TENSORS = 8
 
+observers: list[Callable[[str, str, Tensor, Tensor, Tensor, Problem], None]] = []
+"""Called when a kernel is to run, with "forward" or "backward", its name and what it is given."""
+
 
 def _laid_out(fields: Sequence, keys: int) -> Problem:
     """The problem, as every kernel may rely on it: what is per key and per head without gaps."""
@@ -52,13 +55,24 @@ def _laid_out(fields: Sequence, keys: int) -> Problem:
     return problem._replace(**strided) if strided else problem
 
 
+def _select(
+    direction: str, name: str, query: Tensor, key: Tensor, value: Tensor, problem: Problem
+) -> Kernel:
+    kernel = select(name, query)
+    for observe in observers:
+        observe(direction, kernel.name, query, key, value, problem)
+    return kernel
+
+
 # Gradients are on where the levels of torch.func are passed: nothing inside may be recorded.
 @torch.no_grad()
 def _forward(query, key, value, *settings):
     *problem, kernel = settings
     if not query.numel():
         return empty_output(query, value.shape[3]), empty_lse(query)
-    return select(kernel, query).forward(query, key, value, _laid_out(problem, key.shape[2]))
+    problem = _laid_out(problem, key.shape[2])
+    chosen = _select("forward", kernel, query, key, value, problem)
+    return chosen.forward(query, key, value, problem)
 
 
 @torch.no_grad()
@@ -68,9 +82,8 @@ def _backward(d_out, d_lse, query, key, value, out, lse, *settings):
     problem = _laid_out(problem, key.shape[2])
     if query.numel():
         out = out if out.stride(3) == 1 else out.contiguous()
-        grads = select(kernel, query).backward(
-            d_out, d_lse, query, key, value, out, lse, problem, need_d_bias
-        )
+        chosen = _select("backward", kernel, query, key, value, problem)
+        grads = chosen.backward(d_out, d_lse, query, key, value, out, lse, problem, need_d_bias)
     else:
         d_inputs = (empty_output(x, x.shape[3]).zero_() for x in (query, key, value))
         extras = (problem.bias if need_d_bias else None, problem.sinks)

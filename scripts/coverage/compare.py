@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 import hf_flash_two
-from hf_flash_two import op
 from hf_flash_two.hf.families import NOT_POSSIBLE, attention_kind, key, why_not
+from hf_flash_two.testing import kernel_calls
 from scripts.coverage import inputs as given
 from scripts.coverage.build import Family
 from scripts.coverage.inputs import padded, run
@@ -110,7 +111,7 @@ def _check(family: Family, row: Row) -> None:
     good = True
     for name, inputs in cases.items():
         if inputs is not None:
-            with counter:
+            with counter.watch():
                 good &= _compare(row, name, eager, ours, inputs)
     left_out, idle = family.left_out(), counter.idle
     if left_out:
@@ -142,46 +143,30 @@ def attention_layers(model: nn.Module) -> dict[nn.Module, str]:
 
 
 class LayerCalls:
-    """Counts, while entered, the calls of our kernel inside each attention layer that runs."""
+    """The calls of our kernels inside each attention layer that runs while it is watched."""
 
     def __init__(self, model: nn.Module):
         self.found: dict[nn.Module, int] = {}
         self.calls = 0
-        self._handles: list = []
         self._layers = list(attention_layers(model))
 
-    def __enter__(self) -> LayerCalls:
-        self._select = op.select
-
-        def counting(name, query):
-            kernel = self._select(name, query)
-
-            def forward(*args):
-                self.calls += 1
-                return kernel.forward(*args)
-
-            return kernel._replace(forward=forward)
-
-        op.select = counting
+    @contextmanager
+    def watch(self) -> Iterator[None]:
         before: dict[nn.Module, int] = {}
+        hooks = ExitStack()
+        with hooks, kernel_calls() as calls:
 
-        def enter(module, *_):
-            before[module] = self.calls
+            def enter(module, *_):
+                before[module] = len(calls)
 
-        def leave(module, *_):
-            self.found[module] = self.found.get(module, 0) + self.calls - before[module]
+            def leave(module, *_):
+                self.found[module] = self.found.get(module, 0) + len(calls) - before[module]
 
-        for layer in self._layers:
-            self._handles += [
-                layer.register_forward_pre_hook(enter),
-                layer.register_forward_hook(leave),
-            ]
-        return self
-
-    def __exit__(self, *_) -> None:
-        op.select = self._select
-        while self._handles:
-            self._handles.pop().remove()
+            for layer in self._layers:
+                hooks.callback(layer.register_forward_pre_hook(enter).remove)
+                hooks.callback(layer.register_forward_hook(leave).remove)
+            yield
+            self.calls += len(calls)
 
     @property
     def ran(self) -> int:

@@ -99,7 +99,7 @@ def test_vision_windows_take_one_call(kernel_calls) -> None:
     model = family.build("flash_two")
     inputs = family.inputs()
     model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
-    assert kernel_calls == [(1, 4, 80, 12)] * 2
+    assert [call.query for call in kernel_calls] == [(1, 4, 80, 12)] * 2
 
 
 def test_gemma3_images_see_themselves_across_the_window() -> None:
