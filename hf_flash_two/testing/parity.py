@@ -20,7 +20,7 @@ from hf_flash_two.hf import patching
 from hf_flash_two.testing.layerwise import (
     OUTPUT,
     Batch,
-    Replay,
+    LayerwiseRuns,
     Slot,
     as_it_was,
     check_batch,
@@ -180,7 +180,7 @@ def check_parity(model: nn.Module, batch: Mapping[str, Any]) -> ParityReport:
     with as_it_was(model, configs), torch.compiler.set_stance("force_eager"):
         with patching.patched(model) as report:
             layers = {x.name: model.get_submodule(x.name) for x in report.layers if x.ok}
-        runs = Replay(model, layers, data, working)
+        runs = LayerwiseRuns(model, layers, data, working)
         with eagerly(configs):
             eager = runs.measure(data.apart)
             if any(eager.kernels.values()):
@@ -289,7 +289,7 @@ def _check_finite(wrong: list[Slot]) -> Check:
 
 
 def _check_kernels(reached: dict[str, set[str]], layers: int) -> Check:
-    idle = [name for name, kernels in reached.items() if not kernels]
-    detail = f"its kernels ran in {len(reached) - len(idle)} of {layers} attention layers"
-    detail += f", not in {idle[0]}" if idle else ""
-    return Check("flash_two", bool(reached) and not idle, detail)
+    inactive = [name for name, kernels in reached.items() if not kernels]
+    detail = f"its kernels ran in {len(reached) - len(inactive)} of {layers} attention layers"
+    detail += f", not in {inactive[0]}" if inactive else ""
+    return Check("flash_two", bool(reached) and not inactive, detail)
