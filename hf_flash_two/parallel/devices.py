@@ -38,7 +38,9 @@ def attend_over_devices(
             value.narrow(dim, start, stop - start),
         )
         part = _part(mask, dim, slice(start * share, stop * share)).to(device)
-        out = flash_attention(*(x.to(device) for x in tensors), mask=part, **settings)
+        query_part, key_part, value_part = (x.to(device) for x in tensors)
+        out = flash_attention(query_part, key_part, value_part, mask=part, **settings)
+        assert isinstance(out, Tensor)
         parts.append(out.to(query.device))
     return torch.cat(parts, dim=dim)
 
@@ -48,6 +50,7 @@ def _part(mask: AttentionMask, dim: int, part: slice) -> AttentionMask:
     changes = {}
     if mask.dense is not None and mask.dense.shape[dim] > 1:
         changes["dense"] = mask.dense[:, part] if dim else mask.dense[part]
-    if dim == 0 and mask.first_query is not None and mask.first_query.shape[0] > 1:
-        changes |= {"first_query": mask.first_query[part], "last_query": mask.last_query[part]}
+    first, last = mask.first_query, mask.last_query
+    if dim == 0 and first is not None and last is not None and first.shape[0] > 1:
+        changes |= {"first_query": first[part], "last_query": last[part]}
     return replace(mask, _bounds=[], **changes) if changes else mask
