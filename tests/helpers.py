@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from oracle import assert_within_budget, dense_attention, dense_mask
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_flash_two import AttentionMask, flash_attention
+from hf_flash_two.testing.errors import gradient_errors
 
 BATCH = 2
 
@@ -155,3 +157,26 @@ class LargestTensor(TorchDispatchMode):
                 stored = tensor.untyped_storage().nbytes() // tensor.element_size()
                 self.elements = max(self.elements, stored)
         return result
+
+
+def gradients_of(module: nn.Module) -> dict[str, Tensor]:
+    """Of the parameters that have one."""
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(
+    actual: nn.Module | Mapping[str, Tensor],
+    expected: nn.Module | Mapping[str, Tensor],
+    limit: float = 1e-4,
+) -> None:
+    """The same parameters have gradients, and none is further off than `gradient_errors` allows."""
+    if isinstance(actual, nn.Module):
+        actual = gradients_of(actual)
+    if isinstance(expected, nn.Module):
+        expected = gradients_of(expected)
+    assert any(gradient.any() for gradient in expected.values()), "no gradient to compare with"
+    assert actual.keys() == expected.keys()
+    assert all(gradient.isfinite().all() for gradient in actual.values())
+    errors = gradient_errors(actual, expected)
+    worst = max(errors, key=lambda name: errors[name])
+    assert errors[worst] <= limit, f"{worst}: error {errors[worst]:.1e} > {limit:.0e}"

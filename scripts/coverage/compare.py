@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import hf_flash_two
 from hf_flash_two.hf.families import NOT_POSSIBLE, attention_kind, key, why_not
 from hf_flash_two.testing import kernel_calls
+from hf_flash_two.testing.errors import gradient_errors, relative_error
 from scripts.coverage import inputs as given
 from scripts.coverage.build import Family
 from scripts.coverage.inputs import padded, run
@@ -231,7 +232,7 @@ def _weights(row: Row, eager, ours, plain: dict[str, Tensor]) -> bool:
     if missing:
         row.notes.append(f"attention weights: {', '.join(sorted(missing))} missing")
         return False
-    name, error = _worst({name: relative(got[name], value) for name, value in wanted.items()})
+    name, error = _worst({name: relative_error(got[name], value) for name, value in wanted.items()})
     if error > WEIGHTS:
         row.notes.append(f"attention weights: {name} {error:.0e}")
     return error <= WEIGHTS
@@ -243,19 +244,6 @@ def _real(value: Tensor, mask: Tensor | None) -> Tensor:
     if value.shape[:2] == mask.shape:
         return value[mask.bool()]
     return value[mask.flatten().bool()] if value.shape[0] == mask.numel() else value
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest entry; infinite where only one is finite."""
-    if actual.shape != expected.shape:
-        return float("inf")
-    finite = expected.isfinite()
-    if not torch.equal(actual.isfinite(), finite):
-        return float("inf")
-    if not finite.any():
-        return 0.0
-    difference = (actual.double() - expected.double())[finite].abs().max()
-    return (difference / expected[finite].abs().max().double().clamp_min(1e-9)).item()
 
 
 def _backward(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[dict, dict]:
@@ -279,25 +267,8 @@ def _backward(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[dict, dict]:
     return {name: value.detach() for name, value in result.items()}, gradients
 
 
-def gradient_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    if actual.keys() != expected.keys():
-        missing = sorted(actual.keys() ^ expected.keys())
-        return {name: float("inf") for name in missing}
-    largest: dict[str, Tensor] = {}
-    for name, wanted in expected.items():
-        if wanted.numel():
-            for owner in ("", _owner(name)):
-                largest[owner] = torch.maximum(
-                    wanted.abs().max(), largest.get(owner, wanted.new_tensor(1e-30))
-                )
-    return {
-        name: (
-            (actual[name] - wanted).abs().max()
-            / torch.maximum(largest[_owner(name)], largest[""] * _FLOOR)
-        ).item()
-        for name, wanted in expected.items()
-        if wanted.numel()
-    }
+def _gradient_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    return gradient_errors(actual, expected, floor=_FLOOR, group=_owner)
 
 
 def _owner(parameter: str) -> str:
@@ -318,8 +289,8 @@ def _compare(row: Row, case: str, eager, ours, inputs: dict[str, Tensor]) -> boo
     if missing:
         row.notes.append(f"{case}: only one gives {', '.join(sorted(missing))}")
         return False
-    name, error = _worst({n: relative(got[n], wanted[n]) for n in wanted})
-    parameter, gradient = _worst(gradient_errors(got_gradients, wanted_gradients))
+    name, error = _worst({n: relative_error(got[n], wanted[n]) for n in wanted})
+    parameter, gradient = _worst(_gradient_errors(got_gradients, wanted_gradients))
     row.forward[case], row.gradient[case] = error, gradient
     if error <= FORWARD and gradient <= GRADIENT:
         return True
@@ -363,8 +334,8 @@ def _in_float32(results: tuple[dict, dict]) -> tuple[dict, dict]:
 
 def _distance(of, wanted) -> tuple[float, float]:
     """Largest errors (of the outputs, of the gradients)."""
-    forward = _worst({n: relative(of[0][n], wanted[0][n]) for n in wanted[0]})[1]
-    return forward, _worst(gradient_errors(of[1], wanted[1]))[1]
+    forward = _worst({n: relative_error(of[0][n], wanted[0][n]) for n in wanted[0]})[1]
+    return forward, _worst(_gradient_errors(of[1], wanted[1]))[1]
 
 
 def _packed(row: Row, eager, ours, plain: dict[str, Tensor]) -> bool:
@@ -384,12 +355,12 @@ def _packed(row: Row, eager, ours, plain: dict[str, Tensor]) -> bool:
     try:
         alone = [_logits(run(eager, {"input_ids": part})) for part in ids.split(DOCUMENTS, 1)]
         wanted = torch.cat(alone, dim=1)
-        theirs = relative(together(eager), wanted)
+        theirs = relative_error(together(eager), wanted)
     except Exception as error:
         row.forward["packed"] = f"eager: {brief(error)}"
         return True
     try:
-        error = relative(together(ours), wanted)
+        error = relative_error(together(ours), wanted)
     except NotImplementedError as refusal:
         if theirs <= FORWARD:
             raise

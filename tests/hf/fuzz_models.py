@@ -20,6 +20,7 @@ import torch
 import transformers
 from checks import assert_close, backward
 from hand_written_models import FAMILIES, OwnFamily, prompt
+from helpers import assert_same_gradients, gradients_of
 from models import CACHE, DECODERS, tokens
 from packed_rows import Row, boundaries, each_alone
 from torch import Tensor
@@ -134,10 +135,8 @@ def run(case: Case) -> None:
     for model, output in ((flash, logits[case.numbers != 0]), (eager, alone)):
         model.zero_grad()
         backward(output)
-        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
-    largest = max(g.abs().max() for g in gradients[1])
-    for got, want in zip(*gradients, strict=True):
-        assert (got - want).abs().max() <= 1e-4 * largest
+        gradients.append(gradients_of(model))
+    assert_same_gradients(*gradients)
 
 
 def main() -> int:

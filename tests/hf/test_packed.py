@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
-from checks import assert_close, assert_same_gradients, backward, error
+from checks import assert_close, backward, error
 from hand_written_models import FAMILIES, OwnFamily, prompt
 from hand_written_models import tokens as own_tokens
+from helpers import assert_same_gradients
 from models import CACHE, DECODERS, MULTIMODAL, Family, named, patched_where_known, tokens
 from packed_rows import Row, boundaries, each_alone, positions
 from transformers import StaticCache, masking_utils
