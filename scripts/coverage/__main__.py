@@ -1,6 +1,6 @@
 """Compares flash_two with eager on a tiny model of every family in Transformers.
 
-Writes docs/coverage.md and docs/coverage.json; a run that was interrupted goes on where it was.
+Writes docs/coverage.md; a run that was interrupted goes on where it was.
 """
 
 from __future__ import annotations
