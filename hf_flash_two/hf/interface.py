@@ -1,4 +1,4 @@
-"""The attention function that Transformers calls: it refuses, settles the mask, calls."""
+"""The attention function that Transformers calls: resolves the mask, calls `flash_attention`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 from hf_flash_two.attention import flash_attention
 from hf_flash_two.hf import compat, forward_pass
 from hf_flash_two.hf.forward_pass import once
-from hf_flash_two.hf.mask_function import from_tiles
 from hf_flash_two.hf.mask_proxy import MaskProxy
-from hf_flash_two.hf.packing import demand, document_starts, may_be_packed, recording
+from hf_flash_two.hf.packing import keep_apart, keep_apart_in_layer
+from hf_flash_two.hf.tensor_masks import from_block_indices, from_indices, from_tensor
 from hf_flash_two.masks import AttentionMask
 
 # What attention functions of Transformers read, though here it changes no result: lengths that
@@ -80,6 +80,59 @@ def attention_forward(
             models hand down all sorts of arguments.
         ValueError: arguments that contradict each other or do not fit.
     """
+    _refuse_what_others_use(module, kwargs)
+    bias = None
+    if cache is not None or kwargs.get("write_index") is not None:
+        compat.require("serving")
+        _check_paged(module, attention_mask)
+        paged = dict(kwargs, cu_seq_lens_k=cu_seq_lens_k)
+        key, value, mask = _from_paged_cache(module, key, value, cache, cu_seq_lens_q, paged)
+    else:
+        mask, bias = _resolve_mask(
+            module, query, key, attention_mask, is_causal, sliding_window, position_ids,
+            cu_seq_lens_q, cu_seq_lens_k,
+        )  # fmt: skip
+    if indices is not None:
+        mask = mask & from_indices(indices, key.shape[2])
+    elif block_indices is not None:
+        size = module.indexer.block_size
+        mask = mask & from_block_indices(block_indices, size, query.shape[1], key.shape[2])
+    if position_bias is not None:
+        bias = position_bias if bias is None else position_bias + bias
+    if isinstance(scaling, Tensor):
+        query, scaling = query * scaling, 1.0
+    if query.shape[0] != key.shape[0] and query.shape[0] == 1:
+        query = query.expand(key.shape[0], -1, -1, -1)
+    row_sinks = sinks if sinks is not None and sinks.dim() == 4 else None
+    if sinks is not None and row_sinks is None:
+        s_aux = sinks
+    wants_weights = _wants_weights(module, output_attentions)
+    out = flash_attention(
+        query,
+        key,
+        value,
+        mask=mask,
+        scale=scaling,
+        bias=bias,
+        softcap=softcap,
+        sinks=s_aux,
+        dropout_p=dropout,
+        return_lse=wants_weights or row_sinks is not None,
+    )
+    if not isinstance(out, tuple):
+        return out.transpose(1, 2).contiguous(), None
+    out, lse = out if row_sinks is None else _with_row_sinks(*out, row_sinks)
+    weights = None
+    if wants_weights:
+        lse = None if compat.weights_without_sinks(module) else lse
+        weights = _weights(query, key, mask, bias, lse, scaling, softcap)
+        if cu_seq_lens_q is not None and is_causal is False and attention_mask is None:
+            # Towers, which under "eager" attend within one image at a time.
+            weights = _blocks(weights, cu_seq_lens_q, cu_seq_lens_k)
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _refuse_what_others_use(module: torch.nn.Module, kwargs: dict[str, object]) -> None:
     for name, given in kwargs.items():
         if given is None or given is False or name in _INFORMATIONAL:
             continue
@@ -94,61 +147,6 @@ def attention_forward(
             "block_table: flash_two does not write to the pages of continuous batching by a table; "
             "leave max_blocks_per_request of its configuration at 0"
         )
-    if cache is not None or kwargs.get("write_index") is not None:
-        compat.require("serving")
-        _check_paged(module, attention_mask)
-        paged = dict(kwargs, cu_seq_lens_k=cu_seq_lens_k)
-        key, value, mask = _from_paged_cache(module, key, value, cache, cu_seq_lens_q, paged)
-        bias = None
-    else:
-        causal = _causality(module, attention_mask, is_causal)
-        mask, bias = _settle_mask(
-            module, query, key, attention_mask, causal, sliding_window, position_ids,
-            cu_seq_lens_q, cu_seq_lens_k,
-        )  # fmt: skip
-    if indices is not None or block_indices is not None:
-        mask = mask & _from_indices(module, query, key, indices, block_indices)
-    if position_bias is not None:
-        bias = position_bias if bias is None else position_bias + bias
-    if isinstance(scaling, Tensor):
-        query, scaling = query * scaling, 1.0
-    if query.shape[0] != key.shape[0] and query.shape[0] == 1:
-        query = query.expand(key.shape[0], -1, -1, -1)
-    row_sinks = sinks if sinks is not None and sinks.dim() == 4 else None
-    if sinks is not None and row_sinks is None:
-        s_aux = sinks
-    if output_attentions is None:
-        output_attentions = getattr(getattr(module, "config", None), "output_attentions", False)
-    wants_weights = (
-        output_attentions or compat.returns_weights(module) or forward_pass.asks_for_weights()
-    )
-    out = flash_attention(
-        query,
-        key,
-        value,
-        mask=mask,
-        scale=scaling,
-        bias=bias,
-        softcap=softcap,
-        sinks=s_aux,
-        dropout_p=dropout,
-        return_lse=wants_weights or row_sinks is not None,
-    )
-    weights = None
-    if isinstance(out, tuple):
-        out, lse = out
-        if row_sinks is not None:
-            # One more logit in the denominator takes the share exp(sink) / (exp(lse) + exp(sink)).
-            share = torch.sigmoid(lse - row_sinks[..., 0].to(lse.dtype))
-            out = out * share[..., None].to(out.dtype)
-            lse = torch.logaddexp(lse, row_sinks[..., 0].to(lse.dtype))
-        if wants_weights:
-            lse = None if compat.weights_without_sinks(module) else lse
-            weights = _weights(query, key, mask, bias, lse, scaling, softcap)
-            if cu_seq_lens_q is not None and is_causal is False and attention_mask is None:
-                # Towers, which under "eager" attend within one image at a time.
-                weights = _blocks(weights, cu_seq_lens_q, cu_seq_lens_k)
-    return out.transpose(1, 2).contiguous(), weights
 
 
 def _causality(module: torch.nn.Module, attention_mask, is_causal: bool | None) -> bool:
@@ -164,18 +162,19 @@ def _causality(module: torch.nn.Module, attention_mask, is_causal: bool | None) 
     return is_causal
 
 
-def _settle_mask(
+def _resolve_mask(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     attention_mask: MaskProxy | Tensor | None,
-    causal: bool,
+    is_causal: bool | None,
     sliding_window: int | None,
     position_ids: Tensor | None,
     cu_seq_lens_q: Tensor | None,
     cu_seq_lens_k: Tensor | None,
 ) -> tuple[AttentionMask, Tensor | None]:
     """(mask, additive bias or None)"""
+    causal = _causality(module, attention_mask, is_causal)
     batch, heads, queries, _ = query.shape
     keys = key.shape[2]
     bias = padding = None
@@ -192,7 +191,7 @@ def _settle_mask(
     elif attention_mask is None:
         mask = _without_mask(module, queries, keys, causal, sliding_window)
     elif isinstance(attention_mask, Tensor):
-        mask, bias = _from_tensor(attention_mask, (batch, heads, queries, keys), causal)
+        mask, bias = from_tensor(attention_mask, (batch, heads, queries, keys), causal)
         padding = attention_mask
     else:
         raise TypeError(
@@ -200,17 +199,9 @@ def _settle_mask(
             f"{type(attention_mask).__name__}; a model must take its masks from "
             "transformers.masking_utils under the same attn_implementation"
         )
-    if cu_seq_lens_q is not None:
-        documents = _from_cu_seqlens(cu_seq_lens_q, cu_seq_lens_k, batch, queries, keys)
-    elif may_be_packed(position_ids, batch, queries) and (padding is None or padding.dim() == 2):
-        documents = _from_positions(position_ids, padding, mask, queries, keys)
-    else:
-        return mask, bias
-    forward_pass.keep_apart()
-    if documents is None:
-        return mask, bias
-    described_by = position_ids if cu_seq_lens_q is None else cu_seq_lens_q
-    return once(described_by, (mask, documents), lambda: mask & documents), bias
+    shape = batch, queries, keys
+    mask = keep_apart_in_layer(mask, padding, shape, position_ids, cu_seq_lens_q, cu_seq_lens_k)
+    return mask, bias
 
 
 def _without_mask(
@@ -241,102 +232,6 @@ def _without_mask(
     return AttentionMask.causal(window=sliding_window)
 
 
-def _from_tensor(
-    mask: Tensor, shape: tuple[int, int, int, int], causal: bool
-) -> tuple[AttentionMask, Tensor | None]:
-    batch, _, queries, keys = shape
-    if mask.dim() == 2:
-        if mask.shape != (batch, keys):
-            raise ValueError(
-                f"attention_mask: expected [batch, keys] = [{batch}, {keys}], got "
-                f"{list(mask.shape)}"
-            )
-        padding = once(mask, "padding", lambda: AttentionMask.from_padding(mask))
-        return (padding & AttentionMask.causal() if causal and queries > 1 else padding), None
-    if mask.dim() != 4 or any(
-        got not in (1, want) for got, want in zip(mask.shape, shape, strict=True)
-    ):
-        raise ValueError(
-            "attention_mask: expected [batch, keys], or a tensor broadcastable to [batch, heads, "
-            f"queries, keys] = {list(shape)}, got {list(mask.shape)}"
-        )
-    if mask.dtype == torch.bool:
-        return once(mask, ("dense", queries, keys), lambda: _from_dense(mask, queries, keys)), None
-    if not mask.is_floating_point():
-        raise ValueError(
-            "attention_mask: expected bool (True may attend) or float (added to the scores) in "
-            f"four dimensions, got {mask.dtype}"
-        )
-    visible = None
-    if mask.shape[1] == 1 and not mask.requires_grad and not recording():
-        key = ("additive", queries, keys)
-        visible = once(mask, key, lambda: _from_additive(mask, queries, keys))
-    return (AttentionMask.full(), mask) if visible is None else (visible, None)
-
-
-def _from_dense(visible: Tensor, queries: int, keys: int) -> AttentionMask:
-    visible = visible.expand(*visible.shape[:3], keys)
-    if visible.shape[1] != 1 or recording():
-        return AttentionMask.from_dense(visible)
-    if visible.shape[2] == 1 and queries != 1:
-        return AttentionMask.from_padding(visible[:, 0, 0])
-    return from_tiles(lambda i, j: visible[:, :, i:j], queries, visible[:, :, 0].numel())
-
-
-def _from_additive(mask: Tensor, queries: int, keys: int) -> AttentionMask | None:
-    """The mask that a float one of 0 and the smallest number (or -inf) is; None of any other."""
-    visible = mask == 0
-    if not bool((visible | (mask <= torch.finfo(mask.dtype).min)).all()):
-        return None
-    return _from_dense(visible, queries, keys)
-
-
-def _from_positions(
-    position_ids: Tensor, padding: Tensor | None, mask: AttentionMask, queries: int, keys: int
-) -> AttentionMask | None:
-    """The documents that restarting positions tell of; None if there is one to a row.
-
-    Raises:
-        ValueError: there are several, behind a cache of earlier tokens.
-    """
-    if padding is not None:
-        at = mask.resolve_offset(queries, keys)
-        padding = padding[:, at : at + queries]
-
-    def build() -> AttentionMask | None:
-        starts = document_starts(position_ids, padding)
-        if not recording() and not starts.any():
-            return None
-        if queries != keys:
-            message = (
-                "position_ids: tell of packed documents behind a cache that is longer than they "
-                "are; pass them without a cache"
-            )
-            if not recording():
-                raise ValueError(message)
-            demand(~starts.any(), message)
-            return None
-        return AttentionMask.from_documents(segment_ids=starts.cumsum(1))
-
-    others = () if padding is None else (padding,)
-    return once(position_ids, ("documents of layers", queries, keys), build, *others)
-
-
-def _from_cu_seqlens(
-    query_ends: Tensor, key_ends: Tensor | None, batch: int, queries: int, keys: int
-) -> AttentionMask:
-    if batch != 1:
-        raise ValueError(
-            f"cu_seq_lens_q: describes documents laid end to end in a batch of 1, got batch {batch}"
-        )
-    key_ends = query_ends if key_ends is None else key_ends
-
-    def build() -> AttentionMask:
-        return AttentionMask.from_documents(key_ends, query_cu_seqlens=query_ends, key_length=keys)
-
-    return once(key_ends, ("cu_seqlens", queries, keys), build, query_ends)
-
-
 def _check_paged(module: torch.nn.Module, attention_mask) -> None:
     """Refuse what pages of earlier tokens have no answer to."""
     reason = None
@@ -360,7 +255,7 @@ def _from_paged_cache(
 ) -> tuple[Tensor, Tensor, AttentionMask]:
     """The keys and values of all requests end to end, and the mask that keeps these apart."""
     key, value, key_ends, window = compat.update_paged_cache(cache, key, value, module, paged)
-    forward_pass.keep_apart()
+    keep_apart()
     keys = key.shape[2]
 
     def build() -> AttentionMask:
@@ -371,27 +266,17 @@ def _from_paged_cache(
     return key, value, once(key_ends, ("paged", keys, window), build, query_ends)
 
 
-def _from_indices(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    indices: Tensor | None,
-    block_indices: Tensor | None,
-) -> AttentionMask:
-    batch, heads, queries, _ = query.shape
-    keys = key.shape[2]
-    if indices is not None:
-        visible = torch.zeros(batch, queries, keys, dtype=torch.bool, device=query.device)
-        return AttentionMask.from_dense(visible.scatter(-1, indices.long(), True)[:, None])
-    size = module.indexer.block_size
-    blocks = -(-keys // size)
-    groups = block_indices.shape[1]
-    chosen = block_indices.masked_fill(block_indices < 0, blocks)
-    visible = torch.zeros(
-        batch, groups, queries, blocks + 1, dtype=torch.bool, device=query.device
-    ).scatter(-1, chosen, True)[..., :blocks]
-    visible = visible.repeat_interleave(size, dim=-1)[..., :keys]
-    return AttentionMask.from_dense(visible.repeat_interleave(heads // groups, dim=1))
+def _wants_weights(module: torch.nn.Module, asked: bool | None) -> bool:
+    if asked is None:
+        asked = getattr(getattr(module, "config", None), "output_attentions", False)
+    return bool(asked) or compat.returns_weights(module) or forward_pass.asks_for_weights()
+
+
+def _with_row_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """One more logit in the denominator of each row takes exp(sink) / (exp(lse) + exp(sink))."""
+    sinks = sinks[..., 0].to(lse.dtype)
+    share = torch.sigmoid(lse - sinks)
+    return out * share[..., None].to(out.dtype), torch.logaddexp(lse, sinks)
 
 
 def _weights(

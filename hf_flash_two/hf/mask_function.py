@@ -14,16 +14,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.utils import logging
 
-from hf_flash_two.hf import compat, forward_pass
+from hf_flash_two.hf import compat
 from hf_flash_two.hf.mask_proxy import MaskProxy
-from hf_flash_two.hf.packing import all_visible, demand, positions_of, recording
-from hf_flash_two.masks import FAR, AttentionMask
-
-logger = logging.get_logger(__name__)
-
-_TILE_ELEMENTS = 2**22
+from hf_flash_two.hf.packing import (
+    all_visible,
+    demand,
+    documents_of_mask,
+    positions_within,
+    recording,
+)
+from hf_flash_two.hf.tensor_masks import from_tiles
+from hf_flash_two.masks import AttentionMask
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,11 @@ def make_mask(
     keep = _padding(attention_mask, place, q_length)
     kinds = _kinds(mask_function)
     causal = "causal" in kinds
-    documents, packed = _documents(batch_size, q_length, place, causal, kinds)
-    positions = None if documents is None else _positions(documents, attention_mask)
+    documents, packed = documents_of_mask(
+        batch_size, q_length, kv_length, q_offset, kv_offset,
+        causal=causal, in_function="packed_sequence_mask_function" in kinds,
+    )  # fmt: skip
+    positions = None if documents is None else positions_within(documents, attention_mask)
     mask = _convert(mask_function, place, positions)
     if mask is not None:
         if documents is not None:
@@ -139,37 +144,6 @@ def make_mask(
     return carrier.as_additive(dtype) if family in compat.WANTS_FLOAT_TENSOR else carrier
 
 
-def from_tiles(
-    visible: Callable[[int, int], Tensor], q_length: int, row_elements: int
-) -> AttentionMask:
-    """The mask that ``visible(start, stop)``, bool [B or 1, 1, stop - start, Tk], spells out.
-
-    Args:
-        row_elements: how many elements one row of ``visible`` has, over the whole batch.
-    """
-    step = max(1, _TILE_ELEMENTS // max(1, row_elements))
-    if recording() and q_length != 1:
-        return AttentionMask.from_dense(visible(0, q_length))
-    starts = range(0, q_length, step)
-    first = last = count = None
-    for start in starts:
-        tile = visible(start, min(start + step, q_length))[:, 0]
-        query = torch.arange(start, start + tile.shape[1], device=tile.device)[:, None]
-        tile_first = torch.where(tile, query, FAR).amin(1)
-        tile_last = torch.where(tile, query + 1, -FAR).amax(1)
-        first = tile_first if first is None else torch.minimum(first, tile_first)
-        last = tile_last if last is None else torch.maximum(last, tile_last)
-        count = tile.sum(1) + (0 if count is None else count)
-    if q_length == 1 or bool((count == (last - first).clamp(min=0)).all()):
-        return AttentionMask.from_intervals(first, last, query_offset=0)
-    logger.warning_once(
-        "flash_two: this attention mask has keys that are seen by more than one run of queries. It "
-        "is kept as a dense tensor of batch x queries x keys bytes, and no tile of it is skipped."
-    )
-    tiles = [visible(start, min(start + step, q_length)) for start in starts]
-    return replace(AttentionMask.from_dense(torch.cat(tiles, dim=2)), query_offset=0)
-
-
 def _padding(attention_mask: Tensor | None, place: _Place, q_length: int) -> Tensor | None:
     """[B, Tk], nonzero for the keys that are not hidden; None if none is."""
     if attention_mask is None:
@@ -182,69 +156,6 @@ def _padding(attention_mask: Tensor | None, place: _Place, q_length: int) -> Ten
         # window would be compiled anew, and to ask would make the device wait.
         return keep
     return None if all_visible(keep) is True else keep
-
-
-def _documents(
-    batch: int, queries: int, place: _Place, causal: bool, kinds: set[str]
-) -> tuple[Tensor | None, bool]:
-    """What the caller of the model told of packed documents.
-
-    Returns:
-        The number of the document of each key, [1 or B, Tk], None if there is one to a row; and
-        whether a layer has nothing to add to it.
-    """
-    running = forward_pass.current()
-    found = "packed_sequence_mask_function" in kinds
-    if running is None:
-        return None, found
-    if not causal and (queries != place.kv_length or compat.has_cross_attention(running.model)):
-        return None, found  # what else attends in such a model are decoders to encoders
-    bounded = running.said.cu_seq_lens_q is not None
-    if found and not bounded and compat.remaps_positions():
-        running.apart = True
-        return None, True
-    offset = place.q_offset
-    documents = running.documents(batch, queries, offset, causal=causal)
-    if documents is not None:
-        documents = _over_keys(documents, place)
-    return documents, running.apart and (causal or bounded)
-
-
-def _over_keys(documents: Tensor, place: _Place) -> Tensor:
-    """From the documents of the queries, [B, Tq], to those of the keys.
-
-    Raises:
-        ValueError: the cache holds earlier tokens, and of which document is not known.
-    """
-    over_keys, queries = documents, documents.shape[1]
-    if place.kv_length != queries:
-        unused = documents.new_full((documents.shape[0], place.kv_length - queries), -1)
-        over_keys = torch.cat([documents, unused], dim=1)
-    at_start = (place.q_offset == 0) & (place.kv_offset == 0)
-    message = (
-        "position_ids: documents start among these tokens, but the cache holds earlier ones, and "
-        "which of them those may see is not known; pass packed documents in one forward"
-    )
-    if not recording():
-        if not at_start:
-            raise ValueError(message)
-    elif at_start is not True:
-        several = (documents != documents[:, :1]).any()
-        demand(~several | at_start, message)
-        return torch.where(several, over_keys, 0)
-    return over_keys
-
-
-def _positions(documents: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """[B, Tk], what stands for a token's place in the row: how far it is into its document.
-
-    Padding on the left counts as before, since chunks are told how much of it there is.
-    """
-    positions = positions_of(documents)
-    if attention_mask is None:
-        return positions
-    left = (attention_mask.cumsum(1) == 0).sum(1, keepdim=True)
-    return positions + torch.where(documents > 0, left, 0)
 
 
 def _within(function: Callable, documents: Tensor, positions: Tensor, batch: int) -> Callable:

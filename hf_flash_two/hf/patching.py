@@ -19,8 +19,9 @@ from transformers.utils import logging
 
 from hf_flash_two.hf import compat, layer_forward
 from hf_flash_two.hf.families import ALWAYS_ASKED, attention_kind, key, why_not
-from hf_flash_two.hf.forward_pass import unwatch, watch
+from hf_flash_two.hf.forward_pass import unwatch
 from hf_flash_two.hf.layer_forward import LayerForward
+from hf_flash_two.hf.packing import watch
 
 logger = logging.get_logger(__name__)
 

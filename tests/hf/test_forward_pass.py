@@ -86,7 +86,7 @@ def test_layers_share_what_they_derive() -> None:
         return once(tensor, key, lambda: built.append(key) or build(), *others)
 
     with pytest.MonkeyPatch.context() as changed:
-        changed.setattr("hf_flash_two.hf.interface.once", counting)
+        changed.setattr("hf_flash_two.hf.tensor_masks.once", counting)
         model(tokens(2, 9), attention_mask=mask)
         assert len(built) == 1
         model(tokens(2, 9), attention_mask=mask)

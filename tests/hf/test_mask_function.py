@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import BertModel, RemBertModel, masking_utils
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from hf_flash_two.hf import compat, mask_function
+from hf_flash_two.hf import compat, mask_function, tensor_masks
 from hf_flash_two.hf.mask_function import make_mask
 
 BATCH = 3
@@ -187,7 +187,7 @@ def hidden_parity(batch, head, q, k):
 @pytest.mark.parametrize("place", ["prefill", "continued", "decode", "static cache", "long"])
 @pytest.mark.parametrize("padding", ["none", "left", "holes"])
 def test_unknown_function_with_runs_becomes_intervals(padding, place, vmap, monkeypatch) -> None:
-    monkeypatch.setattr(mask_function, "_TILE_ELEMENTS", 500)  # several tiles
+    monkeypatch.setattr(tensor_masks, "_TILE_ELEMENTS", 500)  # several tiles
     mask = attention_mask(padding, PLACES[place][1])
     made = carrier(own_window, PLACES[place], mask, use_vmap=vmap)
     assert made.mask.dense is None
@@ -197,9 +197,9 @@ def test_unknown_function_with_runs_becomes_intervals(padding, place, vmap, monk
 @pytest.mark.parametrize("function", [parity, hidden_parity])
 @pytest.mark.parametrize("place", ["prefill", "continued", "static cache", "long"])
 def test_unknown_function_without_runs_stays_dense(function, place, monkeypatch) -> None:
-    monkeypatch.setattr(mask_function, "_TILE_ELEMENTS", 500)
+    monkeypatch.setattr(tensor_masks, "_TILE_ELEMENTS", 500)
     warnings: list[str] = []
-    monkeypatch.setattr(mask_function.logger, "warning_once", warnings.append)
+    monkeypatch.setattr(tensor_masks.logger, "warning_once", warnings.append)
     mask = attention_mask("left", PLACES[place][1])
     made = carrier(function, PLACES[place], mask)
     assert torch.equal(made.as_bool(), dense(function, PLACES[place], mask))
@@ -212,7 +212,7 @@ def test_unknown_function_without_runs_stays_dense(function, place, monkeypatch)
 )
 def test_block_ids_that_come_back_are_kept_exactly(monkeypatch) -> None:
     """All images of a row under one id see each other: no interval per key says that."""
-    monkeypatch.setattr(mask_function.logger, "warning_once", lambda text: None)
+    monkeypatch.setattr(tensor_masks.logger, "warning_once", lambda text: None)
     ids = torch.full((BATCH, 37), -1)
     ids[0, 2:7] = ids[0, 15:20] = 0
     function = masking_utils.or_masks(causal_mask_function, masking_utils.blockwise_overlay(ids))

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from hf_flash_two.hf.mask_proxy import MaskProxy
 from hf_flash_two.hf.packing import readable
+from hf_flash_two.hf.tensor_masks import HIDDEN
 from hf_flash_two.hf.tracer.scores import (
-    HIDDEN,
     Lazy,
     RowArgmax,
     RowMax,

@@ -17,14 +17,11 @@ from torch import Tensor
 
 from hf_flash_two.attention import flash_attention
 from hf_flash_two.hf.forward_pass import once
-from hf_flash_two.hf.interface import _from_dense
 from hf_flash_two.hf.mask_proxy import MaskProxy
 from hf_flash_two.hf.packing import readable
+from hf_flash_two.hf.tensor_masks import HIDDEN, from_dense, parted
 from hf_flash_two.hf.tracer.batch_dims import Lead, Leading
 from hf_flash_two.masks import AttentionMask
-
-HIDDEN = -1e4
-"""Scores set to this or less have probability 0; the mildest such number that models use."""
 
 
 class Lazy:
@@ -240,7 +237,7 @@ class Scores(Lazy):
         biases, visible, batch = [], list(self.visible), None
         for lead, term in self.terms:
             if not isinstance(term, MaskProxy):
-                rest, seen = _parted(term)
+                rest, seen = parted(term)
                 if rest is not None:
                     biases.append(leading.spread(rest, lead))
                 if seen is not None:
@@ -256,7 +253,7 @@ class Scores(Lazy):
         for (_, seen), whole in zip(visible, spread, strict=True):
             made_for = (*leading.ends, place, queries, keys)
             whole = leading.fold(whole, place)
-            found = once(seen, made_for, partial(_from_dense, whole, queries, keys))
+            found = once(seen, made_for, partial(from_dense, whole, queries, keys))
             mask = mask & _moved(found, mask, queries, keys)
         query, key, value = self._folded(value, leading, place)
         dropout_p, seed = self.dropout or (0.0, None)
@@ -339,22 +336,6 @@ class Turned(FromScores):
             return None
         attended = self.scores.attend(value.transpose(-1, -2))
         return None if attended is None else attended.transpose(-1, -2)
-
-
-def _parted(term: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """(bias, visible) that a sum with ``term`` amounts to, None where there is none."""
-
-    def hidden() -> Tensor | None:
-        found = term <= HIDDEN
-        return found.logical_not_() if not readable(found) or found.any() else None
-
-    with torch.no_grad():
-        visible = once(term, "hidden", hidden)
-    if visible is None:
-        return term, None
-    bias = torch.where(visible, term, 0)
-    needed = term.requires_grad or not readable(bias) or bias.any()
-    return (bias if needed else None), visible
 
 
 def _moved(seen: AttentionMask, mask: AttentionMask, queries: int, keys: int) -> AttentionMask:
