@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig
 from hf_flash_two.hf import compat, forward_pass, patching
 from hf_flash_two.hf.packing import document_ids, may_be_packed
 from hf_flash_two.kernels import select
+from hf_flash_two.kernels.params import AttentionParams
 
 Slot = tuple[str, int, str | int]
 """An attention layer's name (the whole model's is ""), which of its calls it is, a tensor of it."""
@@ -528,7 +529,8 @@ class _Kernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.hf_flash_two.flash_attn_fwd.default and self.calls.running:
-            self.found[self.calls.running[-1][0]].add(select(args[-1], args[0]).name)
+            kernel = select(args[-1], *args[:3], AttentionParams(*args[3:-1]))
+            self.found[self.calls.running[-1][0]].add(kernel.name)
         return function(*args, **(kwargs or {}))
 
 

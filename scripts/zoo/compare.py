@@ -153,8 +153,8 @@ class LayerCalls:
     def __enter__(self) -> LayerCalls:
         self._select = op.select
 
-        def counting(name, query):
-            kernel = self._select(name, query)
+        def counting(*call):
+            kernel = self._select(*call)
 
             def forward(*args):
                 self.calls += 1

@@ -17,8 +17,8 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     calls: list[tuple[int, ...]] = []
     select = op.select
 
-    def counting(name, query):
-        kernel = select(name, query)
+    def counting(*call):
+        kernel = select(*call)
 
         def forward(query, *args):
             calls.append(tuple(query.shape))

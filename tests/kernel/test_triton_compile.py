@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hf_flash_two import AttentionMask
-from hf_flash_two.kernels.params import Problem
+from hf_flash_two.kernels.params import AttentionParams
 
 triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
 
@@ -104,14 +104,14 @@ def compile_launch(kernel, args, kwargs, target):
     return triton.compile(source, target=target, options=options)
 
 
-def problem(mask: AttentionMask, length: int, **changes) -> Problem:
+def params(mask: AttentionMask, length: int, **changes) -> AttentionParams:
     settings = dict.fromkeys(("bias", "alibi_slopes", "sinks", "seed", "block_q", "block_k"))
     settings |= dict(
         first_query=mask.first_query, last_query=mask.last_query, key_bounds=mask.key_bounds(),
         dense=mask.dense, query_offset=0, window_left=mask.window_left,
         window_right=mask.window_right, scale=0.1, softcap=0.0, dropout_p=0.0,
     )  # fmt: skip
-    return Problem(**(settings | changes))
+    return AttentionParams(**(settings | changes))
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, device: config.Device) -> None:
@@ -156,7 +156,7 @@ def test_compiles(monkeypatch, launches, target, feature):
         )  # fmt: skip
     if feature == "decode":
         query = query[:, :, :1]
-    described = problem(mask, length, **changes)
+    described = params(mask, length, **changes)
     out, lse = forward.forward(query, key, value, described)
     if feature != "decode":
         need_d_bias = described.bias is not None
@@ -173,7 +173,7 @@ def test_any_number_of_heads_fits_the_grid(launches):
     query, key, value = (torch.empty(batch, 2, length, 16) for _ in range(3))
     mask = AttentionMask.causal() & AttentionMask.from_padding(torch.ones(batch, length))
     bias = torch.empty(batch, 2, length, length)
-    described = problem(mask, length, bias=bias)
+    described = params(mask, length, bias=bias)
     out, lse = forward.forward(query, key, value, described)
     backward.backward(out, None, query, key, value, out, lse, described, True)
     assert {kernel.__name__ for kernel, *_ in launches} == {
@@ -263,7 +263,7 @@ def test_shared_memory_suffices(
             mask = mask & AttentionMask.from_padding(torch.ones(1, length))
         if "dense" in words:
             mask = mask & AttentionMask.from_dense(torch.ones(shape, dtype=torch.bool))
-        described = problem(mask, length, **changes)
+        described = params(mask, length, **changes)
         out, lse = forward.forward(query, key, value, described)
         backward.backward(
             out, None, query, key, value, out, lse, described, described.bias is not None
@@ -313,7 +313,7 @@ def test_warps_wait_for_each_other_before_a_tile_is_overwritten(
     query, key, value = (
         torch.empty(1, heads, length, 256, dtype=torch.bfloat16) for heads in (4, 2, 2)
     )
-    described = problem(AttentionMask.causal(), length)
+    described = params(AttentionMask.causal(), length)
     out, lse = forward.forward(query, key, value, described)
     backward.backward(out, None, query, key, value, out, lse, described, False)
     many = [launch for launch in launches if launch[3]["num_warps"] > 4]

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from hf_flash_two.kernels.params import (
     LOG2E,
+    AttentionParams,
     Layout,
-    Problem,
     empty_output,
     output_layout,
 )
@@ -68,7 +68,7 @@ def backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    problem: Problem,
+    params: AttentionParams,
     need_d_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key, value, bias and sinks."""
@@ -78,28 +78,28 @@ def backward(
     lse = lse.contiguous()
     if query.numel() == 0:
         gradients = [empty_output(x, x.shape[3]).zero_() for x in (query, key, value)]
-        extras = (problem.bias if need_d_bias else None, problem.sinks)
+        extras = (params.bias if need_d_bias else None, params.sinks)
         return *gradients, *(x if x is None else torch.zeros_like(x) for x in extras)
     with torch.cuda.device_of(query):
-        plan = planned(_plan, problem, query, key, value, d_out, out, lse, d_lse)
+        plan = planned(_plan, params, query, key, value, d_out, out, lse, d_lse)
         dq, dk, dv = (query.new_empty_strided(*layout) for layout in plan.gradients)
         lse_2, delta = (lse.new_empty(plan.stats_shape) for _ in range(2))
-        weigh = problem.bias is not None and problem.sinks is None
+        weigh = params.bias is not None and params.sinks is None
         weight = torch.empty_like(delta) if weigh else None
         stats = (lse_2, delta, weight)
-        tensors = (query, key, value, d_out, *stats, problem.first_query, problem.last_query)
-        extras = (problem.dense, problem.bias, problem.alibi_slopes, problem.seed)
+        tensors = (query, key, value, d_out, *stats, params.first_query, params.last_query)
+        extras = (params.dense, params.bias, params.alibi_slopes, params.seed)
         if delta.numel():
             plan.stats(out, d_out, lse, d_lse, lse_2, delta)
         tiles = plan.tiles.queries
-        ranges = key_ranges(problem, tiles, query.shape[2], key.shape[2])
+        ranges = key_ranges(params, tiles, query.shape[2], key.shape[2])
         if dq.numel():
             plan.queries(
                 *tensors, ranges, *extras,
                 bulk_tiles(key, plan.bulk_key, tiles.block_k, tiles.block_d),
                 bulk_tiles(value, plan.bulk_value, tiles.block_k, tiles.block_v),
-                bulk_run(problem.first_query, plan.bulk_key, tiles.block_k),
-                bulk_run(problem.last_query, plan.bulk_key, tiles.block_k),
+                bulk_run(params.first_query, plan.bulk_key, tiles.block_k),
+                bulk_run(params.last_query, plan.bulk_key, tiles.block_k),
                 dq,
             )  # fmt: skip
         if dk.numel():
@@ -108,7 +108,7 @@ def backward(
                 walks.append((plan.values, plan.tiles.values, None, dv))
             for launch, tiles, *gradients in walks:
                 launch(
-                    *tensors, problem.key_bounds, *extras,
+                    *tensors, params.key_bounds, *extras,
                     bulk_tiles(query, plan.bulk_query, tiles.block_q, tiles.block_d),
                     bulk_tiles(d_out, plan.bulk_d_out, tiles.block_q, tiles.block_v),
                     *(bulk_run(x, plan.bulk_query, tiles.block_q) for x in (lse_2, delta)),
@@ -116,12 +116,12 @@ def backward(
                 )  # fmt: skip
         d_bias = d_sinks = None
         if need_d_bias:
-            d_bias = torch.empty_like(problem.bias, memory_format=torch.contiguous_format)
+            d_bias = torch.empty_like(params.bias, memory_format=torch.contiguous_format)
             if d_bias.numel():
                 plan.bias(*tensors, ranges, *extras, d_bias)
-    if problem.sinks is not None:
-        weight = torch.exp(problem.sinks[:, :, None] - lse).nan_to_num_(nan=0.0)
-        d_sinks = -(weight * delta[:, :, : lse.shape[2]]).sum(2).sum_to_size(problem.sinks.shape)
+    if params.sinks is not None:
+        weight = torch.exp(params.sinks[:, :, None] - lse).nan_to_num_(nan=0.0)
+        d_sinks = -(weight * delta[:, :, : lse.shape[2]]).sum(2).sum_to_size(params.sinks.shape)
     return dq, dk, dv, d_bias, d_sinks
 
 
@@ -142,7 +142,7 @@ class _Plan:
 
 
 def _plan(
-    problem: Problem,
+    params: AttentionParams,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -153,17 +153,17 @@ def _plan(
 ) -> _Plan:
     batch, heads, query_length, head_dim = query.shape
     key_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
-    tiles = backward_tiles(query, key, value, problem)
-    flags = launch_flags(query, problem)
+    tiles = backward_tiles(query, key, value, params)
+    flags = launch_flags(query, params)
     flags.pop("SINKS")
-    *strides, _, _ = strides_of(problem, batch, heads, query_length, key_length)
+    *strides, _, _ = strides_of(params, batch, heads, query_length, key_length)
     gradients = tuple(output_layout(x, x.shape[3]) for x in (query, key, value))
     (_, dq_strides), (_, dk_strides), (_, dv_strides) = gradients
     scalars = (
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *d_out.stride()[:3],
         *strides, heads, heads // key_heads, query_length, key_length,
-        problem.query_offset, problem.window_left or 0, problem.window_right or 0,
-        problem.scale, problem.softcap or 1.0, *dropout_of(problem),
+        params.query_offset, params.window_left or 0, params.window_right or 0,
+        params.scale, params.softcap or 1.0, *dropout_of(params),
     )  # fmt: skip
 
     def launch(kernel, grid: tuple[int, ...], block: Tiles, *own_scalars: int, **own) -> Launch:
@@ -174,7 +174,7 @@ def _plan(
         constants = flags | {"D": head_dim, "DV": value_dim} | blocks | own
         return Launch(kernel, grid, (*scalars, *own_scalars), constants, block)
 
-    rescue = hides(query, key, problem)
+    rescue = hides(query, key, params)
     stat_tiles = triton.cdiv(query_length, _STAT_ROWS)
     stats = Launch(
         _stats_kernel,
@@ -206,20 +206,20 @@ def _plan(
         *dq_strides[:3], RESCUE=rescue,
     )  # fmt: skip
     bias = None
-    if problem.bias is not None:
-        bias_batch, bias_heads, bias_queries, bias_keys = problem.bias.shape
+    if params.bias is not None:
+        bias_batch, bias_heads, bias_queries, bias_keys = params.bias.shape
         programs = (
             triton.cdiv(bias_keys, block.block_k)
             * triton.cdiv(bias_queries, block.block_q)
             * bias_batch
             * bias_heads
         )
-        bias = launch(_bias_kernel, (programs,), block, batch, *problem.bias.shape)
+        bias = launch(_bias_kernel, (programs,), block, batch, *params.bias.shape)
     # A row is read in parts where it is wider than a tile.
     whole_rows = head_dim <= block.block_d and value_dim <= block.block_v
     return _Plan(
         tiles, gradients, (batch, heads, stat_tiles * _STAT_ROWS),
-        *(bulk_strides(x, problem) if whole_rows else None for x in (query, key, value, d_out)),
+        *(bulk_strides(x, params) if whole_rows else None for x in (query, key, value, d_out)),
         stats, keys, values, queries, bias,
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_flash_two.kernels import dropout
-from hf_flash_two.kernels.params import Problem
+from hf_flash_two.kernels.params import AttentionParams
 from hf_flash_two.kernels.triton.tile import BAND, INTERVALS, NO_MASK
 
 _MOST_COLUMNS = 256
@@ -112,9 +112,9 @@ _DECODE_TABLE = {
 }
 
 
-def _few_terms(problem: Problem) -> bool:
+def _few_terms(params: AttentionParams) -> bool:
     """Whether no tiles of a bias or a dense mask want room beside those of K and V."""
-    return problem.bias is None and problem.dense is None
+    return params.bias is None and params.dense is None
 
 
 def _look_up(table: dict[int, dict], shared_memory: int, wide: bool, width: int) -> tuple:
@@ -123,14 +123,14 @@ def _look_up(table: dict[int, dict], shared_memory: int, wide: bool, width: int)
     return next(row for limit, row in rows.items() if width <= limit)
 
 
-def _table_row(width: int, wide: bool, device: Device, problem: Problem):
+def _table_row(width: int, wide: bool, device: Device, params: AttentionParams):
     """The launches, with fewer stages where other tiles want the room.
 
     Those are a bias and a dense mask, at most 32 KiB of each, and on GPUs with tensor memory what
     products take through shared memory.
     """
     row = _look_up(_TABLE, device.shared_memory, wide, width)
-    few = _few_terms(problem)
+    few = _few_terms(params)
     most = 4 if few else 2
     if width > 128 and (device.tensor_memory or device.shared_memory < 200 * 2**10):
         most //= 2
@@ -174,7 +174,7 @@ def _cap(block: int, limit: int | None, least: int) -> int:
     return block if limit is None else max(least, min(block, 2 ** (limit.bit_length() - 1)))
 
 
-def forward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Tiles:
+def forward_tiles(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tiles:
     batch, heads, query_length, head_dim = query.shape
     key_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
     device = _device(query)
@@ -191,7 +191,7 @@ def forward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -
     if query_length <= max(1, rows // group):
         block_q = min(_padded(group * query_length), rows)
         memory, most_scores = device.shared_memory, _MOST_SCORES
-        if not _few_terms(problem):
+        if not _few_terms(params):
             most_scores = most_scores if memory >= 128 * 2**10 else most_scores // 2
             memory = min(memory, 128 * 2**10)
         block_k, stages, resident = _look_up(_DECODE_TABLE, memory, wide, widest)
@@ -201,10 +201,10 @@ def forward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -
         programs *= triton.cdiv(group * query_length, block_q)
         splits = _splits(programs, resident * device.processors, blocks)
         return Tiles(block_q, block_k, block_d, block_v, 4, stages, group, splits)
-    block_q, block_k, warps, stages = _table_row(widest, wide, device, problem)[0]
+    block_q, block_k, warps, stages = _table_row(widest, wide, device, params)[0]
     return Tiles(
-        min(_cap(block_q, problem.block_q, 16), max(16, _padded(query_length))),
-        _cap(block_k, problem.block_k, 16),
+        min(_cap(block_q, params.block_q, 16), max(16, _padded(query_length))),
+        _cap(block_k, params.block_k, 16),
         block_d,
         block_v,
         warps,
@@ -234,7 +234,9 @@ class BackwardTiles:
     values: Tiles | None
 
 
-def backward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> BackwardTiles:
+def backward_tiles(
+    query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+) -> BackwardTiles:
     head_dim, value_dim = query.shape[3], value.shape[3]
     device = _device(query)
     wide = query.dtype == torch.float32
@@ -245,13 +247,13 @@ def backward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) 
         launches = [(32, 64, 64, 64, 4, 1)] * 2
     else:
         sizes = (_columns(head_dim, wide, device), _columns(value_dim, wide, device))
-        _, *launches = _table_row(width, wide, device, problem)
+        _, *launches = _table_row(width, wide, device, params)
         launches = [(*launch[:2], *sizes, *launch[2:]) for launch in launches]
 
     def capped(block_q, block_k, *rest):
         return Tiles(
-            min(_cap(block_q, problem.block_q, 16), _padded(query.shape[2])),
-            _cap(block_k, problem.block_k, 16),
+            min(_cap(block_q, params.block_q, 16), _padded(query.shape[2])),
+            _cap(block_k, params.block_k, 16),
             *rest,
         )
 
@@ -259,7 +261,7 @@ def backward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) 
     return BackwardTiles(keys, queries, *values or [None])
 
 
-def bulk_strides(tensor: Tensor, problem: Problem) -> list[int] | None:
+def bulk_strides(tensor: Tensor, params: AttentionParams) -> list[int] | None:
     """Strides of [B, H, T, D] for the copy engine of Hopper and later GPUs.
 
     None where it cannot copy the tensor, or would not pay: kernels then load through pointers.
@@ -269,7 +271,7 @@ def bulk_strides(tensor: Tensor, problem: Problem) -> list[int] | None:
     if (
         not _device(tensor).bulk_copy
         or size != 2
-        or problem.dense is not None  # ptxas 12.8 crashes on both in one loop
+        or params.dense is not None  # ptxas 12.8 crashes on both in one loop
         or tensor.shape[2] < _BULK_LENGTH
         or tensor.data_ptr() % 16
         or any(length > 1 and (stride == 0 or stride * size % 16) for length, stride in axes)
@@ -311,40 +313,40 @@ def _tf32(query: Tensor) -> bool:
     return asked and query.dtype == torch.float32 and query.is_cuda and not torch.version.hip
 
 
-def launch_flags(query: Tensor, problem: Problem) -> dict:
+def launch_flags(query: Tensor, params: AttentionParams) -> dict:
     """The compile-time flags every kernel takes."""
-    band = problem.window_left is not None or problem.window_right is not None
-    intervals = problem.first_query is not None
+    band = params.window_left is not None or params.window_right is not None
+    intervals = params.first_query is not None
     return {
         "MASK": (INTERVALS if intervals else BAND if band else NO_MASK).value,
-        "LEFT": problem.window_left is not None,
-        "RIGHT": problem.window_right is not None,
-        "DENSE": problem.dense is not None,
-        "BIAS": problem.bias is not None,
-        "ALIBI": problem.alibi_slopes is not None,
-        "SINKS": problem.sinks is not None,
-        "SOFTCAP": problem.softcap > 0,
-        "DROPOUT": problem.dropout_p > 0,
-        "PLAIN": problem.bias is None
-        and problem.alibi_slopes is None
-        and not problem.softcap
-        and problem.scale > 0,
+        "LEFT": params.window_left is not None,
+        "RIGHT": params.window_right is not None,
+        "DENSE": params.dense is not None,
+        "BIAS": params.bias is not None,
+        "ALIBI": params.alibi_slopes is not None,
+        "SINKS": params.sinks is not None,
+        "SOFTCAP": params.softcap > 0,
+        "DROPOUT": params.dropout_p > 0,
+        "PLAIN": params.bias is None
+        and params.alibi_slopes is None
+        and not params.softcap
+        and params.scale > 0,
         "PRECISION": "tf32" if _tf32(query) else "ieee",
     }
 
 
-def hides(query: Tensor, key: Tensor, problem: Problem) -> bool:
+def hides(query: Tensor, key: Tensor, params: AttentionParams) -> bool:
     """Whether a tile that is visited may hold hidden pairs inside of the tensors."""
-    if problem.first_query is not None or problem.dense is not None:
+    if params.first_query is not None or params.dense is not None:
         return True
-    first, last = problem.query_offset, problem.query_offset + query.shape[2] - 1
-    left, right = problem.window_left, problem.window_right
+    first, last = params.query_offset, params.query_offset + query.shape[2] - 1
+    left, right = params.window_left, params.window_right
     behind = left is not None and last > left
     return behind or right is not None and first + right < key.shape[2] - 1
 
 
 def strides_of(
-    problem: Problem, batch: int, heads: int, query_length: int, key_length: int
+    params: AttentionParams, batch: int, heads: int, query_length: int, key_length: int
 ) -> tuple[int, ...]:
     """Strides of the mask's and the score terms' tensors; 0 along every axis they broadcast."""
 
@@ -353,14 +355,14 @@ def strides_of(
 
     full = (batch, heads, query_length, key_length)
     return (
-        of(problem.first_query, batch, key_length)[0],
-        *of(problem.dense, *full),
-        *of(problem.bias, *full),
-        *of(problem.alibi_slopes, batch, heads),
-        *of(problem.sinks, batch, heads),
+        of(params.first_query, batch, key_length)[0],
+        *of(params.dense, *full),
+        *of(params.bias, *full),
+        *of(params.alibi_slopes, batch, heads),
+        *of(params.sinks, batch, heads),
     )
 
 
-def dropout_of(problem: Problem) -> tuple[int, float]:
+def dropout_of(params: AttentionParams) -> tuple[int, float]:
     """The threshold of `dropout.keep` and the multiplier of what survives."""
-    return dropout.threshold(problem.dropout_p), 1 / (1 - problem.dropout_p)
+    return dropout.threshold(params.dropout_p), 1 / (1 - params.dropout_p)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from hf_flash_two.kernels.params import (
     LOG2E,
+    AttentionParams,
     Layout,
-    Problem,
     empty_lse,
     empty_output,
     output_layout,
@@ -64,13 +64,15 @@ class _Plan:
     merge: Launch | None
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] in the dtype of ``query`` and lse [B, Hq, Tq] in float32."""
     if query.numel() == 0:
         return empty_output(query, value.shape[3]), empty_lse(query)
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     with torch.cuda.device_of(query):
-        plan = planned(_plan, problem, query, key, value)
+        plan = planned(_plan, params, query, key, value)
         tiles = plan.tiles
         out = query.new_empty_strided(*plan.out)
         lse = query.new_empty(plan.out[0][:3], dtype=torch.float32)
@@ -82,21 +84,21 @@ def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tupl
             query, key, value,
             bulk_tiles(key, plan.bulk_key, tiles.block_k, tiles.block_d),
             bulk_tiles(value, plan.bulk_value, tiles.block_k, tiles.block_v),
-            part_out, part_lse, problem.first_query, problem.last_query,
-            bulk_run(problem.first_query, plan.bulk_key, tiles.block_k),
-            bulk_run(problem.last_query, plan.bulk_key, tiles.block_k),
-            key_ranges(problem, tiles, query.shape[2], key.shape[2]),
-            problem.dense, problem.bias, problem.alibi_slopes, problem.sinks, problem.seed,
+            part_out, part_lse, params.first_query, params.last_query,
+            bulk_run(params.first_query, plan.bulk_key, tiles.block_k),
+            bulk_run(params.last_query, plan.bulk_key, tiles.block_k),
+            key_ranges(params, tiles, query.shape[2], key.shape[2]),
+            params.dense, params.bias, params.alibi_slopes, params.sinks, params.seed,
         )  # fmt: skip
         if plan.merge is not None:
-            plan.merge(part_out, part_lse, out, lse, problem.sinks)
+            plan.merge(part_out, part_lse, out, lse, params.sinks)
     return out, lse
 
 
-def _plan(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> _Plan:
+def _plan(params: AttentionParams, query: Tensor, key: Tensor, value: Tensor) -> _Plan:
     batch, heads, query_length, head_dim = query.shape
     key_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
-    tiles = forward_tiles(query, key, value, problem)
+    tiles = forward_tiles(query, key, value, params)
     row_tiles = triton.cdiv(tiles.pack * query_length, tiles.block_q)
     split = tiles.splits > 1
     out = output_layout(query, value_dim)
@@ -106,8 +108,8 @@ def _plan(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> _Plan:
         part_strides = tuple(
             value_dim * step for step in (lse_step, heads * query_length, query_length, 1)
         )
-    strides = strides_of(problem, batch, heads, query_length, key_length)
-    flags = launch_flags(query, problem)
+    strides = strides_of(params, batch, heads, query_length, key_length)
+    flags = launch_flags(query, params)
     attend = Launch(
         _forward_kernel,
         (
@@ -119,14 +121,14 @@ def _plan(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> _Plan:
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *part_strides[:4],
             lse_step, *strides,
             heads, heads // key_heads, query_length, key_length, row_tiles, tiles.splits,
-            problem.query_offset, problem.window_left or 0, problem.window_right or 0,
-            problem.scale, problem.softcap or 1.0, *dropout_of(problem),
+            params.query_offset, params.window_left or 0, params.window_right or 0,
+            params.scale, params.softcap or 1.0, *dropout_of(params),
         ),
         flags | {
             "D": head_dim, "DV": value_dim, "PACK": tiles.pack, "SPLIT": split,
             "BLOCK_Q": tiles.block_q, "BLOCK_K": tiles.block_k,
             "BLOCK_D": tiles.block_d, "BLOCK_V": tiles.block_v, "STAGES": tiles.stages,
-            "RESCUE": hides(query, key, problem),
+            "RESCUE": hides(query, key, params),
         },
         tiles,
     )  # fmt: skip
@@ -151,8 +153,8 @@ def _plan(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> _Plan:
     return _Plan(
         tiles,
         out,
-        bulk_strides(key, problem) if whole_rows else None,
-        bulk_strides(value, problem) if whole_rows else None,
+        bulk_strides(key, params) if whole_rows else None,
+        bulk_strides(value, params) if whole_rows else None,
         attend,
         merge,
     )

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_flash_two.kernels.params import Problem
+from hf_flash_two.kernels.params import AttentionParams
 from hf_flash_two.kernels.triton.config import Tiles
 from hf_flash_two.masks import KEY_GRANULE, Lasting, lasts
 
@@ -15,24 +15,26 @@ _GRANULE = tl.constexpr(KEY_GRANULE)
 _SCAN = tl.constexpr(128)
 
 
-def key_ranges(problem: Problem, tiles: Tiles, query_length: int, key_length: int) -> Tensor | None:
+def key_ranges(
+    params: AttentionParams, tiles: Tiles, query_length: int, key_length: int
+) -> Tensor | None:
     """int32 [B or 1, query tiles, 4] for `tile.key_tiles`; None without intervals.
 
     Worked out once for each mask and tile size: all layers share the mask, which owns its bounds.
     """
-    bounds = problem.key_bounds
+    bounds = params.key_bounds
     if bounds is None:
         return None
     known = vars(bounds).get("_key_ranges", {})
     key = (
-        problem.query_offset, query_length, key_length, tiles.block_q, tiles.block_k, tiles.pack,
+        params.query_offset, query_length, key_length, tiles.block_q, tiles.block_k, tiles.pack,
     )  # fmt: skip
     kept = known.get(key)
     if kept is None:
         count = triton.cdiv(tiles.pack * query_length, tiles.block_q)
         ranges = bounds.new_empty(bounds.shape[0], count, 4, dtype=torch.int32)
         _ranges_kernel[(count * bounds.shape[0],)](
-            bounds, ranges, bounds.stride(0), count, query_length, key_length, problem.query_offset,
+            bounds, ranges, bounds.stride(0), count, query_length, key_length, params.query_offset,
             PACK=tiles.pack, BLOCK_Q=tiles.block_q, BLOCK_K=tiles.block_k, num_warps=1,
         )  # fmt: skip
         if lasts(ranges):
