@@ -67,20 +67,20 @@ def masks(length: int, device: str) -> dict[str, AttentionMask]:
 
 @pytest.mark.parametrize("name", ["full", "window", "padded", "packed"])
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (40, 16)], ids=str)
-def test_the_copy_engine_changes_nothing(
+def test_tma_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, device: str, name: str, head_dim: int, value_dim: int
 ) -> None:
     """Bit for bit; a tensor whose rows do not start on 16 bytes is left to pointers."""
     if not INTERPRETED and torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip("the copy engine came with Hopper")
+        pytest.skip("TMA came with Hopper")
     if INTERPRETED:
-        hopper = config.Device(8, 2**20, bulk_copy=True)
+        hopper = config.Device(8, 2**20, tma=True)
         monkeypatch.setattr(config, "device_of", lambda index: hopper)
         monkeypatch.setattr(launch, "device_of", lambda index: hopper)
     copied = []
     for module in (forward, backward):
-        monkeypatch.setattr(module, "bulk_tiles", lambda *a: copied.append(make(*a)) or copied[-1])
-    make = config.bulk_tiles
+        monkeypatch.setattr(module, "tma_tiles", lambda *a: copied.append(make(*a)) or copied[-1])
+    make = config.tma_tiles
     tensors = inputs(
         132, 132, head_dim=head_dim, value_dim=value_dim, dtype=torch.float16, device=device
     )
@@ -88,13 +88,13 @@ def test_the_copy_engine_changes_nothing(
     mask = masks(132, device)[name]
     found = []
     for least in (64, 1000):
-        monkeypatch.setattr(config, "_BULK_LENGTH", least)
+        monkeypatch.setattr(config, "_TMA_LENGTH", least)
         launch.plans.clear()
         copied.clear()
         found.append(results(tensors, upstream, mask=mask))
         assert all((tiles is not None) == (least == 64) for tiles in copied)
-    for by_engine, by_pointer in zip(*found, strict=True):
-        assert torch.equal(by_engine, by_pointer)
+    for by_tma, by_pointer in zip(*found, strict=True):
+        assert torch.equal(by_tma, by_pointer)
 
 
 @pytest.mark.parametrize(("block_q", "block_k"), [(16, 16), (32, 128), (64, 64)], ids=str)
@@ -237,11 +237,11 @@ def test_a_missing_compiler_is_named() -> None:
 
 
 @pytest.mark.parametrize("group", [65, 71, 128])
-def test_many_heads_to_a_key_decode_packed(device: str, group: int) -> None:
+def test_many_heads_to_a_key_decode_together(device: str, group: int) -> None:
     """More than one tile of queries; keys are still read once for all of a tile's heads."""
     tensors = inputs(1, 300, heads=(group, 1), device=device)
     params = SimpleNamespace(bias=None, dense=None, block_q=None, block_k=None)
-    assert config.forward_tiles(*tensors, params).pack == group
+    assert config.forward_tiles(*tensors, params).pack_gqa == group
     expected = dense_attention(*tensors)[0]
     torch.testing.assert_close(attend(*tensors), expected, rtol=1e-4, atol=1e-5)
 
