@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_flash_two.kernels import NAMES as KERNELS
-from hf_flash_two.kernels.params import Problem, statistics_dtype
+from hf_flash_two.kernels.params import AttentionParams, statistics_dtype
 from hf_flash_two.masks import AttentionMask
 from hf_flash_two.op import flash_attn
 
@@ -101,7 +101,7 @@ def flash_attention(
     mask.check(*shape)
     if any(t is not None and t.device != query.device for t in (mask.first_query, mask.dense)):
         mask = mask.to(query.device)
-    problem = Problem(
+    params = AttentionParams(
         first_query=mask.first_query,
         last_query=mask.last_query,
         key_bounds=mask.key_bounds(),
@@ -121,9 +121,9 @@ def flash_attention(
     )
     if kernel not in KERNELS:
         raise ValueError(f"kernel: expected one of {KERNELS}, got {kernel!r}")
-    if problem.alibi_slopes is not None:
-        _check_constant("alibi_slopes", problem.alibi_slopes, "pass `bias`")
-    out, lse = flash_attn(query, key, value, problem, kernel)
+    if params.alibi_slopes is not None:
+        _check_constant("alibi_slopes", params.alibi_slopes, "pass `bias`")
+    out, lse = flash_attn(query, key, value, params, kernel)
     return (out, lse) if return_lse else out
 
 

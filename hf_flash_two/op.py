@@ -16,77 +16,94 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function, _SingleLevelFunction
 
 from hf_flash_two.kernels import Kernel, select
-from hf_flash_two.kernels.params import Problem, empty_lse, empty_output
+from hf_flash_two.kernels.params import (
+    SCHEMA,
+    TENSORS,
+    AttentionParams,
+    empty_lse,
+    empty_output,
+)
 from hf_flash_two.masks import KEY_GRANULE
 
-_PROBLEM = (
-    "Tensor? first_query, Tensor? last_query, Tensor? key_bounds, Tensor? dense, Tensor? bias, "
-    "Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, SymInt query_offset, SymInt? window_left, "
-    "SymInt? window_right, float scale, float softcap, float dropout_p, SymInt? block_q, "
-    "SymInt? block_k, str kernel"
+_INPUTS = {"query": "Tensor", "key": "Tensor", "value": "Tensor"}
+_SETTINGS = SCHEMA | {"kernel": "str"}
+_FORWARD_SCHEMA = _INPUTS | _SETTINGS
+_BACKWARD_SCHEMA = (
+    {"d_out": "Tensor?", "d_lse": "Tensor?"}
+    | _INPUTS
+    | {"out": "Tensor", "lse": "Tensor"}
+    | _SETTINGS
+    | {"need_d_bias": "bool"}
 )
-_LIBRARY = torch.library.Library("hf_flash_two", "DEF")
-_LIBRARY.define(
-    f"flash_attn_fwd(Tensor query, Tensor key, Tensor value, {_PROBLEM}) -> (Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "flash_attn_bwd(Tensor? d_out, Tensor? d_lse, Tensor query, Tensor key, Tensor value, "
-    f"Tensor out, Tensor lse, {_PROBLEM}, bool need_d_bias) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-_PROBLEM_TENSORS = 8
+FORWARD_NAMES, BACKWARD_NAMES = tuple(_FORWARD_SCHEMA), tuple(_BACKWARD_SCHEMA)
+"""The arguments of the two ops in order."""
+DIFFERENTIABLE = (*_INPUTS, "bias", "sinks")
+"""The arguments whose gradients the backward op returns, in this order."""
 
-observers: list[Callable[[str, str, Tensor, Tensor, Tensor, Problem], None]] = []
+
+def _signature(schema: dict[str, str]) -> str:
+    return ", ".join(f"{kind} {name}" for name, kind in schema.items())
+
+
+_LIBRARY = torch.library.Library("hf_flash_two", "DEF")
+_LIBRARY.define(f"flash_attn_fwd({_signature(_FORWARD_SCHEMA)}) -> (Tensor, Tensor)")
+_LIBRARY.define(f"flash_attn_bwd({_signature(_BACKWARD_SCHEMA)}) -> ({', '.join(['Tensor'] * 5)})")
+# Where an argument of the forward op stands, for what is done in every call.
+_SAVED = slice(0, len(_INPUTS) + len(TENSORS))
+_NOT_SAVED = slice(_SAVED.stop, None)
+_BIAS, _SINKS = FORWARD_NAMES.index("bias"), FORWARD_NAMES.index("sinks")
+
+observers: list[Callable[[str, str, Tensor, Tensor, Tensor, AttentionParams], None]] = []
 """Called when a kernel is to run, with "forward" or "backward", its name and what it is given."""
 
 
-def _laid_out(fields: Sequence, keys: int) -> Problem:
-    """The problem, as every kernel may rely on it: what is per key and per head without gaps."""
-    problem = Problem(*fields)
+def _laid_out(fields: Sequence, keys: int) -> AttentionParams:
+    """The settings, as every kernel may rely on it: what is per key and per head without gaps."""
+    params = AttentionParams(*fields)
     groups = -(-keys // KEY_GRANULE)
-    if problem.key_bounds is not None and problem.key_bounds.shape[1] != groups:
-        problem = problem._replace(key_bounds=problem.key_bounds[:, :groups])
+    if params.key_bounds is not None and params.key_bounds.shape[1] != groups:
+        params = params._replace(key_bounds=params.key_bounds[:, :groups])
     names = ("first_query", "last_query", "key_bounds", "alibi_slopes", "sinks")
     strided = {
         name: tensor.contiguous()
         for name in names
-        if (tensor := getattr(problem, name)) is not None and not tensor.is_contiguous()
+        if (tensor := getattr(params, name)) is not None and not tensor.is_contiguous()
     }
-    return problem._replace(**strided) if strided else problem
+    return params._replace(**strided) if strided else params
 
 
 def _select(
-    direction: str, name: str, query: Tensor, key: Tensor, value: Tensor, problem: Problem
+    direction: str, name: str, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
 ) -> Kernel:
-    kernel = select(name, query)
+    kernel = select(name, query, key, value, params)
     for observe in observers:
-        observe(direction, kernel.name, query, key, value, problem)
+        observe(direction, kernel.name, query, key, value, params)
     return kernel
 
 
 # Gradients are on where the levels of torch.func are passed: nothing inside may be recorded.
 @torch.no_grad()
 def _forward(query, key, value, *settings):
-    *problem, kernel = settings
+    *params, kernel = settings
     if not query.numel():
         return empty_output(query, value.shape[3]), empty_lse(query)
-    problem = _laid_out(problem, key.shape[2])
-    chosen = _select("forward", kernel, query, key, value, problem)
-    return chosen.forward(query, key, value, problem)
+    params = _laid_out(params, key.shape[2])
+    chosen = _select("forward", kernel, query, key, value, params)
+    return chosen.forward(query, key, value, params)
 
 
 @torch.no_grad()
 def _backward(d_out, d_lse, query, key, value, out, lse, *settings):
-    *problem, kernel, need_d_bias = settings
+    *params, kernel, need_d_bias = settings
     d_out = torch.zeros_like(out) if d_out is None else d_out
-    problem = _laid_out(problem, key.shape[2])
+    params = _laid_out(params, key.shape[2])
     if query.numel():
         out = out if out.stride(3) == 1 else out.contiguous()
-        chosen = _select("backward", kernel, query, key, value, problem)
-        grads = chosen.backward(d_out, d_lse, query, key, value, out, lse, problem, need_d_bias)
+        chosen = _select("backward", kernel, query, key, value, params)
+        grads = chosen.backward(d_out, d_lse, query, key, value, out, lse, params, need_d_bias)
     else:
         d_inputs = (empty_output(x, x.shape[3]).zero_() for x in (query, key, value))
-        extras = (problem.bias if need_d_bias else None, problem.sinks)
+        extras = (params.bias if need_d_bias else None, params.sinks)
         grads = (*d_inputs, *(None if x is None else x.new_zeros(x.shape) for x in extras))
     return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
 
@@ -96,11 +113,11 @@ def _forward_fake(query, key, value, *settings):
 
 
 def _backward_fake(d_out, d_lse, query, key, value, out, lse, *settings):
-    *problem, _, need_d_bias = settings
-    problem = Problem(*problem)
+    *params, _, need_d_bias = settings
+    params = AttentionParams(*params)
     inputs = (query, key, value)
     d_inputs = tuple(empty_output(tensor, tensor.shape[3]) for tensor in inputs)
-    extras = (problem.bias if need_d_bias else None, problem.sinks)
+    extras = (params.bias if need_d_bias else None, params.sinks)
     return d_inputs + tuple(
         query.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
         for tensor in extras
@@ -120,8 +137,16 @@ def _fold(tensor: Tensor | None, dim: int | None, size: int, batch: int, share: 
     return tensor.expand(size, batch, *tensor.shape[2:]).reshape(size * batch, *tensor.shape[2:])
 
 
-def _fold_all(tensors, dims, size, batch, share):
-    return [_fold(t, d, size, batch, share) for t, d in zip(tensors, dims, strict=True)]
+def _fold_all(schema: dict[str, str], args, dims, size: int, batch: int, shared: tuple[str, ...]):
+    """The op's arguments, all that have batch rows with ``size`` times as many."""
+    if dims[tuple(schema).index("seed")] is not None:
+        raise ValueError("dropout_seed: vmap over seeds is not supported; the batch index varies")
+    return [
+        _fold(arg, dim, size, batch, name in shared)
+        if kind.startswith("Tensor") and name != "seed"
+        else arg
+        for (name, kind), arg, dim in zip(schema.items(), args, dims, strict=True)
+    ]
 
 
 def _batch_of(query: Tensor, dim: int | None) -> int:
@@ -129,27 +154,23 @@ def _batch_of(query: Tensor, dim: int | None) -> int:
 
 
 def _forward_vmap(info, in_dims, *args):
-    size, batch = info.batch_size, _batch_of(args[0], in_dims[0])
-    if in_dims[3 + _PROBLEM_TENSORS - 1] is not None:
-        raise ValueError("dropout_seed: vmap over seeds is not supported; the batch index varies")
-    last = 3 + _PROBLEM_TENSORS - 1
-    tensors = _fold_all(args[:3], in_dims[:3], size, batch, share=False)
-    tensors += _fold_all(args[3:last], in_dims[3:last], size, batch, share=True)
-    out, lse = torch.ops.hf_flash_two.flash_attn_fwd(*tensors, *args[last:])
+    query = FORWARD_NAMES.index("query")
+    size, batch = info.batch_size, _batch_of(args[query], in_dims[query])
+    folded = _fold_all(_FORWARD_SCHEMA, args, in_dims, size, batch, shared=TENSORS)
+    out, lse = torch.ops.hf_flash_two.flash_attn_fwd(*folded)
     return (out.unflatten(0, (size, batch)), lse.unflatten(0, (size, batch))), (0, 0)
 
 
 def _backward_vmap(info, in_dims, *args):
-    size, batch = info.batch_size, _batch_of(args[2], in_dims[2])
-    first, last = 7, 7 + _PROBLEM_TENSORS - 1
-    tensors = _fold_all(args[:7], in_dims[:7], size, batch, share=False)
+    query = BACKWARD_NAMES.index("query")
+    size, batch = info.batch_size, _batch_of(args[query], in_dims[query])
     # Bias and sinks need a gradient for each mapped sample, so they are never shared.
-    problem = _fold_all(args[first:last], in_dims[first:last], size, batch, share=False)
-    grads = torch.ops.hf_flash_two.flash_attn_bwd(*tensors, *problem, *args[last:])
+    folded = _fold_all(_BACKWARD_SCHEMA, args, in_dims, size, batch, shared=())
+    grads = torch.ops.hf_flash_two.flash_attn_bwd(*folded)
     unfolded = [grad.unflatten(0, (size, batch)) if grad.numel() else grad for grad in grads]
-    for index, position in ((3, 11), (4, 13)):
-        source, dim = args[position], in_dims[position]
-        if grads[index].numel() and _batch_of(source, dim) != batch:
+    for name in ("bias", "sinks"):
+        position, index = BACKWARD_NAMES.index(name), DIFFERENTIABLE.index(name)
+        if grads[index].numel() and _batch_of(args[position], in_dims[position]) != batch:
             unfolded[index] = unfolded[index].sum(1, keepdim=True)
     return tuple(unfolded), tuple(0 if grad.numel() else None for grad in grads)
 
@@ -213,30 +234,21 @@ class _Forward(_Recorded):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.set_materialize_grads(False)
-        tensors = inputs[: 3 + _PROBLEM_TENSORS]
-        ctx.save_for_backward(*tensors, *output)
-        ctx.settings = inputs[3 + _PROBLEM_TENSORS :]
+        ctx.save_for_backward(*inputs[_SAVED], *output)
+        ctx.settings = inputs[_NOT_SAVED]
 
     @staticmethod
     def backward(ctx, d_out, d_lse):
-        *tensors, out, lse = ctx.saved_tensors
-        query, key, value, *problem = tensors
+        query, key, value, *tensors, out, lse = ctx.saved_tensors
+        grads: list[Tensor | None] = [None] * len(FORWARD_NAMES)
+        needed = ctx.needs_input_grad
         dq, dk, dv, d_bias, d_sinks = torch.ops.hf_flash_two.flash_attn_bwd(
-            d_out,
-            d_lse,
-            query,
-            key,
-            value,
-            out,
-            lse,
-            *problem,
-            *ctx.settings,
-            ctx.needs_input_grad[7],
+            d_out, d_lse, query, key, value, out, lse, *tensors, *ctx.settings, needed[_BIAS]
         )
-        grads: list[Tensor | None] = [None] * (_PROBLEM_TENSORS + len(ctx.settings))
-        grads[4] = d_bias if ctx.needs_input_grad[7] else None
-        grads[6] = d_sinks if ctx.needs_input_grad[9] else None
-        return dq, dk, dv, *grads
+        grads[:3] = dq, dk, dv
+        grads[_BIAS] = d_bias if needed[_BIAS] else None
+        grads[_SINKS] = d_sinks if needed[_SINKS] else None
+        return tuple(grads)
 
 
 _LIBRARY.impl("flash_attn_fwd", _Forward.call, "Autograd")
@@ -244,10 +256,10 @@ _LIBRARY.impl("flash_attn_bwd", _Backward.call, "Autograd")
 
 
 def flash_attn(
-    query: Tensor, key: Tensor, value: Tensor, problem: Problem, kernel: str
+    query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, kernel: str
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a validated problem, differentiable in query, key, value, bias and sinks."""
-    args = (query, key, value, *problem, kernel)
+    """(out, lse) of validated settings, differentiable in query, key, value, bias and sinks."""
+    args = (query, key, value, *params, kernel)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return torch.ops.hf_flash_two.flash_attn_fwd(*args)
     # What the dispatcher would come to, without its detour through Python.

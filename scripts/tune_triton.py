@@ -1,9 +1,9 @@
 """Time candidate tile sizes of the Triton kernels on this GPU, for the table in triton/config.py.
 
-    python scripts/tune_triton.py --passes forward keys queries --head-dims 64 128 256
+    python scripts/tune_triton.py --passes forward dkdv dq --head-dims 64 128 256
 
 Candidates are compiled first, in parallel processes that fill Triton's cache, then timed one by
-one. Prints TFLOP/s: 4 B H D visible pairs forward, 2.5 times that for both backward passes.
+one. Prints TFLOP/s: 4 B H D visible pairs forward, 2.5 times that for the backward passes together.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ SIZES = (
 )  # fmt: skip
 
 
-def candidates(walk: str) -> list[Candidate]:
+def candidates(which: str) -> list[Candidate]:
     """(block_q, block_k, warps, stages)"""
-    stages = (2, 3, 4) if walk == "forward" else (1, 2, 3)
+    stages = (2, 3, 4) if which == "forward" else (1, 2, 3)
     found = [(*size, n) for size in SIZES for n in stages]
-    return [(k, q, w, n) for q, k, w, n in found] if walk in ("keys", "values") else found
+    return [(k, q, w, n) for q, k, w, n in found] if which in ("dkdv", "dv") else found
 
 
-def use(walk: str, candidate: Candidate) -> None:
+def use(which: str, candidate: Candidate) -> None:
     """Make the kernels take this candidate."""
     block_q, block_k, warps, stages = candidate
     launch.plans.clear()
     chosen = {"block_q": block_q, "block_k": block_k, "warps": warps, "stages": stages}
-    if walk == "forward":
+    if which == "forward":
 
         def forward_tiles(*args):
             return replace(config.forward_tiles(*args), **chosen)
@@ -50,8 +50,8 @@ def use(walk: str, candidate: Candidate) -> None:
 
         def backward_tiles(*args):
             tiles = config.backward_tiles(*args)
-            # A walk for values alone begins as the one that it shares with keys.
-            return replace(tiles, **{walk: replace(getattr(tiles, walk) or tiles.keys, **chosen)})
+            # A dV pass of its own begins as the dK/dV pass.
+            return replace(tiles, **{which: replace(getattr(tiles, which) or tiles.dkdv, **chosen)})
 
         backward.backward_tiles = backward_tiles
 
@@ -80,8 +80,8 @@ def problem(head_dim: int, mask: str, length: int):
     return tensors, made, 4 * batch * heads * head_dim * pairs
 
 
-def runner(walk: str, tensors, mask):
-    if walk == "forward":
+def runner(which: str, tensors, mask):
+    if which == "forward":
         return lambda: flash_attention(*tensors, mask=mask)
     out = flash_attention(*tensors, mask=mask)
     d_out = torch.randn_like(out)
@@ -89,35 +89,35 @@ def runner(walk: str, tensors, mask):
 
 
 def compile_one(job: Job) -> None:
-    walk, head_dim, mask, candidate = job
-    use(walk, candidate)
+    which, head_dim, mask, candidate = job
+    use(which, candidate)
     tensors, made, _ = problem(head_dim, mask, 256)
     try:
-        runner(walk, tensors, made)()
+        runner(which, tensors, made)()
     except triton.runtime.errors.OutOfResources:
         pass
     except Exception as error:
         print(f"{job}: {type(error).__name__}", flush=True)
 
 
-def measure(walk: str, head_dim: int, mask: str, length: int) -> list[tuple[float, Candidate]]:
+def measure(which: str, head_dim: int, mask: str, length: int) -> list[tuple[float, Candidate]]:
     tensors, made, flops = problem(head_dim, mask, length)
     rows = []
-    for candidate in candidates(walk):
-        use(walk, candidate)
+    for candidate in candidates(which):
+        use(which, candidate)
         try:
-            run = runner(walk, tensors, made)
+            run = runner(which, tensors, made)
             ms = triton.testing.do_bench(run, warmup=5, rep=30, return_mode="median")
         except triton.runtime.errors.OutOfResources:
             continue
-        rows.append(((1.0 if walk == "forward" else 2.5) * flops / ms / 1e9, candidate))
+        rows.append(((1.0 if which == "forward" else 2.5) * flops / ms / 1e9, candidate))
     return sorted(rows, reverse=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    walks = ["forward", "keys", "queries", "values"]
-    parser.add_argument("--passes", nargs="+", choices=walks, default=walks[:3])
+    passes = ["forward", "dkdv", "dq", "dv"]
+    parser.add_argument("--passes", nargs="+", choices=passes, default=passes[:3])
     parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128, 256])
     parser.add_argument(
         "--masks",
@@ -134,9 +134,9 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         for _ in pool.imap_unordered(compile_one, jobs):
             pass
-    for walk, head_dim, mask in settings:
-        for tflops, candidate in measure(walk, head_dim, mask, args.length)[: args.show]:
-            print(f"{walk} d{head_dim} {mask} {tflops:6.0f} TFLOP/s {candidate}", flush=True)
+    for which, head_dim, mask in settings:
+        for tflops, candidate in measure(which, head_dim, mask, args.length)[: args.show]:
+            print(f"{which} d{head_dim} {mask} {tflops:6.0f} TFLOP/s {candidate}", flush=True)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "op": ["kernels", "masks"],
     "attention": ["op", "kernels", "masks"],
     "module": ["attention", "masks", "parallel"],
-    "parallel": ["attention", "op", "masks", "parallel"],
+    "parallel": ["attention", "op", "kernels", "masks", "parallel"],
     "hf": ["attention", "kernels", "masks", "hf", "parallel"],
     "testing": ["hf", "kernels", "op", "testing"],
     "__init__": ["attention", "masks", "module", "parallel", "hf", "testing"],

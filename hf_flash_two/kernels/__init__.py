@@ -1,22 +1,32 @@
-"""Interchangeable kernels over one `Problem`, and the choice between them.
+"""Interchangeable kernels over one `AttentionParams`, and the choice between them.
 
-A kernel is a pair of functions: ``forward(query, key, value, problem) -> (out, lse)`` and
-``backward(d_out, d_lse, query, key, value, out, lse, problem, need_d_bias) -> (dq, dk, dv, d_bias,
-d_sinks)``.
+A kernel is a package here with two functions:
+
+- ``declines(query, key, value, params, by_name) -> str | None``: why it does not compute this call,
+  or None. It may look at everything but the tensors' values, runs in every call, and so remembers
+  its answers by what they depend on.
+- ``load() -> (forward, backward)``, imported on first use:
+  ``forward(query, key, value, params) -> (out, lse)`` and
+  ``backward(d_out, d_lse, query, key, value, out, lse, params, need_d_bias) -> (dq, dk, dv, d_bias,
+  d_sinks)``.
+
+A new one is its package, its line in `_PACKAGES` and its place in the documentation.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from hf_flash_two.kernels import blockwise
+from hf_flash_two.kernels import blockwise, triton
+from hf_flash_two.kernels.params import AttentionParams
+
+_PACKAGES = {"triton": triton, "blockwise": blockwise}
+"""The kernels, in the order in which "auto" asks them."""
+NAMES = ("auto", *sorted(_PACKAGES))
 
 
 class Kernel(NamedTuple):
@@ -25,42 +35,24 @@ class Kernel(NamedTuple):
     backward: Callable
 
 
-NAMES = ("auto", "blockwise", "triton")
+def select(name: str, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Kernel:
+    """The kernel that computes this call.
 
-
-def select(name: str, query: Tensor) -> Kernel:
-    """The kernel that computes attention for ``query``.
-
-    "auto" is Triton wherever it can run, else blockwise. One asked for by name is never replaced.
+    "auto" is the first that does not decline. One asked for by name is never replaced.
 
     Raises:
-        ValueError: Triton was asked for and cannot run, for the reason given.
+        ValueError: the kernel asked for declines, for the reason given.
     """
-    return _select(name, query.device.type, query.device.index, query.dtype)
+    if name == "auto":
+        for found, package in _PACKAGES.items():
+            if package.declines(query, key, value, params, by_name=False) is None:
+                return _loaded(found)
+    elif reason := _PACKAGES[name].declines(query, key, value, params, by_name=True):
+        others = " or ".join(repr(other) for other in NAMES if other != name)
+        raise ValueError(f"kernel: {name!r} cannot run, {reason}; use {others}")
+    return _loaded(name)
 
 
 @lru_cache
-def _select(name: str, device: str, index: int | None, dtype: torch.dtype) -> Kernel:
-    obstacle = None if name == "blockwise" else _triton_obstacle(name, device, index, dtype)
-    if name == "triton" and obstacle:
-        raise ValueError(f"kernel: 'triton' cannot run, {obstacle}; use 'auto' or 'blockwise'")
-    if name == "blockwise" or obstacle:
-        return Kernel("blockwise", blockwise.forward, blockwise.backward)
-    from hf_flash_two.kernels.triton import backward, forward
-
-    return Kernel("triton", forward.forward, backward.backward)
-
-
-def _triton_obstacle(name: str, device: str, index: int | None, dtype: torch.dtype) -> str | None:
-    if find_spec("triton") is None:
-        return "it is not installed"
-    if dtype == torch.float64:
-        return "it has no float64 matrix product"
-    if device != "cuda":
-        # Triton's own switch: its interpreter runs kernels on the CPU, far too slowly to be chosen.
-        interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-        return None if interpreted else f"it needs a GPU and the tensors are on {device}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
-        if dtype == torch.bfloat16:
-            return "GPUs older than Ampere have no bfloat16 matrix product"
-    return None
+def _loaded(name: str) -> Kernel:
+    return Kernel(name, *_PACKAGES[name].load())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -14,8 +14,11 @@ Layout = tuple[tuple[int, ...], tuple[int, ...]]
 """Shape and strides of a tensor."""
 
 
-class Problem(NamedTuple):
-    """Settings of one call, already validated; the fields are the op's arguments in order.
+class AttentionParams(NamedTuple):
+    """Settings of one call, already validated.
+
+    The op's schema, its rules for vmap and for DTensors and the cache of launches read the fields
+    by name, tensors first.
 
     Attributes:
         first_query, last_query, key_bounds, dense: see `masks.AttentionMask`; each may be None.
@@ -46,6 +49,18 @@ class Problem(NamedTuple):
     dropout_p: float
     block_q: int | None
     block_k: int | None
+
+
+SCHEMA_TYPES = {
+    Tensor | None: "Tensor?", int: "SymInt", int | None: "SymInt?", float: "float",
+}  # fmt: skip
+SCHEMA = {
+    name: SCHEMA_TYPES[annotation] for name, annotation in get_type_hints(AttentionParams).items()
+}
+"""The fields' types in the language of PyTorch's op schemas."""
+
+TENSORS = tuple(name for name, kind in SCHEMA.items() if kind == "Tensor?")
+"""The fields that are tensors; no other stands before any of them."""
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

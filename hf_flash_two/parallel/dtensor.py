@@ -12,9 +12,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.placement_types import Placement
 
-_PROBLEM_TENSORS = 8
-_DROPOUT_P = 5
-"""Its place among the settings that follow the tensors of the problem."""
+from hf_flash_two.kernels.params import TENSORS, AttentionParams
 
 
 def register() -> None:
@@ -23,29 +21,33 @@ def register() -> None:
     register_sharding(torch.ops.hf_flash_two.flash_attn_bwd.default)(_shard_backward)
 
 
-def _shard_forward(query, key, value, *arguments):
-    problem, settings = arguments[:_PROBLEM_TENSORS], arguments[_PROBLEM_TENSORS:]
+def _shard_forward(query, key, value, *settings):
+    *params, _ = settings
+    params = AttentionParams(*params)
     shardings = []
-    for rows, keys in _splits(query, key, settings[_DROPOUT_P]):
-        inputs = [rows, keys, keys, *_place_problem(problem, rows), *[None] * len(settings)]
+    for rows, keys in _splits(query, key, params.dropout_p):
+        inputs = [rows, keys, keys, *_place_params(params, rows), None]
         shardings.append(([rows, rows], inputs))
     return shardings
 
 
-def _shard_backward(d_out, d_lse, query, key, value, out, lse, *arguments):
-    problem, settings = arguments[:_PROBLEM_TENSORS], arguments[_PROBLEM_TENSORS:]
-    bias, sinks, need_d_bias = problem[4], problem[6], settings[-1]
+def _shard_backward(d_out, d_lse, query, key, value, out, lse, *settings):
+    *params, _, need_d_bias = settings
+    params = AttentionParams(*params)
     shardings = []
-    for rows, keys in _splits(query, key, settings[_DROPOUT_P]):
+    for rows, keys in _splits(query, key, params.dropout_p):
         upstream = [None if tensor is None else rows for tensor in (d_out, d_lse)]
-        inputs = [*upstream, rows, keys, keys, rows, rows, *_place_problem(problem, rows)]
+        inputs = [*upstream, rows, keys, keys, rows, rows, *_place_params(params, rows)]
         d_keys = _gradient(rows, keys)
         d_extras = [
             _gradient(rows, _place(tensor, rows)) if wanted else Replicate()
-            for tensor, wanted in ((bias, need_d_bias), (sinks, sinks is not None))
+            for tensor, wanted in (
+                (params.bias, need_d_bias),
+                (params.sinks, params.sinks is not None),
+            )
         ]
         outputs = [rows, d_keys, d_keys, *d_extras]
-        shardings.append((outputs, [*inputs, *[None] * len(settings)]))
+        shardings.append((outputs, [*inputs, None, None]))
     return shardings
 
 
@@ -71,13 +73,15 @@ def _place(tensor, split: Placement) -> Placement | None:
     return split if split.is_shard() and tensor.shape[split.dim] > 1 else Replicate()
 
 
-def _place_problem(problem: tuple, split: Placement) -> list[Placement | None]:
-    first_query, last_query, key_bounds, *per_head, seed = problem
+def _place_params(params: AttentionParams, split: Placement) -> list[Placement | None]:
+    """The placement of each field, None for what is no tensor."""
     batch = Replicate() if split.is_shard(1) else split
+    splits = dict.fromkeys(TENSORS, split)
+    splits |= dict.fromkeys(("first_query", "last_query", "key_bounds"), batch)
+    splits["seed"] = Replicate()
     return [
-        *(_place(tensor, batch) for tensor in (first_query, last_query, key_bounds)),
-        *(_place(tensor, split) for tensor in per_head),
-        _place(seed, Replicate()),
+        _place(field, splits[name]) if name in splits else None
+        for name, field in zip(AttentionParams._fields, params, strict=True)
     ]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_flash_two import op
-from hf_flash_two.kernels.params import Problem
+from hf_flash_two.kernels.params import AttentionParams
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,12 @@ def kernel_calls(*, backward: bool = False) -> Iterator[list[KernelCall]]:
     calls: list[KernelCall] = []
 
     def record(
-        direction: str, kernel: str, query: Tensor, key: Tensor, value: Tensor, problem: Problem
+        direction: str,
+        kernel: str,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        params: AttentionParams,
     ) -> None:
         if backward or direction == "forward":
             call = KernelCall(
@@ -65,7 +70,7 @@ def kernel_calls(*, backward: bool = False) -> Iterator[list[KernelCall]]:
                 value=value.shape,
                 dtype=query.dtype,
                 device=query.device,
-                mask=_mask_of(problem),
+                mask=_mask_of(params),
             )
             calls.append(call)
 
@@ -76,10 +81,10 @@ def kernel_calls(*, backward: bool = False) -> Iterator[list[KernelCall]]:
         op.observers.remove(record)
 
 
-def _mask_of(problem: Problem) -> str:
+def _mask_of(params: AttentionParams) -> str:
     parts = {
-        "band": problem.window_left is not None or problem.window_right is not None,
-        "intervals": problem.first_query is not None,
-        "dense": problem.dense is not None,
+        "band": params.window_left is not None or params.window_right is not None,
+        "intervals": params.first_query is not None,
+        "dense": params.dense is not None,
     }
     return "+".join(name for name, used in parts.items() if used) or "full"

@@ -16,7 +16,7 @@ from oracle import dense_attention
 from torch import Tensor
 
 from hf_flash_two import AttentionMask, flash_attention
-from hf_flash_two.kernels.params import Problem
+from hf_flash_two.kernels.params import AttentionParams
 from hf_flash_two.masks import KEY_GRANULE
 
 if not (INTERPRETED or GPU):
@@ -67,20 +67,20 @@ def masks(length: int, device: str) -> dict[str, AttentionMask]:
 
 @pytest.mark.parametrize("name", ["full", "window", "padded", "packed"])
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (40, 16)], ids=str)
-def test_the_copy_engine_changes_nothing(
+def test_tma_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, device: str, name: str, head_dim: int, value_dim: int
 ) -> None:
     """Bit for bit; a tensor whose rows do not start on 16 bytes is left to pointers."""
     if not INTERPRETED and torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip("the copy engine came with Hopper")
+        pytest.skip("TMA came with Hopper")
     if INTERPRETED:
-        hopper = config.Device(8, 2**20, bulk_copy=True)
+        hopper = config.Device(8, 2**20, tma=True)
         monkeypatch.setattr(config, "device_of", lambda index: hopper)
         monkeypatch.setattr(launch, "device_of", lambda index: hopper)
     copied = []
     for module in (forward, backward):
-        monkeypatch.setattr(module, "bulk_tiles", lambda *a: copied.append(make(*a)) or copied[-1])
-    make = config.bulk_tiles
+        monkeypatch.setattr(module, "tma_tiles", lambda *a: copied.append(make(*a)) or copied[-1])
+    make = config.tma_tiles
     tensors = inputs(
         132, 132, head_dim=head_dim, value_dim=value_dim, dtype=torch.float16, device=device
     )
@@ -88,13 +88,13 @@ def test_the_copy_engine_changes_nothing(
     mask = masks(132, device)[name]
     found = []
     for least in (64, 1000):
-        monkeypatch.setattr(config, "_BULK_LENGTH", least)
+        monkeypatch.setattr(config, "_TMA_LENGTH", least)
         launch.plans.clear()
         copied.clear()
         found.append(results(tensors, upstream, mask=mask))
         assert all((tiles is not None) == (least == 64) for tiles in copied)
-    for by_engine, by_pointer in zip(*found, strict=True):
-        assert torch.equal(by_engine, by_pointer)
+    for by_tma, by_pointer in zip(*found, strict=True):
+        assert torch.equal(by_tma, by_pointer)
 
 
 @pytest.mark.parametrize(("block_q", "block_k"), [(16, 16), (32, 128), (64, 64)], ids=str)
@@ -114,11 +114,11 @@ def test_key_ranges(
         ),
         AttentionMask.from_prefix(torch.tensor([7, key_length // 2], device=device), key_length),
     ):
-        problem = SimpleNamespace(
+        params = SimpleNamespace(
             key_bounds=mask.key_bounds(), query_offset=mask.resolve_offset(query_length, key_length)
         )
         tiles = config.Tiles(block_q, block_k, 16, 16, 4, 1)
-        found = ranges.key_ranges(problem, tiles, query_length, key_length)
+        found = ranges.key_ranges(params, tiles, query_length, key_length)
         visible = mask.to_dense(query_length, key_length, device)[:, 0]
         for batch, tile in itertools.product(*map(range, found.shape[:2])):
             first, last, full, full_end = found[batch, tile].tolist()
@@ -136,9 +136,9 @@ def test_key_ranges(
 
 def test_a_causal_tile_masks_only_its_diagonal(device: str) -> None:
     mask = AttentionMask.causal() & AttentionMask.from_padding(torch.ones(1, 512, device=device))
-    problem = SimpleNamespace(key_bounds=mask.key_bounds(), query_offset=0)
+    params = SimpleNamespace(key_bounds=mask.key_bounds(), query_offset=0)
     tiles = config.Tiles(64, 64, 16, 16, 4, 1)
-    first, last, full, full_end = ranges.key_ranges(problem, tiles, 512, 512)[0].T.tolist()
+    first, last, full, full_end = ranges.key_ranges(params, tiles, 512, 512)[0].T.tolist()
     assert first == [0] * 8 and last == list(range(1, 9))
     assert full[1:] == [0] * 7 and full_end[1:] == list(range(1, 8))
 
@@ -169,12 +169,12 @@ def test_tf32_is_used_where_pytorch_uses_it(device: str, precision: Callable[[st
     tensors = inputs(20, 70, device=device)
     upstream = torch.ones_like(tensors[0])
     query = SimpleNamespace(dtype=torch.float32, is_cuda=True)
-    problem = SimpleNamespace(**dict.fromkeys(Problem._fields, 0))
+    params = SimpleNamespace(**dict.fromkeys(AttentionParams._fields, 0))
     exact = results(tensors, upstream)
-    assert config.launch_flags(query, problem)["PRECISION"] == "ieee"
+    assert config.launch_flags(query, params)["PRECISION"] == "ieee"
     precision("tf32")
     wanted = "ieee" if torch.version.hip else "tf32"
-    assert config.launch_flags(query, problem)["PRECISION"] == wanted
+    assert config.launch_flags(query, params)["PRECISION"] == wanted
     for got, want in zip(results(tensors, upstream), exact, strict=True):
         torch.testing.assert_close(got, want, rtol=2**-8, atol=2**-8)
 
@@ -237,11 +237,11 @@ def test_a_missing_compiler_is_named() -> None:
 
 
 @pytest.mark.parametrize("group", [65, 71, 128])
-def test_many_heads_to_a_key_decode_packed(device: str, group: int) -> None:
+def test_many_heads_to_a_key_decode_together(device: str, group: int) -> None:
     """More than one tile of queries; keys are still read once for all of a tile's heads."""
     tensors = inputs(1, 300, heads=(group, 1), device=device)
-    problem = SimpleNamespace(bias=None, dense=None, block_q=None, block_k=None)
-    assert config.forward_tiles(*tensors, problem).pack == group
+    params = SimpleNamespace(bias=None, dense=None, block_q=None, block_k=None)
+    assert config.forward_tiles(*tensors, params).pack_gqa == group
     expected = dense_attention(*tensors)[0]
     torch.testing.assert_close(attend(*tensors), expected, rtol=1e-4, atol=1e-5)
 
@@ -537,18 +537,18 @@ def test_no_queries_leave_gradients_of_zero(
 def test_per_head_tensors_are_read_by_their_strides(device: str, query_length: int) -> None:
     """Also where they are given to the op itself, which makes no copies."""
     tensors = inputs(query_length, 300, device=device)
-    fields = dict.fromkeys(Problem._fields) | dict(
+    fields = dict.fromkeys(AttentionParams._fields) | dict(
         query_offset=300 - query_length, scale=0.25, softcap=0.0, dropout_p=0.0
     )
     columns = torch.randn(6, 3).to(device)
     outs = []
     for lay_out in (lambda x: x, Tensor.contiguous):
         slopes, sinks = (lay_out(columns[None, :, index]) for index in (0, 2))
-        problem = Problem(**fields | {"alibi_slopes": slopes, "sinks": sinks})
+        params = AttentionParams(**fields | {"alibi_slopes": slopes, "sinks": sinks})
         leaves = [x.clone().requires_grad_() for x in tensors]
-        out, lse = torch.ops.hf_flash_two.flash_attn_fwd(*leaves, *problem, "triton")
+        out, lse = torch.ops.hf_flash_two.flash_attn_fwd(*leaves, *params, "triton")
         grads = torch.ops.hf_flash_two.flash_attn_bwd(
-            torch.ones_like(out), None, *leaves, out, lse, *problem, "triton", False
+            torch.ones_like(out), None, *leaves, out, lse, *params, "triton", False
         )
         outs.append([out, lse, *grads])
     for strided, contiguous in zip(*outs, strict=True):

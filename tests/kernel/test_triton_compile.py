@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hf_flash_two import AttentionMask
-from hf_flash_two.kernels.params import Problem
+from hf_flash_two.kernels.params import AttentionParams
 
 triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
 
@@ -44,9 +44,9 @@ TARGETS = {
     "turing": (GPUTarget("cuda", 75, 32), gpu(64)),
     "ampere": (GPUTarget("cuda", 80, 32), gpu(163)),
     "ada": (GPUTarget("cuda", 89, 32), gpu(99)),
-    "hopper": (GPUTarget("cuda", 90, 32), gpu(227, "bulk_copy")),
-    "blackwell": (GPUTarget("cuda", 100, 32), gpu(227, "bulk_copy", "tensor_memory")),
-    "rtx-blackwell": (GPUTarget("cuda", 120, 32), gpu(99, "bulk_copy")),
+    "hopper": (GPUTarget("cuda", 90, 32), gpu(227, "tma")),
+    "blackwell": (GPUTarget("cuda", 100, 32), gpu(227, "tma", "tensor_memory")),
+    "rtx-blackwell": (GPUTarget("cuda", 120, 32), gpu(99, "tma")),
     "mi300": (GPUTarget("hip", "gfx942", 64), gpu(64)),
 }
 
@@ -68,7 +68,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list:
     for module, names in (
         (forward, ("_forward_kernel", "_merge_kernel")),
         (ranges, ("_ranges_kernel",)),
-        (backward, ("_keys_kernel", "_queries_kernel", "_bias_kernel", "_stats_kernel")),
+        (backward, ("_dkdv_kernel", "_dq_kernel", "_dbias_kernel", "_preprocess_kernel")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), launches))
@@ -104,14 +104,14 @@ def compile_launch(kernel, args, kwargs, target):
     return triton.compile(source, target=target, options=options)
 
 
-def problem(mask: AttentionMask, length: int, **changes) -> Problem:
+def params(mask: AttentionMask, length: int, **changes) -> AttentionParams:
     settings = dict.fromkeys(("bias", "alibi_slopes", "sinks", "seed", "block_q", "block_k"))
     settings |= dict(
         first_query=mask.first_query, last_query=mask.last_query, key_bounds=mask.key_bounds(),
         dense=mask.dense, query_offset=0, window_left=mask.window_left,
         window_right=mask.window_right, scale=0.1, softcap=0.0, dropout_p=0.0,
     )  # fmt: skip
-    return Problem(**(settings | changes))
+    return AttentionParams(**(settings | changes))
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, device: config.Device) -> None:
@@ -119,10 +119,10 @@ def pretend(monkeypatch: pytest.MonkeyPatch, device: config.Device) -> None:
         monkeypatch.setattr(module, "device_of", lambda index: device)
 
 
-FEATURES = ("causal", "padded", "everything", "decode", "wide")
+FEATURES = ("causal", "padded", "everything", "decode", "large")
 ALWAYS = {
     ("hopper", "causal"), ("hopper", "everything"), ("hopper", "decode"), ("ampere", "padded"),
-    ("ada", "wide"), ("turing", "causal"), ("mi300", "padded"), ("blackwell", "padded"),
+    ("ada", "large"), ("turing", "causal"), ("mi300", "padded"), ("blackwell", "padded"),
     ("rtx-blackwell", "causal"),
 }  # fmt: skip
 
@@ -137,7 +137,7 @@ ALWAYS = {
 def test_compiles(monkeypatch, launches, target, feature):
     gpu, device = TARGETS[target]
     pretend(monkeypatch, device)
-    length, head_dim = 512, {"wide": 320}.get(feature, 128)
+    length, head_dim = 512, {"large": 320}.get(feature, 128)
     # Turing has no bfloat16.
     dtype = torch.float16 if target == "turing" else torch.bfloat16
     query, key, value = (
@@ -156,7 +156,7 @@ def test_compiles(monkeypatch, launches, target, feature):
         )  # fmt: skip
     if feature == "decode":
         query = query[:, :, :1]
-    described = problem(mask, length, **changes)
+    described = params(mask, length, **changes)
     out, lse = forward.forward(query, key, value, described)
     if feature != "decode":
         need_d_bias = described.bias is not None
@@ -173,12 +173,12 @@ def test_any_number_of_heads_fits_the_grid(launches):
     query, key, value = (torch.empty(batch, 2, length, 16) for _ in range(3))
     mask = AttentionMask.causal() & AttentionMask.from_padding(torch.ones(batch, length))
     bias = torch.empty(batch, 2, length, length)
-    described = problem(mask, length, bias=bias)
+    described = params(mask, length, bias=bias)
     out, lse = forward.forward(query, key, value, described)
     backward.backward(out, None, query, key, value, out, lse, described, True)
     assert {kernel.__name__ for kernel, *_ in launches} == {
-        "_ranges_kernel", "_forward_kernel", "_stats_kernel", "_keys_kernel", "_queries_kernel",
-        "_bias_kernel",
+        "_ranges_kernel", "_forward_kernel", "_preprocess_kernel", "_dkdv_kernel", "_dq_kernel",
+        "_dbias_kernel",
     }  # fmt: skip
     for kernel, (_, *others), *_ in launches:
         assert max(others, default=1) < 2**16, kernel.__name__
@@ -263,7 +263,7 @@ def test_shared_memory_suffices(
             mask = mask & AttentionMask.from_padding(torch.ones(1, length))
         if "dense" in words:
             mask = mask & AttentionMask.from_dense(torch.ones(shape, dtype=torch.bool))
-        described = problem(mask, length, **changes)
+        described = params(mask, length, **changes)
         out, lse = forward.forward(query, key, value, described)
         backward.backward(
             out, None, query, key, value, out, lse, described, described.bias is not None
@@ -303,7 +303,7 @@ def unguarded(ptx: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("length", [512, 128], ids=["copy-engine", "pointers"])
+@pytest.mark.parametrize("length", [512, 128], ids=["tma", "pointers"])
 def test_warps_wait_for_each_other_before_a_tile_is_overwritten(
     monkeypatch: pytest.MonkeyPatch, launches: list, length: int
 ) -> None:
@@ -313,11 +313,11 @@ def test_warps_wait_for_each_other_before_a_tile_is_overwritten(
     query, key, value = (
         torch.empty(1, heads, length, 256, dtype=torch.bfloat16) for heads in (4, 2, 2)
     )
-    described = problem(AttentionMask.causal(), length)
+    described = params(AttentionMask.causal(), length)
     out, lse = forward.forward(query, key, value, described)
     backward.backward(out, None, query, key, value, out, lse, described, False)
     many = [launch for launch in launches if launch[3]["num_warps"] > 4]
-    assert {kernel.__name__ for kernel, *_ in many} >= {"_queries_kernel"}
+    assert {kernel.__name__ for kernel, *_ in many} >= {"_dq_kernel"}
     for kernel, _, args, kwargs in many:
         ptx = compile_launch(kernel, args, kwargs, compiler).asm["ptx"]
         assert not unguarded(ptx), kernel.__name__

@@ -13,29 +13,44 @@ again with the usual online softmax.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from hf_flash_two.kernels.blockwise.head_blocks import KeyTile, Lane, QueryTile, lanes
-from hf_flash_two.kernels.params import Problem, empty_lse, empty_output, statistics_dtype
+from hf_flash_two.kernels.params import AttentionParams, empty_lse, empty_output, statistics_dtype
 
 _SAFE_MEAN = 2.0**4
 _FINE = 2.0**10
 """Beyond this, what a row's lse adds to its largest score is worn by rounding."""
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+def declines(
+    query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, by_name: bool
+) -> str | None:
+    """None: it computes every call, on every device."""
+    return None
+
+
+def load() -> tuple[Callable, Callable]:
+    """The forward and the backward."""
+    return forward, backward
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] in the dtype of ``query`` and lse [B, Hq, Tq] in float32 (float64)."""
-    result = _forward(query, key, value, problem, guarded=False)
-    if _polluted(problem, result[0]):
-        result = _forward(query, key, value, problem, guarded=True)
+    result = _forward(query, key, value, params, guarded=False)
+    if _polluted(params, result[0]):
+        result = _forward(query, key, value, params, guarded=True)
     return result
 
 
-def _polluted(problem: Problem, *results: Tensor | None) -> bool:
+def _polluted(params: AttentionParams, *results: Tensor | None) -> bool:
     """Whether something hidden that is not finite may stand behind what is not in the results."""
-    hiding = (problem.window_left, problem.window_right, problem.first_query, problem.dense)
+    hiding = (params.window_left, params.window_right, params.first_query, params.dense)
     if all(x is None for x in hiding):
         return False
     sums = [x.sum(dtype=statistics_dtype(x.dtype)) for x in results if x is not None]
@@ -43,11 +58,11 @@ def _polluted(problem: Problem, *results: Tensor | None) -> bool:
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, problem: Problem, guarded: bool
+    query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, guarded: bool
 ) -> tuple[Tensor, Tensor]:
     out, lse = empty_output(query, value.shape[3]), empty_lse(query)
     with torch.autocast(query.device.type, enabled=False):
-        for lane in lanes(query, key, value, problem, guarded):
+        for lane in lanes(query, key, value, params, guarded):
             for tile in lane.query_tiles:
                 lane_out, lane_lse = _attend(lane, tile)
                 out[lane.index][:, :, tile.rows] = lane.ungroup(lane_out)
@@ -63,13 +78,13 @@ def backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    problem: Problem,
+    params: AttentionParams,
     need_d_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key, value, bias, sinks; tiles in a fixed order: bitwise repeatable."""
-    inputs = (d_out, d_lse, query, key, value, out, lse, problem, need_d_bias)
+    inputs = (d_out, d_lse, query, key, value, out, lse, params, need_d_bias)
     grads = _backward(*inputs, guarded=False)
-    return _backward(*inputs, guarded=True) if _polluted(problem, *grads) else grads
+    return _backward(*inputs, guarded=True) if _polluted(params, *grads) else grads
 
 
 def _backward(
@@ -80,16 +95,16 @@ def _backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    problem: Problem,
+    params: AttentionParams,
     need_d_bias: bool,
     guarded: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     dq, dk, dv = (empty_output(tensor, tensor.shape[3]) for tensor in (query, key, value))
     stats = statistics_dtype(query.dtype)
-    d_bias = problem.bias.new_zeros(problem.bias.shape, dtype=stats) if need_d_bias else None
-    d_sinks = None if problem.sinks is None else torch.zeros_like(problem.sinks)
+    d_bias = params.bias.new_zeros(params.bias.shape, dtype=stats) if need_d_bias else None
+    d_sinks = None if params.sinks is None else torch.zeros_like(params.sinks)
     with torch.autocast(query.device.type, enabled=False):
-        for lane in lanes(query, key, value, problem, guarded, gradients=True):
+        for lane in lanes(query, key, value, params, guarded, gradients=True):
             dk_blocks, dv_blocks = lane.accumulators(dk), lane.accumulators(dv)
             for tile in lane.query_tiles:
                 rows = tile.rows
@@ -104,7 +119,7 @@ def _backward(
                 if d_lse is not None:
                     delta -= lane.group(d_lse[lane.index][:, :, rows, None])
                 if d_sinks is not None:
-                    weight = torch.exp(lane.per_row(problem.sinks, rows) - row_lse)
+                    weight = torch.exp(lane.per_row(params.sinks, rows) - row_lse)
                     share = lane.ungroup(weight.nan_to_num_(0.0) * delta).sum((2, 3))
                     lane_sinks = d_sinks[lane.index_of(d_sinks)]
                     lane_sinks -= share.sum_to_size(lane_sinks.shape)
@@ -112,10 +127,10 @@ def _backward(
                     lane, tile, row_lse, row_d_out, delta, dk_blocks, dv_blocks, d_bias
                 )
                 dq[lane.index][:, :, rows] = lane.ungroup(lane_dq)
-            lane.store(dk, dk_blocks, problem.scale)
+            lane.store(dk, dk_blocks, params.scale)
             lane.store(dv, dv_blocks, 1)
     if d_bias is not None:
-        d_bias = d_bias.to(problem.bias.dtype)
+        d_bias = d_bias.to(params.bias.dtype)
     return dq, dk, dv, d_bias, d_sinks
 
 
@@ -134,8 +149,8 @@ def _softmax(lane: Lane, tile: QueryTile) -> tuple[Tensor, Tensor, Tensor]:
     lazily = tile.probe and len(tile.key_tiles) > 1
     state = _attend_lazily(lane, query, tile) if lazily else None
     reference, total, acc = state or _attend_online(lane, query, tile)
-    if lane.problem.sinks is not None:
-        sink = lane.per_row(lane.problem.sinks, tile.rows) * lane.unit
+    if lane.params.sinks is not None:
+        sink = lane.per_row(lane.params.sinks, tile.rows) * lane.unit
         peak = torch.maximum(reference, sink)
         origin = peak.masked_fill(peak == -math.inf, 0)
         shrink = lane.exp(reference - origin)
@@ -189,7 +204,7 @@ def _attend_online(lane: Lane, query: Tensor, tile: QueryTile):
 
 
 def _drop(lane: Lane, p: Tensor, rows: slice, keys: KeyTile) -> Tensor:
-    return p * lane.kept(rows, keys.cols) if lane.problem.dropout_p else p
+    return p * lane.kept(rows, keys.cols) if lane.params.dropout_p else p
 
 
 def _differentiate(
@@ -206,7 +221,7 @@ def _differentiate(
 
     Tiles are laid out key by key: two of the three products that follow read them transposed.
     """
-    problem, rows, query = lane.problem, tile.rows, lane.query(tile.rows)
+    params, rows, query = lane.params, tile.rows, lane.query(tile.rows)
     reference = (lse * lane.unit).masked_fill(lse == -math.inf, 0)
     if lane.plain:
         # The product rounds scores by their distance from the reference, so it lies midway between
@@ -229,7 +244,7 @@ def _differentiate(
         s, capped = lane.scores(query, rows, keys, shift, by_key=True)
         seen = lane.seen(s)
         p = _where(seen, lane.exp(s))
-        if problem.dropout_p:
+        if params.dropout_p:
             kept = lane.kept(rows, keys.cols)
             ds = lane.product("ds", d_out, value, None, 1, by_key=True).to(lane.stats)
             ds = ds.mul_(kept).sub_(delta).mul_(p)
@@ -248,7 +263,7 @@ def _differentiate(
         ds = ds.to(lane.dtype)
         lane.add_product(dk_blocks[keys.block][:, keys.inside], ds.transpose(1, 2), query, by_key)
         lane.add_product(dq, ds, key, seen)
-    return dq.mul_(problem.scale)
+    return dq.mul_(params.scale)
 
 
 def _where(seen: Tensor | None, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_flash_two.kernels import dropout
-from hf_flash_two.kernels.params import LOG2E, Problem, statistics_dtype
+from hf_flash_two.kernels.params import LOG2E, AttentionParams, statistics_dtype
 from hf_flash_two.masks import KEY_GRANULE, TileMap, band_tiles, bound_tiles
 
 _BLOCK_Q = 256
@@ -84,7 +84,7 @@ class Call:
     query: Tensor
     key: Tensor
     value: Tensor
-    problem: Problem
+    params: AttentionParams
     guarded: bool
     block_q: int
     block_k: int
@@ -96,7 +96,7 @@ def lanes(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    problem: Problem,
+    params: AttentionParams,
     guarded: bool,
     gradients: bool = False,
 ) -> Iterator[Lane]:
@@ -110,7 +110,7 @@ def lanes(
     key_heads, key_length = key.shape[1:3]
     if not (batch and heads):
         return
-    call = _call(query, key, value, problem, guarded)
+    call = _call(query, key, value, params, guarded)
     tile_bytes = (
         heads // key_heads * call.block_q * call.block_k * _product_dtype(query.dtype).itemsize
     )
@@ -120,7 +120,7 @@ def lanes(
         row_bytes = (key.shape[3] + value.shape[3]) * statistics_dtype(key.dtype).itemsize
         together = min(together, _WORKSPACE_BYTES // max(1, key_length * row_bytes))
     together = max(1, together)
-    rows = 1 if problem.dropout_p else max(1, min(together // key_heads, batch))
+    rows = 1 if params.dropout_p else max(1, min(together // key_heads, batch))
     if key_length > _BLOCK_K and not (_rows_are_heads(key) and _rows_are_heads(value)):
         rows = 1
     query_tiles = _query_tiles(call, rows)
@@ -136,7 +136,9 @@ def _rows_are_heads(x: Tensor) -> bool:
     return x.stride(0) == x.shape[1] * x.stride(1)
 
 
-def _call(query: Tensor, key: Tensor, value: Tensor, problem: Problem, guarded: bool) -> Call:
+def _call(
+    query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, guarded: bool
+) -> Call:
     query_length, key_length = query.shape[2], key.shape[2]
     group = query.shape[1] // key.shape[1]
     rows, block_k = query_length * group, _BLOCK_K
@@ -145,21 +147,21 @@ def _call(query: Tensor, key: Tensor, value: Tensor, problem: Problem, guarded: 
         block_k = _TILE_BYTES // max(1, rows * _product_dtype(query.dtype).itemsize)
     block_q = max(1, _BLOCK_Q // group)
     return Call(
-        query, key, value, problem, guarded,
-        max(1, min(problem.block_q or block_q, query_length)),
-        max(1, min(problem.block_k or block_k, key_length)),
+        query, key, value, params, guarded,
+        max(1, min(params.block_q or block_q, query_length)),
+        max(1, min(params.block_k or block_k, key_length)),
         Workspace(query.device),
     )  # fmt: skip
 
 
 def _query_tiles(call: Call, rows: int) -> list[list[QueryTile]]:
     """All tiles of queries for every ``rows`` batch rows, or once where the mask is one for all."""
-    problem, bounds = call.problem, call.problem.key_bounds
+    params, bounds = call.params, call.params.key_bounds
     lengths = (call.query.shape[2], call.key.shape[2])
-    settings = (problem.query_offset, *lengths, call.block_q, call.block_k)
-    dense = problem.dense is not None
+    settings = (params.query_offset, *lengths, call.block_q, call.block_k)
+    dense = params.dense is not None
     if bounds is None:
-        return _tiles_of_band(problem.window_left, problem.window_right, *settings, dense)
+        return _tiles_of_band(params.window_left, params.window_right, *settings, dense)
     # The mask owns the bounds, and all layers share the mask.
     known = vars(bounds).get("_query_tiles", {})
     key = (*settings, dense, rows)
@@ -270,9 +272,9 @@ class Lane:
     """
 
     def __init__(self, call: Call, batch: slice, key_heads: slice, query_tiles: list[QueryTile]):
-        problem = call.problem
+        params = call.params
         self.query_tiles = query_tiles
-        self.call, self.problem, self.batch, self.key_heads = call, problem, batch, key_heads
+        self.call, self.params, self.batch, self.key_heads = call, params, batch, key_heads
         self.workspace = call.workspace
         self.group_size = call.query.shape[1] // call.key.shape[1]
         self.heads = slice(key_heads.start * self.group_size, key_heads.stop * self.group_size)
@@ -282,8 +284,8 @@ class Lane:
         self.stats = statistics_dtype(call.query.dtype)
         self.few = call.query.shape[2] * self.group_size <= _FEW_ROWS
         # On CPUs PyTorch leaves a bfloat16 product with a factor of 0 unwritten.
-        modified = problem.bias is not None or problem.alibi_slopes is not None or problem.softcap
-        self.plain = not modified and problem.scale != 0
+        modified = params.bias is not None or params.alibi_slopes is not None or params.softcap
+        self.plain = not modified and params.scale != 0
         self.unit = LOG2E if self.plain else 1.0
         self.batch_size = batch.stop - batch.start
         self._query = call.query[self.index].flatten(0, 1)
@@ -360,11 +362,11 @@ class Lane:
     def positions(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
         position = torch.arange(rows.start, rows.stop, device=self.device)
         key = torch.arange(cols.start, cols.stop, device=self.device)
-        return position[:, None] + self.problem.query_offset, key
+        return position[:, None] + self.params.query_offset, key
 
     def hidden(self, rows: slice, cols: slice) -> Tensor:
         """bool, to broadcast against `by_head`: the pairs that do not see each other."""
-        if self.problem.first_query is not None or self.problem.dense is not None:
+        if self.params.first_query is not None or self.params.dense is not None:
             return self._hidden(rows, cols)
         # A band hides the same of every tile at the same distance from it.
         key = (rows.start - cols.start, rows.stop - rows.start, cols.stop - cols.start)
@@ -373,21 +375,21 @@ class Lane:
         return self.call.bands[key]
 
     def _hidden(self, rows: slice, cols: slice) -> Tensor:
-        problem = self.problem
+        params = self.params
         position, key = self.positions(rows, cols)
         parts = []
-        if problem.window_left is not None:
-            parts.append(position - key > problem.window_left)
-        if problem.window_right is not None:
-            parts.append(key - position > problem.window_right)
-        if problem.first_query is not None:
-            batch = self.batch if problem.first_query.shape[0] > 1 else slice(0, 1)
+        if params.window_left is not None:
+            parts.append(position - key > params.window_left)
+        if params.window_right is not None:
+            parts.append(key - position > params.window_right)
+        if params.first_query is not None:
+            batch = self.batch if params.first_query.shape[0] > 1 else slice(0, 1)
             first, last = (
-                x[batch, None, None, None, cols] for x in (problem.first_query, problem.last_query)
+                x[batch, None, None, None, cols] for x in (params.first_query, params.last_query)
             )
             parts += [first > position, position >= last]
-        if problem.dense is not None:
-            parts.append(~self.part(problem.dense, rows, cols))
+        if params.dense is not None:
+            parts.append(~self.part(params.dense, rows, cols))
         hidden = parts[0]
         for part in parts[1:]:
             hidden = hidden | part
@@ -405,22 +407,22 @@ class Lane:
             shift: [heads, group * rows, 1], in the dtype of the result.
             by_key: lay the result out in memory key by key.
         """
-        problem, cols = self.problem, tile.cols
+        params, cols = self.params, tile.cols
         key, capped = self.key(tile), None
         if self.plain:
-            s = self.product("scores", query, key, shift, problem.scale * self.unit, by_key)
+            s = self.product("scores", query, key, shift, params.scale * self.unit, by_key)
         else:
             s = self.product("scores", query, key, None, 1, by_key)
-            s = s.to(self.stats).mul_(problem.scale)
-            if problem.softcap:
-                capped = s.div_(problem.softcap).tanh_()
-                s = capped * problem.softcap
+            s = s.to(self.stats).mul_(params.scale)
+            if params.softcap:
+                capped = s.div_(params.softcap).tanh_()
+                s = capped * params.softcap
             by_head = self.by_head(s)
-            if problem.bias is not None:
-                by_head += self.part(problem.bias, rows, cols)
-            if problem.alibi_slopes is not None:
+            if params.bias is not None:
+                by_head += self.part(params.bias, rows, cols)
+            if params.alibi_slopes is not None:
                 position, key_position = self.positions(rows, cols)
-                slopes = self.by_head(self.per_row(problem.alibi_slopes, rows))
+                slopes = self.by_head(self.per_row(params.alibi_slopes, rows))
                 by_head -= slopes * (position - key_position).abs()
             if shift is not None:
                 s.add_(shift)
@@ -479,9 +481,9 @@ class Lane:
 
     def kept(self, rows: slice, cols: slice) -> Tensor:
         """Dropout's multiplier of the probabilities, [heads, group * rows, cols]."""
-        problem = self.problem
+        params = self.params
         heads = torch.arange(self.heads.start, self.heads.stop, device=self.device)
         row = torch.arange(rows.start, rows.stop, device=self.device)
         col = torch.arange(cols.start, cols.stop, device=self.device)
-        keep = dropout.keep(problem.seed, self.batch.start, heads, row, col, problem.dropout_p)
-        return self.group(keep).to(self.stats).div_(1 - problem.dropout_p)
+        keep = dropout.keep(params.seed, self.batch.start, heads, row, col, params.dropout_p)
+        return self.group(keep).to(self.stats).div_(1 - params.dropout_p)

@@ -16,13 +16,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_flash_two.kernels import dropout
-from hf_flash_two.kernels.params import Problem
+from hf_flash_two.kernels.params import AttentionParams
 from hf_flash_two.kernels.triton.tile import BAND, INTERVALS, NO_MASK
 
 _MOST_COLUMNS = 256
 _DECODE_ROWS = 64
 _SPLIT_KEYS = 256
-_BULK_LENGTH = 256
+_TMA_LENGTH = 256
 _MOST_SCORES = 2**13
 
 
@@ -36,7 +36,7 @@ class Tiles:
     block_v: int
     warps: int
     stages: int
-    pack: int = 1
+    pack_gqa: int = 1
     splits: int = 1
 
 
@@ -46,13 +46,13 @@ class Device:
 
     processors: int
     shared_memory: int
-    bulk_copy: bool = False
+    tma: bool = False
     tensor_memory: bool = False
 
 
-# (block_q, block_k, warps, stages) of the forward, the walk for keys, the walk for queries and,
-# where dK and dV are better computed apart, the walk for values; by shared memory in KiB at least,
-# dtype (float32 is "wide") and padded head dim at most.
+# (block_q, block_k, warps, stages) of the forward, the dK/dV pass, the dQ pass and, where dK and dV
+# are better computed apart, the dV pass; by shared memory in KiB at least, dtype (16 bits "half", 32
+# "single") and padded head dim at most.
 _TABLE = {
     200: {
         "half": {
@@ -60,7 +60,7 @@ _TABLE = {
             128: ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
             256: ((64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 8, 3), (64, 64, 4, 3)),
         },
-        "wide": {
+        "single": {
             64: ((64, 64, 4, 2), (32, 64, 4, 1), (32, 64, 4, 1)),
             256: ((32, 64, 4, 1), (32, 64, 4, 1), (32, 64, 4, 1)),
         },
@@ -71,7 +71,7 @@ _TABLE = {
             128: ((128, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
             256: ((128, 64, 8, 2), (32, 64, 8, 1), (64, 64, 8, 1)),
         },
-        "wide": {
+        "single": {
             64: ((64, 64, 4, 2), (32, 64, 4, 1), (32, 64, 4, 1)),
             256: ((32, 64, 4, 1), (32, 64, 4, 1), (32, 64, 4, 1)),
         },
@@ -82,7 +82,7 @@ _TABLE = {
             128: ((64, 64, 4, 2), (32, 32, 4, 1), (32, 32, 4, 1)),
             256: ((32, 64, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
         },
-        "wide": {256: ((32, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1))},
+        "single": {256: ((32, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1))},
     },
     0: {
         "half": {
@@ -90,7 +90,7 @@ _TABLE = {
             128: ((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1)),
             256: ((16, 32, 4, 1), (16, 16, 4, 1), (16, 32, 4, 1)),
         },
-        "wide": {256: ((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1))},
+        "single": {256: ((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1))},
     },
 }
 
@@ -99,38 +99,38 @@ _TABLE = {
 _DECODE_TABLE = {
     200: {
         "half": {64: (256, 3, 1), 128: (128, 3, 1), 256: (64, 3, 1)},
-        "wide": {64: (128, 2, 2), 256: (64, 2, 2)},
+        "single": {64: (128, 2, 2), 256: (64, 2, 2)},
     },
     128: {
         "half": {64: (128, 2, 2), 256: (64, 2, 2)},
-        "wide": {64: (128, 2, 2), 256: (64, 2, 2)},
+        "single": {64: (128, 2, 2), 256: (64, 2, 2)},
     },
     0: {
         "half": {64: (128, 2, 2), 128: (64, 2, 2), 256: (32, 2, 2)},
-        "wide": {64: (64, 2, 2), 256: (32, 2, 2)},
+        "single": {64: (64, 2, 2), 256: (32, 2, 2)},
     },
 }
 
 
-def _few_terms(problem: Problem) -> bool:
+def _few_terms(params: AttentionParams) -> bool:
     """Whether no tiles of a bias or a dense mask want room beside those of K and V."""
-    return problem.bias is None and problem.dense is None
+    return params.bias is None and params.dense is None
 
 
-def _look_up(table: dict[int, dict], shared_memory: int, wide: bool, width: int) -> tuple:
+def _look_up(table: dict[int, dict], shared_memory: int, single: bool, width: int) -> tuple:
     rows = next(rows for kib, rows in table.items() if shared_memory >= kib * 2**10)
-    rows = rows["wide" if wide else "half"]
+    rows = rows["single" if single else "half"]
     return next(row for limit, row in rows.items() if width <= limit)
 
 
-def _table_row(width: int, wide: bool, device: Device, problem: Problem):
+def _table_row(width: int, single: bool, device: Device, params: AttentionParams):
     """The launches, with fewer stages where other tiles want the room.
 
     Those are a bias and a dense mask, at most 32 KiB of each, and on GPUs with tensor memory what
     products take through shared memory.
     """
-    row = _look_up(_TABLE, device.shared_memory, wide, width)
-    few = _few_terms(problem)
+    row = _look_up(_TABLE, device.shared_memory, single, width)
+    few = _few_terms(params)
     most = 4 if few else 2
     if width > 128 and (device.tensor_memory or device.shared_memory < 200 * 2**10):
         most //= 2
@@ -150,7 +150,7 @@ def device_of(index: int | None) -> Device:
     return Device(
         properties.multi_processor_count,
         getattr(properties, "shared_memory_per_block_optin", 2**16),
-        bulk_copy=torch.version.hip is None and properties.major >= 9,
+        tma=torch.version.hip is None and properties.major >= 9,
         tensor_memory=torch.version.hip is None and properties.major in (10, 11),
     )
 
@@ -163,10 +163,10 @@ def _padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def _columns(size: int, wide: bool, device: Device) -> int:
+def _columns(size: int, single: bool, device: Device) -> int:
     """Columns of a tile of ``size``, padded to what products need."""
     # On Hopper, ptxas 12.8 makes wrong code, or crashes, for narrower tiles of half precision.
-    return max(_padded(size), 64 if device.bulk_copy and not wide else 16)
+    return max(_padded(size), 64 if device.tma and not single else 16)
 
 
 def _cap(block: int, limit: int | None, least: int) -> int:
@@ -174,15 +174,15 @@ def _cap(block: int, limit: int | None, least: int) -> int:
     return block if limit is None else max(least, min(block, 2 ** (limit.bit_length() - 1)))
 
 
-def forward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Tiles:
+def forward_tiles(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tiles:
     batch, heads, query_length, head_dim = query.shape
     key_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
     device = _device(query)
     group = heads // key_heads
-    wide = query.dtype == torch.float32
-    most = _MOST_COLUMNS if not wide else 128
-    block_d = min(_columns(head_dim, wide, device), most)
-    block_v = min(_columns(value_dim, wide, device), most)
+    single = query.dtype == torch.float32
+    most = _MOST_COLUMNS if not single else 128
+    block_d = min(_columns(head_dim, single, device), most)
+    block_v = min(_columns(value_dim, single, device), most)
     if head_dim > _MOST_COLUMNS:
         block_d = 64
     widest = max(block_d, block_v)
@@ -191,20 +191,20 @@ def forward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -
     if query_length <= max(1, rows // group):
         block_q = min(_padded(group * query_length), rows)
         memory, most_scores = device.shared_memory, _MOST_SCORES
-        if not _few_terms(problem):
+        if not _few_terms(params):
             most_scores = most_scores if memory >= 128 * 2**10 else most_scores // 2
             memory = min(memory, 128 * 2**10)
-        block_k, stages, resident = _look_up(_DECODE_TABLE, memory, wide, widest)
+        block_k, stages, resident = _look_up(_DECODE_TABLE, memory, single, widest)
         block_k = min(block_k, most_scores // block_q)
         blocks = triton.cdiv(key_length, max(block_k, _SPLIT_KEYS))
         programs = batch * key_heads * triton.cdiv(value_dim, block_v)
         programs *= triton.cdiv(group * query_length, block_q)
         splits = _splits(programs, resident * device.processors, blocks)
         return Tiles(block_q, block_k, block_d, block_v, 4, stages, group, splits)
-    block_q, block_k, warps, stages = _table_row(widest, wide, device, problem)[0]
+    block_q, block_k, warps, stages = _table_row(widest, single, device, params)[0]
     return Tiles(
-        min(_cap(block_q, problem.block_q, 16), max(16, _padded(query_length))),
-        _cap(block_k, problem.block_k, 16),
+        min(_cap(block_q, params.block_q, 16), max(16, _padded(query_length))),
+        _cap(block_k, params.block_k, 16),
         block_d,
         block_v,
         warps,
@@ -227,50 +227,52 @@ def _splits(programs: int, resident: int, most: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class BackwardTiles:
-    """Tile sizes of the backward walks: for dK and dV, or dK alone beside a walk for dV; for dQ."""
+    """Tile sizes of the backward passes: dK and dV, or dK alone beside a pass for dV; dQ."""
 
-    keys: Tiles
-    queries: Tiles
-    values: Tiles | None
+    dkdv: Tiles
+    dq: Tiles
+    dv: Tiles | None
 
 
-def backward_tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> BackwardTiles:
+def backward_tiles(
+    query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+) -> BackwardTiles:
     head_dim, value_dim = query.shape[3], value.shape[3]
     device = _device(query)
-    wide = query.dtype == torch.float32
+    single = query.dtype == torch.float32
     width = max(_padded(head_dim), _padded(value_dim))
-    limit = 128 if wide else _MOST_COLUMNS
+    limit = 128 if single else _MOST_COLUMNS
     if width > limit:
         # One program per part of the head dim; all parts together read Q, K, V once for each.
         launches = [(32, 64, 64, 64, 4, 1)] * 2
     else:
-        sizes = (_columns(head_dim, wide, device), _columns(value_dim, wide, device))
-        _, *launches = _table_row(width, wide, device, problem)
+        sizes = (_columns(head_dim, single, device), _columns(value_dim, single, device))
+        _, *launches = _table_row(width, single, device, params)
         launches = [(*launch[:2], *sizes, *launch[2:]) for launch in launches]
 
     def capped(block_q, block_k, *rest):
         return Tiles(
-            min(_cap(block_q, problem.block_q, 16), _padded(query.shape[2])),
-            _cap(block_k, problem.block_k, 16),
+            min(_cap(block_q, params.block_q, 16), _padded(query.shape[2])),
+            _cap(block_k, params.block_k, 16),
             *rest,
         )
 
-    keys, queries, *values = (capped(*launch) for launch in launches)
-    return BackwardTiles(keys, queries, *values or [None])
+    dkdv, dq, *dv = (capped(*launch) for launch in launches)
+    return BackwardTiles(dkdv, dq, *dv or [None])
 
 
-def bulk_strides(tensor: Tensor, problem: Problem) -> list[int] | None:
-    """Strides of [B, H, T, D] for the copy engine of Hopper and later GPUs.
+def tma_strides(tensor: Tensor, params: AttentionParams) -> list[int] | None:
+    """Strides of [B, H, T, D] for the tensor memory accelerator (TMA) of Hopper and later GPUs.
 
     None where it cannot copy the tensor, or would not pay: kernels then load through pointers.
     """
     size = tensor.element_size()
     axes = list(zip(tensor.shape[:3], tensor.stride()[:3], strict=True))
     if (
-        not _device(tensor).bulk_copy
+        not _device(tensor).tma
         or size != 2
-        or problem.dense is not None  # ptxas 12.8 crashes on both in one loop
-        or tensor.shape[2] < _BULK_LENGTH
+        or params.dense is not None  # ptxas 12.8 crashes on both in one loop
+        or tensor.shape[2] < _TMA_LENGTH
         or tensor.data_ptr() % 16
         or any(length > 1 and (stride == 0 or stride * size % 16) for length, stride in axes)
     ):
@@ -279,19 +281,19 @@ def bulk_strides(tensor: Tensor, problem: Problem) -> list[int] | None:
     return [*(stride if length > 1 else 16 for length, stride in axes), 1]
 
 
-def bulk_tiles(
+def tma_tiles(
     tensor: Tensor, strides: list[int] | None, rows: int, columns: int
 ) -> TensorDescriptor | None:
-    """[rows, columns] tiles of ``tensor``, None without ``strides``."""
+    """A descriptor of [rows, columns] tiles of ``tensor``, None without ``strides``."""
     if strides is None:
         return None
     return TensorDescriptor(tensor, list(tensor.shape), strides, [1, 1, rows, columns])
 
 
-def bulk_run(
+def tma_run(
     tensor: Tensor | None, strides: list[int] | None, length: int
 ) -> TensorDescriptor | None:
-    """Runs of ``length`` elements of ``tensor``'s rows, where it has ``strides`` and they fit."""
+    """A descriptor of runs of ``length`` elements, where there are ``strides`` and they fit."""
     if (
         strides is None
         or tensor is None
@@ -311,40 +313,40 @@ def _tf32(query: Tensor) -> bool:
     return asked and query.dtype == torch.float32 and query.is_cuda and not torch.version.hip
 
 
-def launch_flags(query: Tensor, problem: Problem) -> dict:
+def launch_flags(query: Tensor, params: AttentionParams) -> dict:
     """The compile-time flags every kernel takes."""
-    band = problem.window_left is not None or problem.window_right is not None
-    intervals = problem.first_query is not None
+    band = params.window_left is not None or params.window_right is not None
+    intervals = params.first_query is not None
     return {
         "MASK": (INTERVALS if intervals else BAND if band else NO_MASK).value,
-        "LEFT": problem.window_left is not None,
-        "RIGHT": problem.window_right is not None,
-        "DENSE": problem.dense is not None,
-        "BIAS": problem.bias is not None,
-        "ALIBI": problem.alibi_slopes is not None,
-        "SINKS": problem.sinks is not None,
-        "SOFTCAP": problem.softcap > 0,
-        "DROPOUT": problem.dropout_p > 0,
-        "PLAIN": problem.bias is None
-        and problem.alibi_slopes is None
-        and not problem.softcap
-        and problem.scale > 0,
+        "LEFT": params.window_left is not None,
+        "RIGHT": params.window_right is not None,
+        "DENSE": params.dense is not None,
+        "BIAS": params.bias is not None,
+        "ALIBI": params.alibi_slopes is not None,
+        "SINKS": params.sinks is not None,
+        "SOFTCAP": params.softcap > 0,
+        "DROPOUT": params.dropout_p > 0,
+        "PLAIN": params.bias is None
+        and params.alibi_slopes is None
+        and not params.softcap
+        and params.scale > 0,
         "PRECISION": "tf32" if _tf32(query) else "ieee",
     }
 
 
-def hides(query: Tensor, key: Tensor, problem: Problem) -> bool:
-    """Whether a tile that is visited may hold hidden pairs inside of the tensors."""
-    if problem.first_query is not None or problem.dense is not None:
+def hides(query: Tensor, key: Tensor, params: AttentionParams) -> bool:
+    """Whether a tile that is not empty may hold hidden pairs inside of the tensors."""
+    if params.first_query is not None or params.dense is not None:
         return True
-    first, last = problem.query_offset, problem.query_offset + query.shape[2] - 1
-    left, right = problem.window_left, problem.window_right
+    first, last = params.query_offset, params.query_offset + query.shape[2] - 1
+    left, right = params.window_left, params.window_right
     behind = left is not None and last > left
     return behind or right is not None and first + right < key.shape[2] - 1
 
 
 def strides_of(
-    problem: Problem, batch: int, heads: int, query_length: int, key_length: int
+    params: AttentionParams, batch: int, heads: int, query_length: int, key_length: int
 ) -> tuple[int, ...]:
     """Strides of the mask's and the score terms' tensors; 0 along every axis they broadcast."""
 
@@ -353,14 +355,14 @@ def strides_of(
 
     full = (batch, heads, query_length, key_length)
     return (
-        of(problem.first_query, batch, key_length)[0],
-        *of(problem.dense, *full),
-        *of(problem.bias, *full),
-        *of(problem.alibi_slopes, batch, heads),
-        *of(problem.sinks, batch, heads),
+        of(params.first_query, batch, key_length)[0],
+        *of(params.dense, *full),
+        *of(params.bias, *full),
+        *of(params.alibi_slopes, batch, heads),
+        *of(params.sinks, batch, heads),
     )
 
 
-def dropout_of(problem: Problem) -> tuple[int, float]:
+def dropout_of(params: AttentionParams) -> tuple[int, float]:
     """The threshold of `dropout.keep` and the multiplier of what survives."""
-    return dropout.threshold(problem.dropout_p), 1 / (1 - problem.dropout_p)
+    return dropout.threshold(params.dropout_p), 1 / (1 - params.dropout_p)

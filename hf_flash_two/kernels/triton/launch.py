@@ -17,36 +17,33 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hf_flash_two.kernels.params import Problem
+from hf_flash_two.kernels.params import TENSORS, AttentionParams
 from hf_flash_two.kernels.triton.config import Tiles, device_of
 
 Plan = TypeVar("Plan")
 _MOST_PLANS = 4096
 plans: dict[tuple, object] = {}
+_TENSORS, _NUMBERS = slice(0, len(TENSORS)), slice(len(TENSORS), None)
 
 
-def planned(make: Callable[..., Plan], problem: Problem, *tensors: Tensor | None) -> Plan:
-    """``make(problem, *tensors)``, once for all calls that differ in their tensors' values only."""
+def planned(make: Callable[..., Plan], params: AttentionParams, *tensors: Tensor | None) -> Plan:
+    """``make(params, *tensors)``, once for all calls that differ in their tensors' values only."""
     layouts = tuple(
         [
             None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % 16)
-            for x in (
-                *tensors, problem.first_query, problem.last_query, problem.key_bounds,
-                problem.dense, problem.bias, problem.alibi_slopes, problem.sinks, problem.seed,
-            )
+            for x in (*tensors, *params[_TENSORS])
         ]
-    )  # fmt: skip
+    )
     index = tensors[0].device.index
     key = (
         make, layouts, index, device_of(index), torch.backends.cuda.matmul.fp32_precision,
-        problem.query_offset, problem.window_left, problem.window_right, problem.scale,
-        problem.softcap, problem.dropout_p, problem.block_q, problem.block_k,
+        params[_NUMBERS],
     )  # fmt: skip
     plan = plans.get(key)
     if plan is None:
         if len(plans) >= _MOST_PLANS:
             plans.clear()
-        plan = plans[key] = make(problem, *tensors)
+        plan = plans[key] = make(params, *tensors)
     return plan
 
 

@@ -1,4 +1,4 @@
-"""The key tiles that each tile of queries visits, where visibility intervals decide."""
+"""The key tiles that are not empty for each tile of queries, where visibility intervals decide."""
 
 from __future__ import annotations
 
@@ -7,33 +7,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_flash_two.kernels.params import Problem
+from hf_flash_two.kernels.params import AttentionParams
 from hf_flash_two.kernels.triton.config import Tiles
 from hf_flash_two.masks import KEY_GRANULE, Lasting, lasts
 
-_GRANULE = tl.constexpr(KEY_GRANULE)
+_KEY_GROUP = tl.constexpr(KEY_GRANULE)
 _SCAN = tl.constexpr(128)
 
 
-def key_ranges(problem: Problem, tiles: Tiles, query_length: int, key_length: int) -> Tensor | None:
+def key_ranges(
+    params: AttentionParams, tiles: Tiles, query_length: int, key_length: int
+) -> Tensor | None:
     """int32 [B or 1, query tiles, 4] for `tile.key_tiles`; None without intervals.
 
     Worked out once for each mask and tile size: all layers share the mask, which owns its bounds.
     """
-    bounds = problem.key_bounds
+    bounds = params.key_bounds
     if bounds is None:
         return None
     known = vars(bounds).get("_key_ranges", {})
     key = (
-        problem.query_offset, query_length, key_length, tiles.block_q, tiles.block_k, tiles.pack,
+        params.query_offset, query_length, key_length, tiles.block_q, tiles.block_k, tiles.pack_gqa,
     )  # fmt: skip
     kept = known.get(key)
     if kept is None:
-        count = triton.cdiv(tiles.pack * query_length, tiles.block_q)
+        count = triton.cdiv(tiles.pack_gqa * query_length, tiles.block_q)
         ranges = bounds.new_empty(bounds.shape[0], count, 4, dtype=torch.int32)
         _ranges_kernel[(count * bounds.shape[0],)](
-            bounds, ranges, bounds.stride(0), count, query_length, key_length, problem.query_offset,
-            PACK=tiles.pack, BLOCK_Q=tiles.block_q, BLOCK_K=tiles.block_k, num_warps=1,
+            bounds, ranges, bounds.stride(0), count, query_length, key_length, params.query_offset,
+            PACK_GQA=tiles.pack_gqa, BLOCK_Q=tiles.block_q, BLOCK_K=tiles.block_k, num_warps=1,
         )  # fmt: skip
         if lasts(ranges):
             known[key] = Lasting(ranges)
@@ -44,14 +46,14 @@ def key_ranges(problem: Problem, tiles: Tiles, query_length: int, key_length: in
 @triton.jit(do_not_specialize=["bounds_sb", "count", "query_length", "key_length", "offset"])
 def _ranges_kernel(
     bounds_ptr, ranges_ptr, bounds_sb, count, query_length, key_length, offset,
-    PACK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    PACK_GQA: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     tile = program % count
     bounds_ptr += (program // count).to(tl.int64) * bounds_sb
-    start = tile * BLOCK_Q // PACK + offset
-    stop = tl.minimum((tile * BLOCK_Q + BLOCK_Q - 1) // PACK + 1, query_length) + offset
-    groups = tl.cdiv(key_length, _GRANULE)
+    start = tile * BLOCK_Q // PACK_GQA + offset
+    stop = tl.minimum((tile * BLOCK_Q + BLOCK_Q - 1) // PACK_GQA + 1, query_length) + offset
+    groups = tl.cdiv(key_length, _KEY_GROUP)
     low, high, whole = groups, 0, groups
     for scan in range(0, groups, _SCAN):
         group = scan + tl.arange(0, _SCAN)
@@ -66,10 +68,10 @@ def _ranges_kernel(
         gap = (group >= whole) & (complete == 0) & (group < groups)
         broken = tl.minimum(broken, tl.min(tl.where(gap, group, groups)))
     at = ranges_ptr + program.to(tl.int64) * 4
-    tl.store(at, low * _GRANULE // BLOCK_K)
-    tl.store(at + 1, tl.minimum(tl.cdiv(high * _GRANULE, BLOCK_K), tl.cdiv(key_length, BLOCK_K)))
-    tl.store(at + 2, tl.cdiv(whole * _GRANULE, BLOCK_K))
-    tl.store(at + 3, tl.minimum(broken * _GRANULE // BLOCK_K, key_length // BLOCK_K))
+    tl.store(at, low * _KEY_GROUP // BLOCK_K)
+    tl.store(at + 1, tl.minimum(tl.cdiv(high * _KEY_GROUP, BLOCK_K), tl.cdiv(key_length, BLOCK_K)))
+    tl.store(at + 2, tl.cdiv(whole * _KEY_GROUP, BLOCK_K))
+    tl.store(at + 3, tl.minimum(broken * _KEY_GROUP // BLOCK_K, key_length // BLOCK_K))
 
 
 @triton.jit
@@ -77,9 +79,9 @@ def _classify(bounds_ptr, group, groups, start, stop):
     """Which groups of keys queries at [start, stop) see at all, and which they all see wholly."""
     inside = group < groups
     at = bounds_ptr + group * 4
-    min_first = tl.load(at, inside, 2**30)
-    max_first = tl.load(at + 1, inside, 2**30)
-    min_last = tl.load(at + 2, inside, -(2**30))
-    max_last = tl.load(at + 3, inside, -(2**30))
-    seen = (min_first < stop) & (max_last > start)
-    return seen, seen & (max_first <= start) & (min_last >= stop)
+    min_start = tl.load(at, inside, 2**30)
+    max_start = tl.load(at + 1, inside, 2**30)
+    min_stop = tl.load(at + 2, inside, -(2**30))
+    max_stop = tl.load(at + 3, inside, -(2**30))
+    seen = (min_start < stop) & (max_stop > start)
+    return seen, seen & (max_start <= start) & (min_stop >= stop)

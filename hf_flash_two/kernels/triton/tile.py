@@ -16,7 +16,7 @@ from hf_flash_two.kernels.params import LOG2E
 from hf_flash_two.masks import KEY_GRANULE
 
 _LOG2E = tl.constexpr(LOG2E)
-_GRANULE = tl.constexpr(KEY_GRANULE)
+_KEY_GROUP = tl.constexpr(KEY_GRANULE)
 
 NO_MASK = tl.constexpr(0)
 BAND = tl.constexpr(1)
@@ -29,31 +29,36 @@ def key_tiles(
     MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, DENSE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Key tiles that queries at positions [start, stop) must visit: [first, last), and the one run
-    [full, full_end) of them that needs no masking. Intervals were looked through before, for all
-    ``tile`` of a batch row: see `ranges`."""
+    """Key tiles for queries at positions [start, stop), and those that need no masking.
+
+    Intervals were looked through before, for all ``tile`` of a batch row: see `ranges`.
+
+    Returns:
+        [tile_start, tile_stop) without what is empty at either end, and the one run of them
+        [full_start, full_stop) in which all pairs are visible.
+    """
     tiles = tl.cdiv(key_length, BLOCK_K)
-    first, last, full, full_end = 0, tiles, 0, key_length // BLOCK_K
+    tile_start, tile_stop, full_start, full_stop = 0, tiles, 0, key_length // BLOCK_K
     if MASK == BAND:
         if LEFT:
-            first = tl.maximum(start - left, 0) // BLOCK_K
-            full = tl.cdiv(tl.maximum(stop - 1 - left, 0), BLOCK_K)
+            tile_start = tl.maximum(start - left, 0) // BLOCK_K
+            full_start = tl.cdiv(tl.maximum(stop - 1 - left, 0), BLOCK_K)
         if RIGHT:
-            last = tl.minimum(tl.cdiv(tl.maximum(stop + right, 0), BLOCK_K), tiles)
-            full_end = tl.minimum(tl.maximum(start + right + 1, 0) // BLOCK_K, full_end)
+            tile_stop = tl.minimum(tl.cdiv(tl.maximum(stop + right, 0), BLOCK_K), tiles)
+            full_stop = tl.minimum(tl.maximum(start + right + 1, 0) // BLOCK_K, full_stop)
     elif MASK == INTERVALS:
         at = ranges_ptr + tile * 4
-        first, last = tl.load(at), tl.load(at + 1)
-        full, full_end = tl.load(at + 2), tl.load(at + 3)
-    last = tl.maximum(last, first)
-    full = tl.maximum(full, first)
-    full_end = tl.minimum(full_end, last)
+        tile_start, tile_stop = tl.load(at), tl.load(at + 1)
+        full_start, full_stop = tl.load(at + 2), tl.load(at + 3)
+    tile_stop = tl.maximum(tile_stop, tile_start)
+    full_start = tl.maximum(full_start, tile_start)
+    full_stop = tl.minimum(full_stop, tile_stop)
     if DENSE:
-        full_end = full
-    empty = full_end <= full
-    full = tl.where(empty, first, full)
-    full_end = tl.where(empty, first, full_end)
-    return first, last, full, full_end
+        full_stop = full_start
+    empty = full_stop <= full_start
+    full_start = tl.where(empty, tile_start, full_start)
+    full_stop = tl.where(empty, tile_start, full_stop)
+    return tile_start, tile_stop, full_start, full_stop
 
 
 @triton.jit
@@ -74,24 +79,24 @@ def query_tiles(
             high = tl.minimum(key_stop + left - offset, query_length)
             full_high = tl.minimum(key_start + left + 1 - offset, query_length)
     elif MASK == INTERVALS:
-        group = key_start // _GRANULE + tl.arange(0, (BLOCK_K + _GRANULE - 1) // _GRANULE)
-        inside = group < tl.cdiv(key_length, _GRANULE)
+        group = key_start // _KEY_GROUP + tl.arange(0, (BLOCK_K + _KEY_GROUP - 1) // _KEY_GROUP)
+        inside = group < tl.cdiv(key_length, _KEY_GROUP)
         at = bounds_ptr + group * 4
         low = tl.maximum(tl.min(tl.load(at, inside, 2**30)) - offset, 0)
         high = tl.minimum(tl.max(tl.load(at + 3, inside, -(2**30))) - offset, query_length)
         full_low = tl.maximum(tl.max(tl.load(at + 1, inside, -(2**30))) - offset, 0)
         full_high = tl.minimum(tl.min(tl.load(at + 2, inside, 2**30)) - offset, query_length)
-    first = tl.minimum(low // BLOCK_Q, tiles)
-    last = tl.maximum(tl.cdiv(tl.maximum(high, 0), BLOCK_Q), first)
-    full = tl.maximum(tl.cdiv(full_low, BLOCK_Q), first)
+    tile_start = tl.minimum(low // BLOCK_Q, tiles)
+    tile_stop = tl.maximum(tl.cdiv(tl.maximum(high, 0), BLOCK_Q), tile_start)
+    full_start = tl.maximum(tl.cdiv(full_low, BLOCK_Q), tile_start)
     # The last, partial tile of queries counts as masked: its missing rows must not contribute.
-    full_end = tl.minimum(tl.maximum(full_high, 0) // BLOCK_Q, last)
+    full_stop = tl.minimum(tl.maximum(full_high, 0) // BLOCK_Q, tile_stop)
     if DENSE:
-        full_end = full
-    empty = full_end <= full
-    full = tl.where(empty, first, full)
-    full_end = tl.where(empty, first, full_end)
-    return first, last, full, full_end
+        full_stop = full_start
+    empty = full_stop <= full_start
+    full_start = tl.where(empty, tile_start, full_start)
+    full_stop = tl.where(empty, tile_start, full_stop)
+    return tile_start, tile_stop, full_start, full_stop
 
 
 @triton.constexpr_function
@@ -104,7 +109,7 @@ def stages_of(stages, phase, mask):
 
 @triton.constexpr_function
 def phases(rescue):
-    """How many: full tiles, masked ones, and all once more where a result `holds_nan`.
+    """How many: full_start tiles, masked ones, and all once more where a result `holds_nan`.
 
     Products of a tile add 0 for each hidden pair, but 0 times NaN or infinity is NaN. Such a result
     is computed again with `seen_product`, so that hidden keys, values and rows never matter.
@@ -147,48 +152,50 @@ def seen_product(a, b, acc, seen, b_at, step, inside, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def bulk_load(tiles, batch, head, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """One tile by the copy engine, zero outside of the tensor; see `config.bulk_tiles`."""
+def tma_load(tiles, batch, head, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """One tile by TMA, zero outside of the tensor; see `config.tma_tiles`."""
     at = [batch.to(tl.int32), head.to(tl.int32), row, column]
     return tiles.load(at).reshape(ROWS, COLUMNS)
 
 
 @triton.jit
 def intervals(
-    first_ptr, last_ptr, first_tiles, last_tiles, at, key_start, key_length,
+    start_ptr, stop_ptr, start_desc, stop_desc, at, key_start, key_length,
     MASK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The first query that sees each key of a tile, and the first after it that does not.
 
-    ``at`` is where the batch row begins; in bulk its end reads on, which `visible` overrules.
+    ``at`` is where the batch row begins; by TMA its end reads on, which `visible` overrules.
     """
-    first = tl.zeros([BLOCK_K], tl.int32)
-    last = first
+    query_start = tl.zeros([BLOCK_K], tl.int32)
+    query_stop = query_start
     if MASK == INTERVALS:
-        if first_tiles is not None:
-            first = first_tiles.load([(at + key_start).to(tl.int32)])
-            last = last_tiles.load([(at + key_start).to(tl.int32)])
+        if start_desc is not None:
+            query_start = start_desc.load([(at + key_start).to(tl.int32)])
+            query_stop = stop_desc.load([(at + key_start).to(tl.int32)])
         else:
             col = key_start + tl.arange(0, BLOCK_K)
-            first = tl.load(first_ptr + at + col, col < key_length, 2**30)
-            last = tl.load(last_ptr + at + col, col < key_length, -(2**30))
-    return first, last
+            query_start = tl.load(start_ptr + at + col, col < key_length, 2**30)
+            query_stop = tl.load(stop_ptr + at + col, col < key_length, -(2**30))
+    return query_start, query_stop
 
 
 @triton.jit
-def nth_tile(n, first, full, full_end):
-    """The n-th tile to visit: first those that need no masking, then the others in order."""
-    whole = full_end - full
+def nth_tile(n, tile_start, full_start, full_stop):
+    """The n-th non-empty tile: first those that need no masking, then the others in order."""
+    whole = full_stop - full_start
     rest = n - whole
-    before = full - first
+    before = full_start - tile_start
     return tl.where(
-        n < whole, full + n, tl.where(rest < before, first + rest, full_end + rest - before)
+        n < whole,
+        full_start + n,
+        tl.where(rest < before, tile_start + rest, full_stop + rest - before),
     )
 
 
 @triton.jit
 def visible(
-    row, position, col, query_length, key_length, first, last,
+    row, position, col, query_length, key_length, query_start, query_stop,
     dense_ptr, dense_sq, dense_sk, left, right,
     MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
@@ -200,7 +207,7 @@ def visible(
         if RIGHT:
             seen = seen & (col - position <= right)
     elif MASK == INTERVALS:
-        seen = seen & (first <= position) & (position < last)
+        seen = seen & (query_start <= position) & (position < query_stop)
     if DENSE:
         at = dense_ptr + row.to(tl.int64) * dense_sq + col.to(tl.int64) * dense_sk
         seen = seen & (tl.load(at, seen, 0) != 0)
@@ -209,7 +216,7 @@ def visible(
 
 @triton.constexpr_function
 def unit(plain):
-    """Powers of two in a unit of the row's peak: plain scores are kept in base 2.
+    """Powers of two in a unit of the row's maximum: plain scores are kept in base 2.
 
     The others are not: a bias of the smallest finite number is infinite in base 2, and one of -1e9
     leaves of the score's own part what rounding leaves to every key alike.
@@ -224,7 +231,7 @@ def modify(
 ):  # fmt: skip
     """Scores after scale, softcap, bias and ALiBi; and d(capped score) / d(scaled score)."""
     s = s * scale
-    slack = s
+    d_cap = s
     if SOFTCAP:
         # tanh(x) = 1 - 2 / (exp(2x) + 1) saturates correctly at both ends; its series has more
         # correct digits around 0.
@@ -236,13 +243,13 @@ def modify(
         capped = 1 - 2 / (tl.exp2(x * (2 * _LOG2E)) + 1)
         capped = tl.where(square < 0.0625, x * series, capped)
         s = capped * softcap
-        slack = 1 - capped * capped
+        d_cap = 1 - capped * capped
     if BIAS:
         at = bias_ptr + row.to(tl.int64) * bias_sq + col.to(tl.int64) * bias_sk
         s += tl.load(at, seen, 0).to(tl.float32)
     if ALIBI:
         s -= slope * tl.abs(position - col).to(tl.float32)
-    return s, slack
+    return s, d_cap
 
 
 @triton.jit
@@ -251,23 +258,23 @@ def probabilities(
     MASKED: tl.constexpr, PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
     ALIBI: tl.constexpr,
 ):  # fmt: skip
-    """Softmax of one tile given its rows' lse, in the peak's unit, and `modify`'s derivative.
+    """Softmax of one tile given its rows' lse, in the maximum's unit, and `modify`'s derivative.
 
     Where a bias has moved all scores of a row far away, lse is too coarse to tell how many there
     are: ``weight`` makes their sum 1.
     """
     if PLAIN:
-        slack = s
+        d_cap = s
         p = tl.exp2(s * (scale * _LOG2E) - lse)
     else:
-        s, slack = modify(
+        s, d_cap = modify(
             s, row, position, col, seen, slope, bias_ptr, bias_sq, bias_sk, scale, softcap,
             SOFTCAP, BIAS, ALIBI,
         )  # fmt: skip
         p = tl.exp2((s - lse) * _LOG2E) * weight
     if MASKED:
         p = tl.where(seen, p, 0.0)
-    return p, slack
+    return p, d_cap
 
 
 @triton.jit

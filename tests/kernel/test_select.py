@@ -1,0 +1,66 @@
+"""Which kernel computes a call, and what those say that do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import inputs
+
+from hf_flash_two import flash_attention, kernels, op
+from hf_flash_two.kernels.params import SCHEMA, TENSORS, AttentionParams
+
+
+@pytest.fixture
+def picky(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A kernel before all others that computes calls without a bias; the passes that it ran."""
+    runs = []
+    _, forward, backward = kernels._loaded("blockwise")
+
+    def declines(query, key, value, params, by_name):
+        return None if params.bias is None else "it adds no bias"
+
+    def load():
+        return (
+            lambda *args: runs.append("forward") or forward(*args),
+            lambda *args: runs.append("backward") or backward(*args),
+        )
+
+    package = SimpleNamespace(declines=declines, load=load)
+    monkeypatch.setattr(kernels, "_PACKAGES", {"picky": package, **kernels._PACKAGES})
+    monkeypatch.setattr("hf_flash_two.attention.KERNELS", ("auto", *kernels._PACKAGES))
+    kernels._loaded.cache_clear()
+    yield runs
+    kernels._loaded.cache_clear()
+
+
+def test_auto_takes_the_first_that_does_not_decline(picky: list[str]) -> None:
+    tensors, bias = [x.requires_grad_() for x in inputs(9, 20)], torch.zeros(1, 1, 9, 20)
+    flash_attention(*tensors).sum().backward()
+    assert picky == ["forward", "backward"]
+    flash_attention(*tensors, bias=bias).sum().backward()
+    assert picky == ["forward", "backward"]
+
+
+def test_one_asked_for_by_name_says_why_it_declines(picky: list[str]) -> None:
+    tensors, bias = inputs(9, 20), torch.zeros(1, 1, 9, 20)
+    flash_attention(*tensors, kernel="picky")
+    with pytest.raises(ValueError, match="kernel: 'picky' cannot run, it adds no bias; use 'auto'"):
+        flash_attention(*tensors, bias=bias, kernel="picky")
+    assert picky == ["forward"]
+
+
+def test_the_ops_take_every_setting_by_its_name() -> None:
+    """Tensors come first; both schemas hold all fields in their order."""
+    assert list(SCHEMA) == list(AttentionParams._fields)
+    assert tuple(SCHEMA)[: len(TENSORS)] == TENSORS
+    for packet, names in (
+        (torch.ops.hf_flash_two.flash_attn_fwd, op.FORWARD_NAMES),
+        (torch.ops.hf_flash_two.flash_attn_bwd, op.BACKWARD_NAMES),
+    ):
+        arguments = [argument.name for argument in packet.default._schema.arguments]
+        assert arguments == list(names)
+        start = arguments.index(AttentionParams._fields[0])
+        assert arguments[start:][: len(SCHEMA)] == list(SCHEMA)
