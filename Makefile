@@ -69,6 +69,7 @@ fuzz-models: $(INSTALLED)
 quality: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 style: $(INSTALLED)
 	$(BIN)/ruff check --fix .
