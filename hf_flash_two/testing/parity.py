@@ -282,7 +282,7 @@ def _check_padding(moved: float | None, eager: float | None, limit: float) -> Ch
 
 
 def _check_finite(wrong: list[Slot]) -> Check:
-    detail = "no NaN, no infinity, in padding neither"
+    detail = "no NaN or infinity, including in padding"
     if wrong:
         detail = f"NaN or infinity in {wrong[0][2]} of {wrong[0][0] or 'the whole model'}"
     return Check("finite", not wrong, detail)
