@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_flash_two import AttentionMask, flash_attention
-from hf_flash_two.testing.errors import gradient_errors
+from hf_flash_two.testing.errors import FLOOR, gradient_errors
 
 BATCH = 2
 
@@ -176,6 +176,7 @@ def assert_same_gradients(
     actual: nn.Module | Mapping[str, Tensor],
     expected: nn.Module | Mapping[str, Tensor],
     limit: float = 1e-4,
+    floor: float = FLOOR,
 ) -> None:
     """The same parameters have gradients, and none is further off than `gradient_errors` allows."""
     if isinstance(actual, nn.Module):
@@ -185,6 +186,6 @@ def assert_same_gradients(
     assert any(gradient.any() for gradient in expected.values()), "no gradient to compare with"
     assert actual.keys() == expected.keys()
     assert all(gradient.isfinite().all() for gradient in actual.values())
-    errors = gradient_errors(actual, expected)
+    errors = gradient_errors(actual, expected, floor=floor)
     worst = max(errors, key=lambda name: errors[name])
     assert errors[worst] <= limit, f"{worst}: error {errors[worst]:.1e} > {limit:.0e}"

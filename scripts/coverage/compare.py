@@ -114,20 +114,20 @@ def _check(family: Family, row: Row) -> None:
         if inputs is not None:
             with counter.watch():
                 good &= _compare(row, name, eager, ours, inputs)
-    left_out, idle = family.left_out(), counter.idle
+    left_out, inactive = family.left_out(), counter.inactive
     if left_out:
         row.notes.append(f"not built: {', '.join(sorted(left_out))}")
-    if idle:
-        row.notes.append(f"not run by these inputs: {', '.join(sorted(idle))}")
-    row.layers, row.ours, row.calls = counter.ran, counter.served, counter.calls
+    if inactive:
+        row.notes.append(f"not run by these inputs: {', '.join(sorted(inactive))}")
+    row.layers, row.ours, row.calls = counter.ran, counter.reached, counter.calls
     good &= _weights(row, eager, ours, plain)
     good &= _packed(row, eager, ours, plain)
     good &= _generate(row, eager, ours, cases.get("left") or plain, family.override.caches)
-    row.notes += sorted({f"{type(x).__name__}: {_reason(x)}" for x in counter.unserved})
+    row.notes += sorted({f"{type(x).__name__}: {_reason(x)}" for x in counter.unreached})
     if not good:
         row.status = "differs"
     elif row.layers:
-        others = all(key(type(layer)) in NOT_POSSIBLE for layer in counter.unserved)
+        others = all(key(type(layer)) in NOT_POSSIBLE for layer in counter.unreached)
         row.status = "equal" if row.ours and others else "partly"
 
 
@@ -174,16 +174,16 @@ class LayerCalls:
         return len(self.found)
 
     @property
-    def served(self) -> int:
+    def reached(self) -> int:
         return sum(calls > 0 for calls in self.found.values())
 
     @property
-    def idle(self) -> set[str]:
+    def inactive(self) -> set[str]:
         """Classes of attention layers of which none ran."""
         return {type(x).__name__ for x in self._layers} - {type(x).__name__ for x in self.found}
 
     @property
-    def unserved(self) -> list[nn.Module]:
+    def unreached(self) -> list[nn.Module]:
         return [layer for layer, calls in self.found.items() if not calls]
 
 
