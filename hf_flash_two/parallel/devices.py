@@ -50,7 +50,6 @@ def _part(mask: AttentionMask, dim: int, part: slice) -> AttentionMask:
     changes = {}
     if mask.dense is not None and mask.dense.shape[dim] > 1:
         changes["dense"] = mask.dense[:, part] if dim else mask.dense[part]
-    first, last = mask.first_query, mask.last_query
-    if dim == 0 and first is not None and last is not None and first.shape[0] > 1:
-        changes |= {"first_query": first[part], "last_query": last[part]}
+    if dim == 0 and mask.first_query is not None and mask.first_query.shape[0] > 1:
+        changes |= {"first_query": mask.first_query[part], "last_query": mask.last_query[part]}
     return replace(mask, _bounds=[], **changes) if changes else mask
