@@ -69,6 +69,7 @@ fuzz-models: $(INSTALLED)
 quality: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 style: $(INSTALLED)
 	$(BIN)/ruff check --fix .
@@ -80,7 +81,7 @@ bench: $(INSTALLED)
 # docs/coverage.md: every family of Transformers against eager; goes on where it was interrupted.
 coverage: $(INSTALLED)
 	$(BIN)/pip install -q -c $(CONSTRAINTS) scipy
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/coverage.py --jobs $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.coverage --jobs $(JOBS)
 
 clean:
 	rm -rf .venv .venv-lowest .venv-middle .venv-newest runs build dist

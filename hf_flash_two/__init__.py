@@ -5,10 +5,10 @@ import torch
 from hf_flash_two.attention import flash_attention
 from hf_flash_two.hf import register
 from hf_flash_two.hf.families import register_attention
-from hf_flash_two.hf.parity import check_parity
 from hf_flash_two.hf.patching import patch, patched, unpatch
 from hf_flash_two.masks import AttentionMask
 from hf_flash_two.module import FlashAttentionTwo
+from hf_flash_two.testing.parity import check_parity
 
 __all__ = [
     "AttentionMask",

@@ -112,7 +112,7 @@ class FlashAttentionTwo(nn.Module):
         self.to_kv = nn.Linear(dim, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, dim, bias=False)
         self._plan: ParallelPlan | None = None
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     def forward(
         self,
@@ -216,7 +216,7 @@ class FlashAttentionTwo(nn.Module):
         else:
             dtype = torch.bfloat16 if _has_bfloat16(x.device) else torch.float16
         if dtype == torch.float16 and self.training and torch.is_grad_enabled():
-            self._say_once(
+            self._warn_once(
                 "FlashAttentionTwo trains in float16: small gradients vanish unless the training "
                 "loop scales the loss, see torch.amp.GradScaler"
             )
@@ -230,13 +230,13 @@ class FlashAttentionTwo(nn.Module):
         if not torch.compiler.is_compiling():
             self._plan = plan
         if not plan.expected:
-            self._say_once(f"FlashAttentionTwo(parallel=True) computes locally: {plan.reason}")
+            self._warn_once(f"FlashAttentionTwo(parallel=True) computes locally: {plan.reason}")
         return plan
 
-    def _say_once(self, message: str) -> None:
+    def _warn_once(self, message: str) -> None:
         # The compiler cannot trace a warning.
-        if not torch.compiler.is_compiling() and message not in self._said:
-            self._said.add(message)
+        if not torch.compiler.is_compiling() and message not in self._warned:
+            self._warned.add(message)
             warnings.warn(message, stacklevel=6)
 
 

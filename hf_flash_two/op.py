@@ -15,7 +15,7 @@ from torch._ops import OpOverloadPacket
 from torch.autograd import forward_ad
 from torch.autograd.function import Function, _SingleLevelFunction
 
-from hf_flash_two.kernels import select
+from hf_flash_two.kernels import Kernel, select
 from hf_flash_two.kernels.params import (
     SCHEMA,
     TENSORS,
@@ -53,6 +53,9 @@ _SAVED = slice(0, len(_INPUTS) + len(TENSORS))
 _NOT_SAVED = slice(_SAVED.stop, None)
 _BIAS, _SINKS = FORWARD_NAMES.index("bias"), FORWARD_NAMES.index("sinks")
 
+observers: list[Callable[[str, str, Tensor, Tensor, Tensor, AttentionParams], None]] = []
+"""Called when a kernel is to run, with "forward" or "backward", its name and what it is given."""
+
 
 def _laid_out(fields: Sequence, keys: int) -> AttentionParams:
     """The settings, as every kernel may rely on it: what is per key and per head without gaps."""
@@ -69,6 +72,15 @@ def _laid_out(fields: Sequence, keys: int) -> AttentionParams:
     return params._replace(**strided) if strided else params
 
 
+def _select(
+    direction: str, name: str, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+) -> Kernel:
+    kernel = select(name, query, key, value, params)
+    for observe in observers:
+        observe(direction, kernel.name, query, key, value, params)
+    return kernel
+
+
 # Gradients are on where the levels of torch.func are passed: nothing inside may be recorded.
 @torch.no_grad()
 def _forward(query, key, value, *settings):
@@ -76,7 +88,8 @@ def _forward(query, key, value, *settings):
     if not query.numel():
         return empty_output(query, value.shape[3]), empty_lse(query)
     params = _laid_out(params, key.shape[2])
-    return select(kernel, query, key, value, params).forward(query, key, value, params)
+    chosen = _select("forward", kernel, query, key, value, params)
+    return chosen.forward(query, key, value, params)
 
 
 @torch.no_grad()
@@ -86,9 +99,8 @@ def _backward(d_out, d_lse, query, key, value, out, lse, *settings):
     params = _laid_out(params, key.shape[2])
     if query.numel():
         out = out if out.stride(3) == 1 else out.contiguous()
-        grads = select(kernel, query, key, value, params).backward(
-            d_out, d_lse, query, key, value, out, lse, params, need_d_bias
-        )
+        chosen = _select("backward", kernel, query, key, value, params)
+        grads = chosen.backward(d_out, d_lse, query, key, value, out, lse, params, need_d_bias)
     else:
         d_inputs = (empty_output(x, x.shape[3]).zero_() for x in (query, key, value))
         extras = (params.bias if need_d_bias else None, params.sinks)

@@ -1,16 +1,16 @@
-"""Time attention against the other implementations of this machine, and weigh its peak memory.
+"""Time attention against the other implementations of this machine, or measure its peak memory.
 
     python scripts/benchmark.py                       # the default table of this device
     python scripts/benchmark.py --workloads packed --lengths 8192 --dtypes bf16
     python scripts/benchmark.py --memory              # peak memory of a forward and backward
     python scripts/benchmark.py --model               # training steps and generation of models
 
-Every peer runs in turn within a row, so a ratio holds when the machine's speed drifts; times are
-medians. With --graphs every peer's call is replayed from a CUDA graph: the kernels alone are timed,
-where small ones take less time than the host takes to launch them. A row is timed only if all peers
-agree on its result. FLOP/s count 4 * B * H * D per visible pair in the forward pass, 2.5 times that
-in the backward pass. Running out of memory is a row, not a gap. The last line of the output is the
-table as JSON.
+Every implementation runs in turn within a row, so a ratio holds when the machine's speed drifts;
+times are medians. With --graphs every call is replayed from a CUDA graph: the kernels alone are
+timed, where small ones take less time than the host takes to launch them. A row is timed only if
+all agree on its result. FLOP/s count 4 * B * H * D per visible pair in the forward pass, 2.5 times
+that in the backward pass. Running out of memory is a row, not a gap. The last line of the output is
+the table as JSON.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Case:
         return pairs * 4 * self.heads * self.head_dim * PRODUCTS[self.mode]
 
 
-def peers(
+def implementations(
     case: Case, wanted: list[str] | None
 ) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     """Name -> attention; ours first, then those ``wanted`` of all this machine has for the case."""
@@ -117,8 +117,8 @@ def peers(
             found[f"sdpa-{backend.split('_')[0].lower()}"] = _forced(backend, settings)
         if find_spec("flash_attn") and case.workload in ("full", "causal", "decode"):
             found["flash-attn"] = _flash_attn(case.workload == "causal")
-        if wanted is None or "flex" in wanted:
-            found["flex"] = _flex(case, mask)
+        if wanted is None or "flex_attention" in wanted:
+            found["flex_attention"] = _flex(case, mask)
     return {n: f for n, f in found.items() if wanted is None or n in ("flash_two", *wanted)}
 
 
@@ -160,15 +160,15 @@ def _flex(case: Case, mask: AttentionMask):
 
 
 def measure(case: Case, repeats: int, wanted: list[str] | None = None) -> list[dict]:
-    """One result per peer: milliseconds, FLOP/s, peak memory on a GPU, or why there is no time."""
+    """One result per implementation: ms, FLOP/s, peak memory on a GPU, or why there is no time."""
     tensors, results, runs, reference = case.tensors(), [], {}, None
     timed = {}
     # A backward pass runs on the stream of its forward, and no graph takes the default one.
     stream = torch.cuda.Stream() if case.graphs else None
     if stream is not None:
         stream.wait_stream(torch.cuda.current_stream())
-    for name, attend in peers(case, wanted).items():
-        row = vars(case) | {"peer": name}
+    for name, attend in implementations(case, wanted).items():
+        row = vars(case) | {"attention": name}
         results.append(row)
         try:
             with torch.cuda.stream(stream):
@@ -194,7 +194,7 @@ def measure(case: Case, repeats: int, wanted: list[str] | None = None) -> list[d
             times[name].append(_seconds(timed[name], case.device))
     medians = {name: statistics.median(taken) for name, taken in times.items()}
     for row in results:
-        if seconds := medians.get(row["peer"]):
+        if seconds := medians.get(row["attention"]):
             row |= {"ms": seconds * 1e3, "gflops": case.flops() / seconds / 1e9}
             if "flash_two" in medians:
                 row["ratio"] = seconds / medians["flash_two"]
@@ -238,7 +238,7 @@ def _captured(run, stream: torch.cuda.Stream) -> Callable[[], None]:
 
 
 def _comparable(case: Case, out: Tensor) -> Tensor:
-    """Rows that see no key are left out: peers answer 0, an average or NaN there."""
+    """Rows that see no key are left out: others answer 0, an average or NaN there."""
     if case.workload != "padded":
         return out.float()
     seen = case.mask().to_dense(case.length, case.length).any(-1)
@@ -272,18 +272,19 @@ def memory(device: str) -> None:
     """Peak memory of one forward and backward at 32k tokens, each in a fresh process."""
     print(f"\n{'dtype':6}{'D':>5}{'tensors MiB':>13}{'peak MiB':>10}{'beyond MiB':>12}")
     for dtype, head_dim in (("fp32", 64), ("fp32", 128), ("bf16", 64), ("bf16", 128)):
-        command = [sys.executable, __file__, "--device", device, "--weigh", dtype, str(head_dim)]
-        weighed = json.loads(subprocess.check_output(command, text=True))
-        beyond = weighed["peak"] - weighed["tensors"]
+        case = ["--memory-of", dtype, str(head_dim)]
+        command = [sys.executable, __file__, "--device", device, *case]
+        measured = json.loads(subprocess.check_output(command, text=True))
+        beyond = measured["peak"] - measured["tensors"]
         print(
-            f"{dtype:6}{head_dim:5}{weighed['tensors']:13.0f}{weighed['peak']:10.0f}{beyond:12.0f}"
+            f"{dtype:6}{head_dim:5}{measured['tensors']:13.0f}{measured['peak']:10.0f}{beyond:12.0f}"
         )
 
 
-def weigh(dtype: str, head_dim: int, device: str) -> None:
+def measure_memory(dtype: str, head_dim: int, device: str) -> None:
     """Print the bytes of inputs, output and gradients, and what the process grew by at its peak."""
     small = Case("causal", dtype, 64, head_dim, "both", device, 1, 4, 4)
-    _runner(small, peers(small, [])["flash_two"], small.tensors())()
+    _runner(small, implementations(small, [])["flash_two"], small.tensors())()
     case = Case("causal", dtype, 32768, head_dim, "both", device, 1, 4, 4)
     gc.collect()
     start = torch.cuda.memory_allocated() if device == "cuda" else _resident()
@@ -306,34 +307,35 @@ def _peak_resident() -> int:
 
 
 def show(results: list[dict]) -> None:
+    columns = "workload", "mode", "dtype", "length", "head_dim", "attention"
     names, times = "{:8} {:8} {:5} {:>6} {:>4}  {:15} ", "{:>9} {:>9} {:>9} {:>13}"
-    head = names.format("workload", "mode", "dtype", "T", "D", "peer")
+    head = names.format("workload", "mode", "dtype", "T", "D", "attention")
     print("\n" + head + times.format("ms", "GFLOP/s", "peak MiB", "flash_two is"))
     for row in results:
-        line = names.format(*(row[x] for x in "workload mode dtype length head_dim peer".split()))
+        line = names.format(*(row[x] for x in columns))
         if "failed" in row:
             print(f"{line}{row['failed'][:60]}")
             continue
         peak = f"{row['peak_mib']:.0f}" if "peak_mib" in row else ""
-        is_peer = row["peer"] != "flash_two" and "ratio" in row
-        ratio = compared(row["ratio"]) if is_peer else ""
+        is_baseline = row["attention"] != "flash_two" and "ratio" in row
+        ratio = compared(row["ratio"]) if is_baseline else ""
         print(line + times.format(f"{row['ms']:.2f}", f"{row['gflops']:.0f}", peak, ratio))
 
 
 def plot(results: list[dict], path: str) -> None:
-    """Bars of the ratio to each peer, one per row; needs matplotlib."""
+    """Bars of the ratio to each baseline, one per row; needs matplotlib."""
     import matplotlib.pyplot as plt
 
-    rows = [r for r in results if "ratio" in r and r["peer"] != "flash_two"]
+    rows = [r for r in results if "ratio" in r and r["attention"] != "flash_two"]
     labels = [
         " ".join(str(r[x]) for x in ("workload", "mode", "dtype", "length", "head_dim") if x in r)
-        + f" vs {r['peer']}"
+        + f" vs {r['attention']}"
         for r in rows
     ]
     figure, axes = plt.subplots(figsize=(8, 0.25 * len(rows) + 1))
     axes.barh(labels, [r["ratio"] for r in rows])
     axes.axvline(1.0, color="black", linewidth=1)
-    axes.set_xlabel("time of the peer / time of flash_two")
+    axes.set_xlabel("time of the baseline / time of flash_two")
     axes.invert_yaxis()
     figure.savefig(path, bbox_inches="tight", dpi=150)
 
@@ -395,20 +397,20 @@ def main() -> None:
     parser.add_argument(
         "--modes", nargs="+", help=f"of {tuple(PRODUCTS)}, or with --model train generate"
     )
-    parser.add_argument("--peers", nargs="+", help="all that there are if left out")
+    parser.add_argument("--baselines", nargs="+", help="all that there are if left out")
     parser.add_argument(
         "--graphs", action="store_true", help="replay CUDA graphs: the kernels without the host"
     )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--plot", help="write a bar chart to this file (needs matplotlib)")
-    parser.add_argument("--memory", action="store_true", help="weigh peak memory instead")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory instead")
     parser.add_argument("--model", action="store_true", help="time whole models instead")
     parser.add_argument("--layers", type=int, help="of the models")
     parser.add_argument("--width", type=int, help="of the models")
     parser.add_argument("--batch", type=int, default=2, help="of the models")
     parser.add_argument("--new-tokens", type=int, default=32, help="that the models write")
-    parser.add_argument("--weigh", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     known = benchmark_model.WORKLOADS if args.model else WORKLOADS
     args.workloads = args.workloads or known
@@ -419,8 +421,8 @@ def main() -> None:
     if args.plot and find_spec("matplotlib") is None:
         parser.error("--plot: needs the package matplotlib: pip install matplotlib")
     torch.set_num_threads(args.threads)
-    if args.weigh:
-        weigh(args.weigh[0], int(args.weigh[1]), args.device)
+    if args.memory_of:
+        measure_memory(args.memory_of[0], int(args.memory_of[1]), args.device)
         return
     machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
     print(
@@ -434,7 +436,7 @@ def main() -> None:
     timing = benchmark_model if args.model else sys.modules[__name__]
     results = []
     for case in tqdm(timing.cases(args), unit="case", file=sys.stderr):
-        results += timing.measure(case, args.repeats, args.peers)
+        results += timing.measure(case, args.repeats, args.baselines)
     timing.show(results)
     print(json.dumps(results), flush=True)
     if args.plot:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 WORKLOADS = ("plain", "padded", "packed", "window", "softcap", "sinks")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PEERS = ("flash_two", "sdpa", "flex_attention", "eager")
+IMPLEMENTATIONS = ("flash_two", "sdpa", "flex_attention", "eager")
 WINDOW = DOCUMENT = 512
 OUT_OF_MEMORY = "out of memory"
 _FAMILIES = {
@@ -121,15 +121,15 @@ def measure(case: Case, repeats: int, wanted: list[str] | None = None) -> list[d
         "length": case.length, "batch": case.batch, "layers": case.layers, "width": case.width,
     }  # fmt: skip
     results, runs, expected = [], {}, None
-    for name in PEERS:
-        if wanted is not None and name not in (PEERS[0], *wanted):
+    for name in IMPLEMENTATIONS:
+        if wanted is not None and name not in (IMPLEMENTATIONS[0], *wanted):
             continue
-        results.append(row | {"peer": name})
+        results.append(row | {"attention": name})
         run = _runner(case, model, inputs, optimizer, name)
         try:
             got = run()
-        except Exception as error:  # whatever a peer cannot do is a row
-            if name == PEERS[0]:
+        except Exception as error:  # whatever it cannot do is a row
+            if name == IMPLEMENTATIONS[0]:
                 raise
             results[-1]["failed"] = failure(error)
             gc.collect()
@@ -143,15 +143,15 @@ def measure(case: Case, repeats: int, wanted: list[str] | None = None) -> list[d
     for _ in range(repeats):
         for name, run in runs.items():
             times[name].append(_seconds(run, case.device))
-    base = statistics.median(times[PEERS[0]])
+    base = statistics.median(times[IMPLEMENTATIONS[0]])
     for result in results:
-        if result["peer"] in times:
-            seconds = statistics.median(times[result["peer"]])
+        if result["attention"] in times:
+            seconds = statistics.median(times[result["attention"]])
             result |= {"ms": seconds * 1e3, "tokens_per_s": case.tokens() / seconds}
             result["ratio"] = seconds / base
             if case.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-                runs[result["peer"]]()
+                runs[result["attention"]]()
                 result["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
     return results
 
@@ -207,19 +207,19 @@ def _seconds(run: Callable, device: str) -> float:
 
 def show(results: list[dict]) -> None:
     names, times = "{:8} {:8} {:8} {:>6} {:>3}  {:14} ", "{:>9} {:>9} {:>9} {:>13}"
-    head = names.format("workload", "mode", "dtype", "T", "B", "peer")
+    head = names.format("workload", "mode", "dtype", "T", "B", "attention")
     print("\n" + head + times.format("ms", "tokens/s", "peak MiB", "flash_two is"))
     for row in results:
-        line = names.format(*(row[x] for x in "workload mode dtype length batch peer".split()))
+        line = names.format(*(row[x] for x in "workload mode dtype length batch attention".split()))
         if "failed" in row:
             print(f"{line}{row['failed'][:70]}")
             continue
         peak = f"{row['peak_mib']:.0f}" if "peak_mib" in row else ""
-        ratio = "" if row["peer"] == "flash_two" else compared(row["ratio"])
+        ratio = "" if row["attention"] == "flash_two" else compared(row["ratio"])
         numbers = f"{row['ms']:.1f}", f"{row['tokens_per_s']:.0f}"
         print(line + times.format(*numbers, peak, ratio))
 
 
 def compared(ratio: float) -> str:
-    """In words, what flash_two is beside a peer that takes ``ratio`` times as long."""
+    """In words, what flash_two is beside a baseline that takes ``ratio`` times as long."""
     return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"

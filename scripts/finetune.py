@@ -39,9 +39,11 @@ TOLERANCE = 1e-4
 """Largest relative difference that --compare accepts between two attentions in float32."""
 
 LAST_SEED = 2**32 - 1
-# What a resumed run must share with the run it continues; the rest does not change the losses.
-IDENTITY = ["model", "max_length", "batch_size", "steps", "learning_rate", "warmup_steps", "seed"]
-IDENTITY += ["weight_decay", "max_grad_norm", "eval_fraction", "precision", "lora_rank"]
+# The options that a resumed run may change: the losses do not depend on them. All others must be
+# those of the run that it continues. Of --data and --text-field the text itself is compared.
+CHANGEABLE = ["output_dir", "resume", "data", "text_field", "attn_implementation", "compare"]
+CHANGEABLE += ["micro_batch_size", "gradient_checkpointing", "eval_every", "save_every", "keep"]
+CHANGEABLE += ["prompt", "sample_tokens"]
 PRECISIONS = ("no", "bf16", "fp16")
 
 
@@ -185,7 +187,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-import hf_flash_two  # noqa: F401  registers "flash_two"
+from hf_flash_two.testing.errors import gradient_errors  # and registers "flash_two"
 
 
 def check_names(args: argparse.Namespace) -> None:
@@ -475,6 +477,12 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.stem[5:]))
 
 
+def identity_of(args: argparse.Namespace, tokens: Tensor) -> dict:
+    """What a resumed run must share with the run that it continues."""
+    identity = {name: value for name, value in vars(args).items() if name not in CHANGEABLE}
+    return identity | {"text": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()}
+
+
 def save_checkpoint(args: argparse.Namespace, state: dict) -> None:
     final = args.output_dir / f"step-{state['step']:08d}.pt"
     with writing(final):
@@ -629,19 +637,13 @@ def measure(model: PreTrainedModel, tokenizer, rows, prompt: str) -> dict:
     tokens, positions = (tensor.to(model.device) for tensor in rows)
     loss = loss_sum(model, tokens, positions) / (positions != 0).sum()
     loss.backward()
-    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    named = model.named_parameters()
+    gradients = {name: weight.grad for name, weight in named if weight.grad is not None}
     with torch.no_grad():
         logits = logits_of(model, tokens, positions)
     greedy = generate(model, tokenizer, prompt, 64, do_sample=False)
-    return {"loss": [loss.detach()], "logits": [logits], "gradients": gradients, "greedy": greedy}
-
-
-def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """Largest difference relative to the largest entry of its tensor."""
-    # A gradient that is 0 but for rounding has no largest entry worth the name.
-    floor = 1e-3 * max(b.abs().max() for b in theirs)
-    pairs = zip(ours, theirs, strict=True)
-    return max(float((a - b).abs().max() / b.abs().max().clamp(min=floor)) for a, b in pairs)
+    loss, logits = {"loss": loss.detach()}, {"logits": logits}
+    return {"loss": loss, "logits": logits, "gradients": gradients, "greedy": greedy}
 
 
 def check_comparison(args: argparse.Namespace, tokenizer, rows, device: torch.device) -> None:
@@ -665,10 +667,10 @@ def compare(names: tuple[str, str], folder: Path, tokenizer, rows, prompt: str, 
 
     ours, theirs = map(measured, names)
     same = torch.equal(ours.pop("greedy"), theirs.pop("greedy"))
-    differences = {key: difference(ours[key], theirs[key]) for key in ours}
+    differences = {key: max(gradient_errors(ours[key], theirs[key]).values()) for key in ours}
     print(f"\n{'':<16}{names[0]:>12}{names[1]:>12}{'difference':>12}{'allowed':>10}")
     for key, value in differences.items():
-        shown = [f"{float(x[key][0]):.6f}" if key == "loss" else "" for x in (ours, theirs)]
+        shown = [f"{float(x[key]['loss']):.6f}" if key == "loss" else "" for x in (ours, theirs)]
         print(f"{key:<16}{shown[0]:>12}{shown[1]:>12}{value:>12.1e}{TOLERANCE:>10.0e}")
     print(f"{'greedy sample':<40}{'equal' if same else 'DIFFERENT':>12}{'equal':>10}")
     if not same or not max(differences.values()) <= TOLERANCE:
@@ -712,8 +714,7 @@ def main() -> None:
     tokens, positions = pack(tokenize(documents, tokenizer), args.max_length)
     training, held_out = split(tokens, positions, args.eval_fraction)
 
-    identity = {name: getattr(args, name) for name in IDENTITY}
-    identity["text"] = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    identity = identity_of(args, tokens)
     state = load_checkpoint(args.output_dir, identity)
     start = state["step"]
     if args.compare and accelerator.is_main_process:

@@ -77,9 +77,10 @@ def load(args: argparse.Namespace) -> PreTrainedModel:
         model = cls.from_pretrained(args.model, dtype=args.dtype, attn_implementation="eager")
     except Exception as reason:  # of any kind, by what the folder holds
         refuse("MODEL", f"cannot load {args.model!r}: {reason}")
-    device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        return model.to(device)
+        device = torch.accelerator.current_accelerator(check_available=True)
+        device = torch.device(args.device or device or "cpu")
+        return model.to(device)  # pyright: ignore[reportArgumentType]  (a decorator hides self)
     except (RuntimeError, AssertionError) as reason:
         refuse("--device", reason)
 

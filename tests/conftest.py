@@ -16,9 +16,7 @@ def modules_beside_the_package() -> str:
     """A pattern of the names of what is in scripts/ and tests/."""
     root = Path(__file__).parent.parent
     paths = [*(root / "tests").rglob("*.py"), *(root / "scripts").glob("*.py")]
-    names = {"zoo", *(path.stem for path in paths)} - {
-        "coverage"
-    }  # there is a package of this name
+    names = {"scripts", *(path.stem for path in paths)}
     return rf"({'|'.join(sorted(names))})(\.|$)"
 
 

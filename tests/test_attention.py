@@ -178,7 +178,7 @@ def matrix() -> list:
 
 
 @pytest.mark.parametrize(("make", "query_length", "key_length", "dtype", "head", "dim"), matrix())
-def test_mask(
+def test_masks_within_the_budget_of_the_dense_formula(
     kernel: str,
     device: str,
     make: Callable,
@@ -610,16 +610,22 @@ RANGES = [climbing, falling, late_peak, level]
 @pytest.mark.parametrize("make", [full, causal, padded], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("shape", RANGES, ids=lambda shape: shape.__name__)
 @pytest.mark.long
-def test_large_scores(kernel: str, device: str, shape: Callable, make: Callable, dtype) -> None:
-    """Half precision has no gradient to compare where a row has one key left: it is exactly 0."""
+def test_large_scores(
+    kernel: str, device: str, shape: Callable, make: Callable, dtype, request
+) -> None:
+    """Where a row has one key left, its scores' gradient is 0: half precision may round it only."""
     if dtype == torch.bfloat16 and shape is level:
         pytest.skip("at 4096 neighbouring bfloat16 scores lie 22 apart: nothing to compare")
+    if dtype == torch.bfloat16 and kernel == "blockwise" and device == "cpu":
+        # Its backward takes lse for that of the scores which it rounds less.
+        reason = "the forward rounds scores to bfloat16 before their maximum is subtracted"
+        request.applymarker(pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason))
     query, key, value = inputs(70, 700, dtype=dtype, device=device)
     query[..., 0] = 3 + 2 * torch.rand(query.shape[:3], device=device)
     mask, visible = make(70, 700)
     check(
         kernel, query, shape(key), value, mask=mask, visible=visible,
-        budget_for_gradients=dtype == torch.float32,
+        vanishing_gradients=dtype != torch.float32,
     )  # fmt: skip
 
 
@@ -664,10 +670,15 @@ def test_a_bad_batch_row_stays_alone(kernel: str, device: str, name: str, poison
 
     clean = run()
     tensors[name][1] = poison
-    for got, want in zip(run(), clean, strict=True):
-        assert torch.equal(got[0], want[0])
-        if got is not None and name == "query":
-            assert not got[1].isfinite().all()
+    # Neither lse nor the gradient of the values is computed from values.
+    untouched = ("lse", "d_value") if name == "value" else ()
+    results = ("out", "lse", "d_query", "d_key", "d_value")
+    for result, got, want in zip(results, run(), clean, strict=True):
+        assert torch.equal(got[0], want[0]), result
+        if result in untouched:
+            assert torch.equal(got[1], want[1]), result
+        else:
+            assert not got[1].isfinite().all(), result
 
 
 def documents_mask(length: int) -> AttentionMask:
@@ -809,7 +820,9 @@ def test_repeats_bit_for_bit(kernel: str, device: str) -> None:
     "buckets", [(1, 1), (16, 48), (7, 1000), (256, 64), (1000, 16)], ids=lambda b: f"{b[0]}x{b[1]}"
 )
 @pytest.mark.long
-def test_buckets(kernel: str, device: str, buckets: tuple[int, int], dtype) -> None:
+def test_tiles_of_any_size_within_the_budget(
+    kernel: str, device: str, buckets: tuple[int, int], dtype
+) -> None:
     mask, visible = padded(70, 140)
     tensors = inputs(70, 140, dtype=dtype, device=device)
     check(kernel, *tensors, mask=mask, visible=visible, buckets=buckets)

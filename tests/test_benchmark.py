@@ -31,12 +31,12 @@ def run(monkeypatch, capsys):
 def test_attention_is_timed_against_sdpa(run) -> None:
     rows = run("--lengths", "96", "--head-dims", "16", "--repeats", "2")
     assert {row["workload"] for row in rows} == set(benchmark.WORKLOADS)
-    assert {row["peer"] for row in rows} == {"flash_two", "sdpa"}
+    assert {row["attention"] for row in rows} == {"flash_two", "sdpa"}
     assert all(row["ms"] > 0 and row["gflops"] > 0 and row["ratio"] > 0 for row in rows)
 
 
 def test_models_are_timed_against_eager(run, monkeypatch) -> None:
-    monkeypatch.setattr(benchmark_model, "PEERS", ("flash_two", "eager"))
+    monkeypatch.setattr(benchmark_model, "IMPLEMENTATIONS", ("flash_two", "eager"))
     sizes = "--lengths 40 --width 64 --layers 1 --repeats 1 --new-tokens 2".split()
     rows = run("--model", *sizes)
     assert {row["workload"] for row in rows} == set(benchmark_model.WORKLOADS)
@@ -44,7 +44,7 @@ def test_models_are_timed_against_eager(run, monkeypatch) -> None:
     assert all(row["tokens_per_s"] > 0 for row in rows)
 
 
-def test_a_peer_that_disagrees_is_not_timed(run, monkeypatch) -> None:
+def test_a_baseline_that_disagrees_is_not_timed(run, monkeypatch) -> None:
     attend = benchmark.F.scaled_dot_product_attention
     monkeypatch.setattr(
         benchmark.F, "scaled_dot_product_attention", lambda *a, **k: 1.01 * attend(*a, **k)
@@ -77,7 +77,7 @@ def test_a_plot_that_fails_loses_no_result(options, run, monkeypatch, capsys) ->
 def test_columns_do_not_touch(timing, capsys) -> None:
     row = {
         "workload": "softcapped", "mode": "backward", "dtype": "bfloat16", "length": 12345678,
-        "head_dim": 12345, "batch": 1234, "peer": "sdpa-a-long-name-of-it", "ms": 1e9,
+        "head_dim": 12345, "batch": 1234, "attention": "sdpa-a-long-name-of-it", "ms": 1e9,
         "gflops": 1e12, "tokens_per_s": 1e12, "peak_mib": 1e12, "ratio": 0.4,
     }  # fmt: skip
     timing.show([row])

@@ -12,7 +12,8 @@ def warn_as(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [__name__, "conftest", "hf_flash_two.kernels.blockwise", "finetune", "zoo.build"]
+    "module",
+    [__name__, "conftest", "hf_flash_two.kernels.blockwise", "finetune", "scripts.coverage.build"],
 )
 def test_a_warning_of_our_own_is_an_error(module: str) -> None:
     with pytest.raises(UserWarning, match="something"):

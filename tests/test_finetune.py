@@ -434,6 +434,17 @@ def test_resume_refuses_another_run(run, finished: Path) -> None:
     assert (finished / "losses.jsonl").read_bytes() == before
 
 
+def test_every_option_identifies_a_run_unless_it_may_change(monkeypatch, tmp_path) -> None:
+    args = parsed(monkeypatch, tmp_path)
+    assert vars(args).keys() >= set(finetune.CHANGEABLE)
+    args.brand_new = "one that nobody thought of"
+    assert finetune.identity_of(args, torch.ones(2, 3)).keys() == {
+        "model", "max_length", "batch_size", "steps", "learning_rate", "warmup_steps", "seed",
+        "weight_decay", "max_grad_norm", "eval_fraction", "precision", "lora_rank", "text",
+        "brand_new",
+    }  # fmt: skip
+
+
 def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 

@@ -48,7 +48,8 @@ MAY_IMPORT = {
     "module": ["attention", "masks", "parallel"],
     "parallel": ["attention", "op", "kernels", "masks", "parallel"],
     "hf": ["attention", "kernels", "masks", "tensor_cache", "hf", "parallel"],
-    "__init__": ["attention", "masks", "module", "parallel", "hf"],
+    "testing": ["hf", "kernels", "op", "testing"],
+    "__init__": ["attention", "masks", "module", "parallel", "hf", "testing"],
 }
 
 
@@ -64,7 +65,7 @@ def test_imports_point_down(path: Path) -> None:
 def test_other_packages_stay_in_their_places(path: Path) -> None:
     layer = path.relative_to(ROOT).with_suffix("").parts[0]
     packages = {name.split(".")[0] for name in imports_of(path)}
-    if layer != "hf":
+    if layer not in ("hf", "testing"):
         assert not packages & {"transformers", "peft", "trl"}
     if layer != "parallel":
         assert "accelerate" not in packages
@@ -115,7 +116,7 @@ else:
 """)
 
 
-def test_importing_touches_nothing() -> None:
+def test_importing_changes_no_global_state_of_torch_or_accelerate() -> None:
     """No process group, no accelerator state, no threads setting, no random number."""
     in_fresh_process("""
 import torch
@@ -126,6 +127,47 @@ assert not PartialState._shared_state
 assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()
 after = torch.get_rng_state(), torch.get_num_threads(), torch.get_default_dtype()
 assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
+""")
+
+
+REPLACED = """
+modeling_utils.is_flash_attention_requested masking_utils.is_flash_attention_requested
+generation.utils.is_flash_attention_requested masking_utils.and_masks masking_utils.or_masks
+masking_utils.sliding_window_overlay masking_utils.chunked_overlay masking_utils.blockwise_overlay
+masking_utils.sliding_window_bidirectional_overlay masking_utils.padding_mask_function
+masking_utils.packed_sequence_mask_function masking_utils.remap_positions_for_packed_sequence
+PreTrainedModel.post_init PreTrainedModel._check_and_adjust_attn_implementation
+PreTrainedModel.set_attn_implementation GenerationMixin.init_continuous_batching
+"""
+
+
+def test_importing_replaces_these_functions_of_other_packages_and_no_more() -> None:
+    """Those of them that the installed Transformers has."""
+    in_fresh_process(f"""
+import sys
+import accelerate, torch, transformers
+from transformers import generation, masking_utils, modeling_utils
+import transformers.generation.utils
+
+def members():
+    owners = {{
+        name.removeprefix("transformers."): module for name, module in list(sys.modules.items())
+        if name.partition(".")[0] in ("accelerate", "torch", "transformers")
+    }}
+    classes = transformers.PreTrainedModel, transformers.GenerationMixin
+    owners |= {{cls.__name__: cls for cls in classes}}
+    for owner, holder in owners.items():
+        # Whatever a class inherits counts: a function set on it hides that.
+        for name in dir(holder) if isinstance(holder, type) else list(vars(holder)):
+            value = getattr(holder, name) if isinstance(holder, type) else vars(holder)[name]
+            if callable(value):
+                yield owner + "." + name, value
+
+before = dict(members())
+import hf_flash_two
+changed = {{name for name, value in members() if name in before and value != before[name]}}
+expected = {{name for name in {REPLACED.split()} if name in before}}
+assert changed == expected, changed ^ expected
 """)
 
 

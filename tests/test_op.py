@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -18,7 +18,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from hf_flash_two import AttentionMask, attention, flash_attention, op
+from hf_flash_two import AttentionMask, attention, flash_attention
+from hf_flash_two.testing import KernelCall, kernel_calls
 
 FORWARD = torch.ops.hf_flash_two.flash_attn_fwd
 BACKWARD = torch.ops.hf_flash_two.flash_attn_bwd
@@ -238,25 +239,10 @@ def test_export(strict: bool, example: int) -> None:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernel's runs, in order."""
-    record = []
-    select = op.select
-
-    def counting(*arguments):
-        kernel = select(*arguments)
-
-        def named(name: str) -> Callable:
-            def run(*arguments):
-                record.append(name)
-                return getattr(kernel, name)(*arguments)
-
-            return run
-
-        return kernel._replace(forward=named("forward"), backward=named("backward"))
-
-    monkeypatch.setattr(op, "select", counting)
-    return record
+def calls() -> Iterator[list[KernelCall]]:
+    """The kernels' runs, in order."""
+    with kernel_calls(backward=True) as calls:
+        yield calls
 
 
 def check_recomputed(wrap: Callable, **arguments) -> None:
@@ -277,15 +263,16 @@ def check_recomputed(wrap: Callable, **arguments) -> None:
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-def test_checkpoint(calls: list[str], reentrant: bool, dropout_p: float) -> None:
+def test_checkpoint(calls: list[KernelCall], reentrant: bool, dropout_p: float) -> None:
     check_recomputed(
         lambda block, *leaves: checkpoint(block, *leaves, use_reentrant=reentrant),
         dropout_p=dropout_p,
     )
-    assert calls == ["forward", "backward", "forward", "forward", "backward"]
+    directions = [call.direction for call in calls]
+    assert directions == ["forward", "backward", "forward", "forward", "backward"]
 
 
-def test_selective_checkpoint_saves_the_attention(calls: list[str]) -> None:
+def test_selective_checkpoint_saves_the_attention(calls: list[KernelCall]) -> None:
     """A policy that knows the op by its name, as TRL's does, spares the second forward."""
 
     def policy(context, function, *arguments, **options) -> CheckpointPolicy:
@@ -299,7 +286,7 @@ def test_selective_checkpoint_saves_the_attention(calls: list[str]) -> None:
         return checkpoint(block, *leaves, use_reentrant=False, context_fn=contexts)
 
     check_recomputed(wrap)
-    assert calls == ["forward", "backward", "forward", "backward"]
+    assert [call.direction for call in calls] == ["forward", "backward", "forward", "backward"]
 
 
 # torch.func

@@ -37,7 +37,9 @@ def attend_over_devices(
             value.narrow(dim, start, stop - start),
         )
         part = _part(mask, dim, slice(start * share, stop * share)).to(device)
-        out = flash_attention(*(x.to(device) for x in tensors), mask=part, **settings)
+        query_part, key_part, value_part = (x.to(device) for x in tensors)
+        out = flash_attention(query_part, key_part, value_part, mask=part, **settings)
+        assert isinstance(out, Tensor)
         parts.append(out.to(query.device))
     return torch.cat(parts, dim=dim)
 

@@ -14,7 +14,7 @@ from hf_flash_two.attention import flash_attention
 from hf_flash_two.masks import AttentionMask
 from hf_flash_two.parallel.devices import attend_over_devices
 
-if dist.is_available():
+if TYPE_CHECKING or dist.is_available():
     from hf_flash_two.parallel.sequence import attend_over_mesh, gather_sequence
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -45,19 +45,21 @@ class ParallelPlan:
 
     def whole_sequence(self, keep: Tensor) -> Tensor:
         """bool [B, T] over the whole sequence, from this rank's shard of it if it is sharded."""
-        if self.kind != "sequence":
+        if self.mesh is None:
             return keep
         return gather_sequence(keep[:, None, :, None], self.mesh, self.layout)[:, 0, :, 0]
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, **settings
     ) -> Tensor:
-        """`flash_attention` carried out by this plan."""
-        if self.kind == "sequence":
+        """`flash_attention`, computed where this plan says."""
+        if self.mesh is not None:
             return attend_over_mesh(query, key, value, mask, self.mesh, self.layout, **settings)
         if self.kind == "devices":
             return attend_over_devices(query, key, value, mask, self.devices, **settings)
-        return flash_attention(query, key, value, mask=mask, **settings)
+        out = flash_attention(query, key, value, mask=mask, **settings)
+        assert isinstance(out, Tensor)
+        return out
 
 
 def make_plan(

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import transformers
 
-import hf_flash_two  # noqa: F401  (registers flash_two and fa_two)
-from hf_flash_two import op
+from hf_flash_two import testing
 
 transformers.logging.set_verbosity_error()
 
 
 @pytest.fixture
-def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shape of the queries of every call of a forward kernel so far."""
-    calls: list[tuple[int, ...]] = []
-    select = op.select
-
-    def counting(*call):
-        kernel = select(*call)
-
-        def forward(query, *args):
-            calls.append(tuple(query.shape))
-            return kernel.forward(query, *args)
-
-        return kernel._replace(forward=forward)
-
-    monkeypatch.setattr(op, "select", counting)
-    return calls
+def kernel_calls() -> Iterator[list[testing.KernelCall]]:
+    """Every call of a forward kernel so far."""
+    with testing.kernel_calls() as calls:
+        yield calls

@@ -20,12 +20,14 @@ import torch
 import transformers
 from checks import assert_close, backward
 from hand_written_models import FAMILIES, HandWritten, prompt
+from helpers import assert_same_gradients, gradients_of
 from models import CACHE, DECODERS, tokens
 from packed_rows import Row, boundaries, each_alone
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from hf_flash_two import patch
+from hf_flash_two.testing.errors import FLOOR
 
 _OWN = "bloom codegen falcon_rotary falcon_new gpt_neo gpt_neox_japanese gptj mpt xglm".split()
 _MORE = [
@@ -134,10 +136,9 @@ def run(case: Case) -> None:
     for model, output in ((flash, logits[case.numbers != 0]), (eager, alone)):
         model.zero_grad()
         backward(output)
-        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
-    largest = max(g.abs().max() for g in gradients[1])
-    for got, want in zip(*gradients, strict=True):
-        assert (got - want).abs().max() <= 1e-4 * largest
+        gradients.append(gradients_of(model))
+    # Of many cases some have scores so large that their rounding shows above the usual floor.
+    assert_same_gradients(*gradients, floor=10 * FLOOR)
 
 
 def main() -> int:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import transformers
 from checks import assert_close
+from models import patched_where_known
+from packaging.version import Version
 
 import hf_flash_two
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-from zoo import inputs as given  # noqa: E402
-from zoo.build import families  # noqa: E402
-from zoo.compare import attention_layers, attention_weights  # noqa: E402
+from scripts.coverage import inputs as given
+from scripts.coverage.build import families
+from scripts.coverage.compare import attention_layers, attention_weights
 
 FAMILIES = {family.name: family for family in families()}
 # Recorded by hooks of Transformers, by arguments, by the model's own code; in one family several.
@@ -38,9 +34,15 @@ def pair(name: str):
     by_patch = "hand-written" in attention_layers(eager).values() or family.override.patched
     ours = family.build("eager" if by_patch else "flash_two")
     if by_patch:
-        hf_flash_two.patch(ours)
+        patched_where_known(ours)
     ours.load_state_dict(eager.state_dict())
     return eager, ours, given.example(eager, family.override)
+
+
+def skip_if_eager_returns_none(name: str, weights: dict) -> None:
+    old = Version(transformers.__version__) < Version("5.23")
+    if name == "siglip" and old and not weights:
+        pytest.skip(f"in transformers {transformers.__version__} eager records none for {name}")
 
 
 def check(got: dict, wanted: dict) -> None:
@@ -55,6 +57,7 @@ def test_every_entry_of_a_family(name: str) -> None:
     eager, ours, inputs = pair(name)
     asking = inputs | {"output_attentions": True, "return_dict": True}
     wanted, got = given.run(eager, asking), given.run(ours, asking)
+    skip_if_eager_returns_none(name, attention_weights(wanted))
     assert attention_weights(wanted)
     check(attention_weights(got), attention_weights(wanted))
     # And by position, as they come without a dictionary.
@@ -78,7 +81,7 @@ def test_parts_that_are_called_by_themselves(name: str) -> None:
     given.run(eager, inputs)
     for hook in hooks:
         hook.remove()
-    compared = 0
+    compared: dict[str, torch.Tensor] = {}
     for at, (args, kwargs) in calls.items():
         kept = {k: x for k, x in kwargs.items() if not k.startswith(("past", "use_", "output_"))}
         kept["output_attentions"] = True
@@ -90,7 +93,8 @@ def test_parts_that_are_called_by_themselves(name: str) -> None:
             got = ours.get_submodule(at)(*args, **kept)
         if isinstance(wanted, dict):
             check(attention_weights(got), attention_weights(wanted))
-            compared += len(attention_weights(wanted))
+            compared |= attention_weights(wanted, at)
+    skip_if_eager_returns_none(name, compared)
     assert compared
 
 
@@ -128,11 +132,13 @@ def test_compiled_whole(name: str) -> None:
         assert_close(weights, theirs)
 
 
-def test_nothing_is_computed_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["gpt2", "llama", "pix2struct"])
+def test_nothing_is_computed_unasked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_):
         raise AssertionError
 
     monkeypatch.setattr(hf_flash_two.hf.interface, "_weights", never)
-    for name in ("gpt2", "llama", "pix2struct"):
-        _, ours, inputs = pair(name)
-        given.run(ours, inputs)
+    _, ours, inputs = pair(name)
+    given.run(ours, inputs)
+    with pytest.raises(AssertionError):
+        given.run(ours, inputs | {"output_attentions": True})

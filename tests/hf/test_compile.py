@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checks import assert_close, assert_same_gradients, backward
+from checks import assert_close, backward
+from helpers import assert_same_gradients
 from models import (
     CACHE,
     DECODERS,

@@ -1,24 +1,25 @@
-"""scripts/coverage.py on one family of each kind; that it notices what is wrong; its table."""
+"""scripts/coverage on one family of each kind; that it notices what is wrong; its table."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import transformers
+from models import NOT_KNOWN, is_not_known
 
 from hf_flash_two.hf import interface
 from hf_flash_two.masks import AttentionMask
+from scripts.coverage import __main__ as coverage
+from scripts.coverage import overrides, table
+from scripts.coverage.build import families
+from scripts.coverage.compare import Row, check
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from zoo import overrides, table  # noqa: E402
-from zoo.build import families  # noqa: E402
-from zoo.compare import Row, check  # noqa: E402
 
 FAMILIES = {family.name: family for family in families()}
 # Windows, chunks, sinks, caps, biases, indices, documents laid end to end, masks as tensors.
@@ -43,6 +44,10 @@ def row_of(name: str) -> Row:
 @pytest.mark.parametrize("name", INTERFACE + OWN)
 def test_a_family_is_equal(name: str) -> None:
     row = row_of(name)
+    if is_not_known(FAMILIES[name].build("eager")):
+        assert (row.status, row.ours) == ("partly", 0)
+        assert NOT_KNOWN in " ".join(row.notes)
+        return
     assert row.status == "equal", row
     assert row.layers == row.ours > 0
     assert row.calls >= row.layers
@@ -123,6 +128,12 @@ def test_what_goes_wrong_is_an_error_with_its_reason(monkeypatch: pytest.MonkeyP
     assert "broken by hand" in row.notes[0]
 
 
+def families_on(page: str) -> list[str]:
+    """The first column of all tables of families."""
+    tables = page.split("\n| family |")[1:]
+    return [name for table in tables for name in re.findall(r"^\| (\w+) \|", table, re.MULTILINE)]
+
+
 def test_the_table_names_every_exception(tmp_path: Path) -> None:
     rows = [
         Row("right", kind="interface", status="equal", layers=2, ours=2, forward={"plain": 3e-7}),
@@ -140,14 +151,28 @@ def test_the_table_names_every_exception(tmp_path: Path) -> None:
     assert "Not compared, the tables say why: `rest`." in page
     assert "- `half`: equal in part. cause two" in page
     assert "| right |  | 2/2 | equal | 3e-07 |" in page
-    record = json.loads((tmp_path / "coverage.json").read_text())
-    assert [row["family"] for row in record["families"]] == [
-        "half", "mixed", "other", "rest", "right", "wrong"
-    ]  # fmt: skip
+    assert sorted(families_on(page)) == ["half", "mixed", "other", "rest", "right", "wrong"]
 
 
 def test_the_table_in_the_documentation_is_whole() -> None:
-    record = json.loads((ROOT / "docs" / "coverage.json").read_text())
-    if record["versions"]["transformers"] != transformers.__version__:
-        pytest.skip(f"written with transformers {record['versions']['transformers']}")
-    assert {row["family"] for row in record["families"]} == set(FAMILIES)
+    page = (ROOT / "docs" / "coverage.md").read_text()
+    (version,) = re.findall(r"with transformers ([\d.]+),", page)
+    if version != transformers.__version__:
+        pytest.skip(f"written with transformers {version}")
+    assert sorted(families_on(page)) == sorted(FAMILIES)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_run_that_was_interrupted_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    written: list[Row] = []
+    progress = tmp_path / "progress.jsonl"
+    progress.write_text(json.dumps(Row("llama", notes=["done before"]).as_dict()) + "\n")
+    some = [FAMILIES["llama"], FAMILIES["gpt2"]]
+    monkeypatch.setattr(coverage, "families", lambda: some)
+    monkeypatch.setattr(table, "write", lambda rows, folder: written.extend(rows))
+    monkeypatch.setattr(sys, "argv", ["coverage", "--progress", str(progress)])
+    assert coverage.main() == 0
+    assert not progress.exists()
+    done, new = written
+    assert (done.family, done.notes) == ("llama", ["done before"])
+    assert (new.family, new.status) == ("gpt2", "equal")

@@ -43,7 +43,7 @@ def test_snippet(code: str, kernel_calls, monkeypatch, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("path", NAMED)
-def test_commands(path: Path) -> None:
+def test_commands_in_documents_exist_with_their_options(path: Path) -> None:
     text = path.read_text().replace("\\\n", " ")
     makefile = (ROOT / "Makefile").read_text()
     for script, options in re.findall(r"(scripts/\w+\.py)([^\n`#]*)", text):
@@ -55,7 +55,7 @@ def test_commands(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", NAMED)
-def test_links(path: Path) -> None:
+def test_relative_links_lead_somewhere(path: Path) -> None:
     text = path.read_text()
     headings = {
         re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")

@@ -7,8 +7,6 @@ import torch
 from machine import GPU
 from models import DECODERS, Family, left_padded, named, tokens
 
-from hf_flash_two import op
-
 pytestmark = [
     pytest.mark.skipif(not GPU, reason="needs a GPU"),
     # Inductor gives its advice as warnings.
@@ -51,12 +49,9 @@ def test_trains_as_on_the_cpu(family: Family, packed: bool) -> None:
 
 # The experts of the others are not compiled in one graph by PyTorch 2.11, whatever the attention.
 @pytest.mark.parametrize("family", named([f for f in CHOSEN if f.name in DENSE]))
-def test_compiled_in_one_graph(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_in_one_graph(family: Family, kernel_calls) -> None:
     """Inductor's code around our kernels: the losses and gradients of the model as it was."""
     torch._dynamo.reset()
-    names = []
-    select = op.select
-    monkeypatch.setattr(op, "select", lambda *a: names.append(select(*a)) or names[-1])
     model = family.build("flash_two").cuda().train()
     ids = tokens(2, 45).cuda()
 
@@ -68,9 +63,11 @@ def test_compiled_in_one_graph(family: Family, monkeypatch: pytest.MonkeyPatch) 
         return [loss.detach(), *grads]
 
     plain = run(model)
+    kernel_calls.clear()
     for got, want in zip(run(torch.compile(model, fullgraph=True)), plain, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
-    assert names and all(kernel.name == "triton" for kernel in names)
+    assert len(kernel_calls) == family.layers
+    assert {call.kernel for call in kernel_calls} == {"triton"}
 
 
 @pytest.mark.parametrize("family", named(CHOSEN))

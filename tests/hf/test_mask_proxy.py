@@ -56,7 +56,7 @@ def test_looks_like_a_mask(kind: str) -> None:
 
 
 @KINDS
-def test_travels(kind: str) -> None:
+def test_copies_and_moves_stay_masks(kind: str) -> None:
     mask = proxy(kind)
     assert mask.to("cpu") is mask and mask.to(torch.device("cpu"), non_blocking=True) is mask
     sent = send_to_device({"mask": [mask]}, "cpu", non_blocking=True)["mask"][0]
@@ -70,7 +70,7 @@ def test_travels(kind: str) -> None:
     )
 
 
-def test_travels_to_a_gpu_by_its_number() -> None:
+def test_moves_to_a_gpu_by_its_number() -> None:
     """As hooks of a device map say it: what a tensor does with a number, the mask does."""
     mask = proxy("intervals")
     try:

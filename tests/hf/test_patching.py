@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
+from helpers import assert_same_gradients, gradients_of
 from torch import nn
 
 from hf_flash_two import attention, patch, patched, unpatch
@@ -89,17 +90,13 @@ def logits_and_gradients(model, batch):
     model.zero_grad()
     logits = model(**batch).logits[batch["attention_mask"].bool()]
     logits.square().sum().backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return logits.detach(), gradients
+    return logits.detach(), gradients_of(model)
 
 
 def assert_same(ours, theirs):
     (logits, gradients), (want_logits, want_gradients) = ours, theirs
     assert (logits - want_logits).abs().max() <= 2e-5 * want_logits.abs().max()
-    assert gradients.keys() == want_gradients.keys()
-    largest = max(gradient.abs().max() for gradient in want_gradients.values())
-    for name, gradient in gradients.items():
-        assert (gradient - want_gradients[name]).abs().max() <= 1e-4 * largest, name
+    assert_same_gradients(gradients, want_gradients)
 
 
 @pytest.mark.parametrize("family", ALL)

@@ -171,7 +171,7 @@ def test_a_common_beginning_is_computed_once(shared: bool, kernel_calls) -> None
     wanted = expected(eager, requests)
     made = served(flash, requests, (4, 12, 60), allow_block_sharing=shared)
     assert made == wanted
-    computed = sum(shape[2] for shape in kernel_calls) // 2
+    computed = sum(call.query[2] for call in kernel_calls) // 2
     # One token more shows beforehand who asks the cache.
     needed = 1 + sum(len(ids) + NEW - 1 for ids in requests)
     # Three or more of the five pages that both begin with are full when the second comes.
@@ -189,7 +189,7 @@ def test_requests_wait_and_start_again_when_the_cache_is_full(name: str, kernel_
     for pages in (8, 10):  # two for each to begin with, and four or five at the end
         del kernel_calls[:]
         assert served(flash, requests, (4, 64, pages), allow_block_sharing=False) == wanted
-        evicted |= sum(shape[2] for shape in kernel_calls) // 2 > needed
+        evicted |= sum(call.query[2] for call in kernel_calls) // 2 > needed
     assert evicted, "nothing was computed twice"
 
 

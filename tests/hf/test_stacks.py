@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from documentation import ROOT, run, snippets
+from helpers import assert_same_gradients
 from models import DECODERS, Family, named, tokens
 from torch import nn
 from torch._dynamo.utils import counters
@@ -107,13 +108,9 @@ def trained_alone(model: nn.Module) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 def assert_same(actual, expected, limit: float = 1e-4) -> None:
-    """Losses, and all weights' movements, relative to the largest of each weight."""
+    """Losses, and all weights' movements, which are sums of gradients."""
     assert actual[0] == pytest.approx(expected[0], rel=limit / 10)
-    assert actual[1].keys() == expected[1].keys()
-    for name, wanted in expected[1].items():
-        scale = max(wanted.abs().max(), 1e-3 * max(w.abs().max() for w in expected[1].values()))
-        off = ((actual[1][name] - wanted).abs().max() / scale).item()
-        assert off <= limit, f"{name}: {off:.1e} > {limit:.0e}"
+    assert_same_gradients(actual[1], expected[1], limit)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checks import assert_close, assert_same_gradients, backward, error
+from checks import assert_close, backward, error
+from helpers import assert_same_gradients
 from models import DECODERS, SEQUENCE_MODELS, Family, left_padded, named, supported, tokens
 
 from hf_flash_two.hf import interface

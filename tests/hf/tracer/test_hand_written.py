@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 from contextlib import suppress
 
+import helpers
 import pytest
 import torch
-from checks import GRADIENT, assert_close
+from checks import assert_close
 from hand_written_layers import LAYERS
 from hand_written_models import FAMILIES, HandWritten, floats
+from helpers import assert_same_gradients
 from models import supported
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -29,7 +31,7 @@ def gradients_of(module: torch.nn.Module, outputs: list[Tensor]) -> dict[str, Te
         (x * torch.randn(x.shape, generator=generator)).sum() for x in outputs if x.requires_grad
     ]
     sum(sums[1:], sums[0]).backward()
-    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    return helpers.gradients_of(module)
 
 
 def outputs_and_gradients(model, inputs) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -48,12 +50,7 @@ def assert_same(got, want) -> None:
     assert len(outputs) == len(want_outputs) > 0
     for ours, theirs in zip(outputs, want_outputs, strict=True):
         assert_close(ours, theirs)
-    largest = max(gradient.abs().max() for gradient in want_gradients.values())
-    assert gradients.keys() == want_gradients.keys()
-    for name, gradient in gradients.items():
-        theirs = want_gradients[name]
-        scale = torch.maximum(theirs.abs().max(), largest / 100)
-        assert (gradient - theirs).abs().max() <= GRADIENT * scale, name
+    assert_same_gradients(gradients, want_gradients)
 
 
 @pytest.mark.parametrize("family", NAMED)

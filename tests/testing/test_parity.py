@@ -343,7 +343,7 @@ def test_layers_that_do_not_use_it_are_named(monkeypatch) -> None:
     """They are no failure, but the table says what they use and why."""
     family = FAMILIES["llama"]
     monkeypatch.setattr(
-        "hf_flash_two.hf.parity.patching.patched", partly_patched("model.layers.1.self_attn")
+        "hf_flash_two.testing.parity.patching.patched", partly_patched("model.layers.1.self_attn")
     )
     report = check_parity(family.build("eager"), left())
     assert report.ok, report

@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Compares flash_two with eager on a tiny model of every family in Transformers.
 
-Writes docs/coverage.md and docs/coverage.json; a run that was interrupted goes on where it was.
+Writes docs/coverage.md; a run that was interrupted goes on where it was.
 """
 
 from __future__ import annotations
@@ -19,9 +18,10 @@ from pathlib import Path
 import torch
 import transformers
 from tqdm import tqdm
-from zoo import table
-from zoo.build import Family, families
-from zoo.compare import Row, check
+
+from scripts.coverage import table
+from scripts.coverage.build import Family, families
+from scripts.coverage.compare import Row, check
 
 
 def main() -> int:
@@ -62,7 +62,7 @@ def main() -> int:
             file.write(json.dumps(row.as_dict()) + "\n")
             file.flush()
             done[row.family] = row
-    table.write(done.values(), Path(__file__).parent.parent / "docs")
+    table.write(done.values(), Path(__file__).parents[2] / "docs")
     args.progress.unlink()
     return 0
 

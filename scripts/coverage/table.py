@@ -1,8 +1,7 @@
-"""The table of all families, for people and for programs."""
+"""The page with the table of all families."""
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Iterable
 from datetime import date
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from zoo.compare import FORWARD, GRADIENT, Row
+from scripts.coverage.compare import FORWARD, GRADIENT, Row
 
 _KINDS = {
     "interface": "Families that use Transformers' attention interface",
@@ -46,7 +45,7 @@ counts those that called our kernel, of the attention layers that ran.
 
 
 def write(rows: Iterable[Row], folder: Path) -> None:
-    """``coverage.md`` and ``coverage.json``"""
+    """Write ``coverage.md``."""
     rows = sorted(rows, key=lambda row: row.family)
     versions = {
         "date": date.today().isoformat(),
@@ -54,16 +53,7 @@ def write(rows: Iterable[Row], folder: Path) -> None:
         "torch": torch.__version__.partition("+")[0],
         "python": platform.python_version(),
     }
-    record = {"versions": versions, "families": [_plain(row.as_dict()) for row in rows]}
-    (folder / "coverage.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     (folder / "coverage.md").write_text(_page(rows, versions))
-
-
-def _plain(value):
-    """Two digits are enough, and infinity is not JSON."""
-    if isinstance(value, dict):
-        return {name: _plain(x) for name, x in value.items() if name != "seconds"}
-    return f"{value:.1e}" if isinstance(value, float) else value
 
 
 def _page(rows: list[Row], versions: dict[str, str]) -> str:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 import hf_flash_two
-from hf_flash_two import op
 from hf_flash_two.hf.families import NOT_POSSIBLE, attention_kind, name_of, why_not
-from zoo import inputs as given
-from zoo.build import Family
-from zoo.inputs import padded, run
+from hf_flash_two.testing import kernel_calls
+from hf_flash_two.testing.errors import gradient_errors, relative_error
+from scripts.coverage import inputs as given
+from scripts.coverage.build import Family
+from scripts.coverage.inputs import padded, run
 
 FORWARD, GRADIENT = 2e-5, 1e-4
 WEIGHTS = 1e-4  # computed from scores, of which some models have large ones
@@ -110,22 +112,22 @@ def _check(family: Family, row: Row) -> None:
     good = True
     for name, inputs in cases.items():
         if inputs is not None:
-            with counter:
+            with counter.watch():
                 good &= _compare(row, name, eager, ours, inputs)
-    left_out, idle = family.left_out(), counter.idle
+    left_out, inactive = family.left_out(), counter.inactive
     if left_out:
         row.notes.append(f"not built: {', '.join(sorted(left_out))}")
-    if idle:
-        row.notes.append(f"not run by these inputs: {', '.join(sorted(idle))}")
-    row.layers, row.ours, row.calls = counter.ran, counter.served, counter.calls
+    if inactive:
+        row.notes.append(f"not run by these inputs: {', '.join(sorted(inactive))}")
+    row.layers, row.ours, row.calls = counter.ran, counter.reached, counter.calls
     good &= _weights(row, eager, ours, plain)
     good &= _packed(row, eager, ours, plain)
     good &= _generate(row, eager, ours, cases.get("left") or plain, family.override.caches)
-    row.notes += sorted({f"{type(x).__name__}: {_reason(x)}" for x in counter.unserved})
+    row.notes += sorted({f"{type(x).__name__}: {_reason(x)}" for x in counter.unreached})
     if not good:
         row.status = "differs"
     elif row.layers:
-        others = all(name_of(type(layer)) in NOT_POSSIBLE for layer in counter.unserved)
+        others = all(name_of(type(layer)) in NOT_POSSIBLE for layer in counter.unreached)
         row.status = "equal" if row.ours and others else "partly"
 
 
@@ -142,62 +144,46 @@ def attention_layers(model: nn.Module) -> dict[nn.Module, str]:
 
 
 class LayerCalls:
-    """Counts, while entered, the calls of our kernel inside each attention layer that runs."""
+    """The calls of our kernels inside each attention layer that runs while it is watched."""
 
     def __init__(self, model: nn.Module):
         self.found: dict[nn.Module, int] = {}
         self.calls = 0
-        self._handles: list = []
         self._layers = list(attention_layers(model))
 
-    def __enter__(self) -> LayerCalls:
-        self._select = op.select
-
-        def counting(*call):
-            kernel = self._select(*call)
-
-            def forward(*args):
-                self.calls += 1
-                return kernel.forward(*args)
-
-            return kernel._replace(forward=forward)
-
-        op.select = counting
+    @contextmanager
+    def watch(self) -> Iterator[None]:
         before: dict[nn.Module, int] = {}
+        hooks = ExitStack()
+        with hooks, kernel_calls() as calls:
 
-        def enter(module, *_):
-            before[module] = self.calls
+            def enter(module, *_):
+                before[module] = len(calls)
 
-        def leave(module, *_):
-            self.found[module] = self.found.get(module, 0) + self.calls - before[module]
+            def leave(module, *_):
+                self.found[module] = self.found.get(module, 0) + len(calls) - before[module]
 
-        for layer in self._layers:
-            self._handles += [
-                layer.register_forward_pre_hook(enter),
-                layer.register_forward_hook(leave),
-            ]
-        return self
-
-    def __exit__(self, *_) -> None:
-        op.select = self._select
-        while self._handles:
-            self._handles.pop().remove()
+            for layer in self._layers:
+                hooks.callback(layer.register_forward_pre_hook(enter).remove)
+                hooks.callback(layer.register_forward_hook(leave).remove)
+            yield
+            self.calls += len(calls)
 
     @property
     def ran(self) -> int:
         return len(self.found)
 
     @property
-    def served(self) -> int:
+    def reached(self) -> int:
         return sum(calls > 0 for calls in self.found.values())
 
     @property
-    def idle(self) -> set[str]:
+    def inactive(self) -> set[str]:
         """Classes of attention layers of which none ran."""
         return {type(x).__name__ for x in self._layers} - {type(x).__name__ for x in self.found}
 
     @property
-    def unserved(self) -> list[nn.Module]:
+    def unreached(self) -> list[nn.Module]:
         return [layer for layer, calls in self.found.items() if not calls]
 
 
@@ -246,7 +232,7 @@ def _weights(row: Row, eager, ours, plain: dict[str, Tensor]) -> bool:
     if missing:
         row.notes.append(f"attention weights: {', '.join(sorted(missing))} missing")
         return False
-    name, error = _worst({name: relative(got[name], value) for name, value in wanted.items()})
+    name, error = _worst({name: relative_error(got[name], value) for name, value in wanted.items()})
     if error > WEIGHTS:
         row.notes.append(f"attention weights: {name} {error:.0e}")
     return error <= WEIGHTS
@@ -258,19 +244,6 @@ def _real(value: Tensor, mask: Tensor | None) -> Tensor:
     if value.shape[:2] == mask.shape:
         return value[mask.bool()]
     return value[mask.flatten().bool()] if value.shape[0] == mask.numel() else value
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest entry; infinite where only one is finite."""
-    if actual.shape != expected.shape:
-        return float("inf")
-    finite = expected.isfinite()
-    if not torch.equal(actual.isfinite(), finite):
-        return float("inf")
-    if not finite.any():
-        return 0.0
-    difference = (actual.double() - expected.double())[finite].abs().max()
-    return (difference / expected[finite].abs().max().double().clamp_min(1e-9)).item()
 
 
 def _backward(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[dict, dict]:
@@ -294,25 +267,8 @@ def _backward(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[dict, dict]:
     return {name: value.detach() for name, value in result.items()}, gradients
 
 
-def gradient_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    if actual.keys() != expected.keys():
-        missing = sorted(actual.keys() ^ expected.keys())
-        return {name: float("inf") for name in missing}
-    largest: dict[str, Tensor] = {}
-    for name, wanted in expected.items():
-        if wanted.numel():
-            for owner in ("", _owner(name)):
-                largest[owner] = torch.maximum(
-                    wanted.abs().max(), largest.get(owner, wanted.new_tensor(1e-30))
-                )
-    return {
-        name: (
-            (actual[name] - wanted).abs().max()
-            / torch.maximum(largest[_owner(name)], largest[""] * _FLOOR)
-        ).item()
-        for name, wanted in expected.items()
-        if wanted.numel()
-    }
+def _gradient_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    return gradient_errors(actual, expected, floor=_FLOOR, group=_owner)
 
 
 def _owner(parameter: str) -> str:
@@ -333,8 +289,8 @@ def _compare(row: Row, case: str, eager, ours, inputs: dict[str, Tensor]) -> boo
     if missing:
         row.notes.append(f"{case}: only one gives {', '.join(sorted(missing))}")
         return False
-    name, error = _worst({n: relative(got[n], wanted[n]) for n in wanted})
-    parameter, gradient = _worst(gradient_errors(got_gradients, wanted_gradients))
+    name, error = _worst({n: relative_error(got[n], wanted[n]) for n in wanted})
+    parameter, gradient = _worst(_gradient_errors(got_gradients, wanted_gradients))
     row.forward[case], row.gradient[case] = error, gradient
     if error <= FORWARD and gradient <= GRADIENT:
         return True
@@ -378,8 +334,8 @@ def _in_float32(results: tuple[dict, dict]) -> tuple[dict, dict]:
 
 def _distance(of, wanted) -> tuple[float, float]:
     """Largest errors (of the outputs, of the gradients)."""
-    forward = _worst({n: relative(of[0][n], wanted[0][n]) for n in wanted[0]})[1]
-    return forward, _worst(gradient_errors(of[1], wanted[1]))[1]
+    forward = _worst({n: relative_error(of[0][n], wanted[0][n]) for n in wanted[0]})[1]
+    return forward, _worst(_gradient_errors(of[1], wanted[1]))[1]
 
 
 def _packed(row: Row, eager, ours, plain: dict[str, Tensor]) -> bool:
@@ -399,12 +355,12 @@ def _packed(row: Row, eager, ours, plain: dict[str, Tensor]) -> bool:
     try:
         alone = [_logits(run(eager, {"input_ids": part})) for part in ids.split(DOCUMENTS, 1)]
         wanted = torch.cat(alone, dim=1)
-        theirs = relative(together(eager), wanted)
+        theirs = relative_error(together(eager), wanted)
     except Exception as error:
         row.forward["packed"] = f"eager: {brief(error)}"
         return True
     try:
-        error = relative(together(ours), wanted)
+        error = relative_error(together(ours), wanted)
     except NotImplementedError as refusal:
         if theirs <= FORWARD:
             raise

@@ -1,14 +1,19 @@
-"""A model run with hooks on its attention layers, as a whole and each layer by itself.
+"""Layer-wise runs: one model under one implementation, as a whole and each layer by itself.
 
-"By itself" is inside the model as well, which makes the masks: what goes into a layer, and the
-gradient that arrives at it, is put in from outside, the same under each implementation.
+An error of one attention layer moves the inputs of all layers behind it, so in a run of the whole
+model nobody can tell whose error it is. A layer-wise run therefore has two passes. The first
+captures: the model runs forward and backward, while hooks on its attention layers keep what goes
+into each and the gradient that arrives at its output. The second isolates: the model, which makes
+the masks, runs again, and the hooks put captured inputs into each layer; its output is kept and the
+captured gradient is sent back through this layer alone. If every implementation is given the inputs
+and gradients that one of them captured, then what a layer returns differs by its own error only.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,16 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig
 
 from hf_flash_two.hf import compat, families, forward_pass, patching
 from hf_flash_two.hf.packing import document_ids, may_be_packed
-from hf_flash_two.kernels import select
-from hf_flash_two.kernels.params import AttentionParams
+from hf_flash_two.testing.kernel_calls import kernel_calls
 
 Slot = tuple[str, int, str | int]
 """An attention layer's name (the whole model's is ""), which of its calls it is, a tensor of it."""
+
+Parts = dict[Slot, list[Tensor]]
+"""Of each tensor what each batch gave."""
 
 OUTPUT, GRADIENT = "output", "gradient at the first attention layer"
 # What patching puts on a module.
@@ -202,7 +208,8 @@ class Batch:
                 for number in numbers[numbers >= 0].unique()
             ]
             self.lengths = [len(tokens) for _, tokens in places]
-            self.apart = [self._cut(row, tokens) for row, tokens in places]
+            shape = self.documents.shape
+            self.apart = [self._cut(row, tokens, shape) for row, tokens in places]
 
     def mask(self, prefix: str) -> Tensor | None:
         """bool [B, T], True for real tokens; None if all are, one document to a row."""
@@ -223,7 +230,7 @@ class Batch:
         mask = self.of(layer)
         return parts[0] if mask is None or parts[0].shape[:2] != mask.shape else parts[0][mask]
 
-    def place(self, layer: str, tokens: Tensor, like: Tensor, document: int | None) -> Tensor:
+    def scatter(self, layer: str, tokens: Tensor, like: Tensor, document: int | None) -> Tensor:
         """The inverse of `tokens`, for one document or the batch; zeros in padding."""
         if document is not None:
             return tokens.split(self.lengths)[document][None]
@@ -252,9 +259,8 @@ class Batch:
         other = ordinary[(torch.searchsorted(ordinary, ids) + 1) % len(ordinary)]
         return {f"{prefix}input_ids": ids.where(~where, other)}
 
-    def _cut(self, row: int, tokens: Tensor) -> dict:
+    def _cut(self, row: int, tokens: Tensor, shape: torch.Size) -> dict:
         """The packed document of these ``tokens`` of a row, as a batch by itself."""
-        shape = self.documents.shape
         batch = {"position_ids": tokens[None]}
         for name, x in self.whole.items():
             if name in _BOUNDARIES:
@@ -309,13 +315,27 @@ def _documents(batch: dict) -> Tensor | None:
 
 
 @dataclass(frozen=True)
+class Captured:
+    """What a pass through the model found.
+
+    Attributes:
+        model: the whole model's output, and the gradient at its first attention layer.
+        given: what each layer got in the model: its inputs, and as `OUTPUT` the cotangent of that.
+        kernels: by layer, those of flash_two that ran in it.
+    """
+
+    model: Parts
+    given: Parts
+    kernels: dict[str, set[str]]
+
+
+@dataclass(frozen=True)
 class Measured:
     """What one implementation computed.
 
     Attributes:
         tensors: outputs and gradients.
-        given: what each layer got in the model: its inputs, and as `OUTPUT` the cotangent of that.
-        kernels: by layer, those of flash_two that ran in it.
+        given, kernels: as in `Captured`.
         not_finite: of the tensors, padding included.
     """
 
@@ -325,7 +345,7 @@ class Measured:
     not_finite: list[Slot]
 
 
-class Replay:
+class LayerwiseRuns:
     """A model and a batch, to be run as they are, document by document, and with other tokens."""
 
     def __init__(
@@ -345,60 +365,82 @@ class Replay:
             given: what each layer gets when it is by itself; None: what it gets in the model.
             dtype: to which the numbers in the batch are converted, if at all.
         """
-        found, own, kernels = defaultdict(list), defaultdict(list), defaultdict(set)
-        places = [(k if len(batches) > 1 else None, batch) for k, batch in enumerate(batches)]
-        for document, batch in places:
-            with _Calls(self.layers) as calls, _Kernels(calls, kernels):
-                output = self._output(batch, dtype)
-            ends = {slot: x for slot, x in calls.outputs.items() if x.requires_grad}
-            *cotangents, gradient = torch.autograd.grad(
-                output,
-                [*ends.values(), next(iter(calls.inputs.values()), output)],
-                self._random("", output, document),
-                allow_unused=True,
-            )
-            for slot, cotangent in zip(ends, cotangents, strict=True):
-                # None: the layer ran, as an image's pooling head may, but the output is without it.
-                if cotangent is None:
-                    cotangent = self._random(slot[0], ends[slot], document)
-                own[slot].append(cotangent)
-            for slot, x in calls.inputs.items():
-                own[slot].append(x.detach())
-            found["", 0, OUTPUT].append(output.detach())
-            if gradient is not None:
-                found["", 0, GRADIENT].append(gradient)
-        own = {slot: self.data.tokens(slot[0], parts) for slot, parts in own.items()}
-        given = own if given is None else given
-        for document, batch in places:
-
-            def place(slot: Slot, like: Tensor, document=document) -> Tensor:
-                tokens = given.get(slot)
-                if tokens is None:
-                    return like
-                return self.data.place(slot[0], tokens, like, document).to(like.dtype)
-
-            with _Calls(self.layers, place) as calls:
-                self._output(batch, dtype)
-            for slot, output in calls.outputs.items():
-                if slot not in given:
-                    continue
-                layer, call, _ = slot
-                leaves = {s: x for s, x in calls.inputs.items() if s[:2] == slot[:2]}
-                leaves |= {(layer, call, name): w for name, w in self._weights(layer).items()}
-                gradients = torch.autograd.grad(
-                    output, list(leaves.values()), place(slot, output), materialize_grads=True
-                )
-                found[slot].append(output.detach())
-                for leaf, gradient in zip(leaves, gradients, strict=True):
-                    found[leaf].append(gradient)
-        tensors = {
-            slot: sum(x.double() for x in parts)
-            if slot[2] in self._weights(slot[0])
-            else self.data.tokens(slot[0], parts)
-            for slot, parts in found.items()
-        }
+        documents = range(len(batches)) if len(batches) > 1 else [None]
+        runs = list(zip(documents, batches, strict=True))
+        captured = Captured(defaultdict(list), defaultdict(list), defaultdict(set))
+        for document, batch in runs:
+            self._capture(captured, document, batch, dtype)
+        own = {slot: self.data.tokens(slot[0], parts) for slot, parts in captured.given.items()}
+        isolated: Parts = defaultdict(list)
+        for document, batch in runs:
+            self._isolate(isolated, own if given is None else given, document, batch, dtype)
+        found = captured.model | isolated
         not_finite = [s for s, parts in found.items() if not all(x.isfinite().all() for x in parts)]
-        return Measured(tensors, own, kernels, not_finite)
+        tensors = {slot: self._joined(slot, parts) for slot, parts in found.items()}
+        return Measured(tensors, own, captured.kernels, not_finite)
+
+    def _capture(
+        self, found: Captured, document: int | None, batch: dict, dtype: torch.dtype | None
+    ) -> None:
+        """Add what one pass through the whole model gives."""
+        with _LayerHooks(self.layers) as hooks:
+            output = self._output(batch, dtype)
+        for layer, kernels in hooks.kernels.items():
+            found.kernels[layer] |= kernels
+        ends = {slot: x for slot, x in hooks.outputs.items() if x.requires_grad}
+        *cotangents, gradient = torch.autograd.grad(
+            output,
+            [*ends.values(), next(iter(hooks.inputs.values()), output)],
+            self._random("", output, document),
+            allow_unused=True,
+        )
+        for slot, cotangent in zip(ends, cotangents, strict=True):
+            # None: the layer ran, as an image's pooling head may, but the output is without it.
+            if cotangent is None:
+                cotangent = self._random(slot[0], ends[slot], document)
+            found.given[slot].append(cotangent)
+        for slot, x in hooks.inputs.items():
+            found.given[slot].append(x.detach())
+        found.model["", 0, OUTPUT].append(output.detach())
+        if gradient is not None:
+            found.model["", 0, GRADIENT].append(gradient)
+
+    def _isolate(
+        self,
+        found: Parts,
+        given: dict[Slot, Tensor],
+        document: int | None,
+        batch: dict,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Add each layer's output and gradients where its inputs and cotangent are ``given``."""
+
+        def replace(slot: Slot, like: Tensor) -> Tensor:
+            tokens = given.get(slot)
+            if tokens is None:
+                return like
+            return self.data.scatter(slot[0], tokens, like, document).to(like.dtype)
+
+        with _LayerHooks(self.layers, replace) as hooks:
+            self._output(batch, dtype)
+        for slot, output in hooks.outputs.items():
+            if slot not in given:
+                continue
+            layer, call, _ = slot
+            leaves = {s: x for s, x in hooks.inputs.items() if s[:2] == slot[:2]}
+            leaves |= {(layer, call, name): w for name, w in self._weights(layer).items()}
+            gradients = torch.autograd.grad(
+                output, list(leaves.values()), replace(slot, output), materialize_grads=True
+            )
+            found[slot].append(output.detach())
+            for leaf, gradient in zip(leaves, gradients, strict=True):
+                found[leaf].append(gradient)
+
+    def _joined(self, slot: Slot, parts: list[Tensor]) -> Tensor:
+        """Of all documents: the sum of a weight's gradients, else the tokens of each."""
+        if slot[2] in self._weights(slot[0]):
+            return torch.stack([part.double() for part in parts]).sum(0)
+        return self.data.tokens(slot[0], parts)
 
     def moved_by_padding(self) -> float | None:
         """How far other tokens in the padding move real ones at most; None without padding."""
@@ -458,7 +500,7 @@ class Replay:
             shape = (sum(self.data.lengths), *like.shape[2:])
         numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         numbers = numbers.to(like.device, self.working).to(like.dtype)
-        return self.data.place(layer, numbers, like, document)
+        return self.data.scatter(layer, numbers, like, document)
 
     def _movement(self, changed: dict) -> Tensor:
         """Root mean square change of the output per token, relative to the whole output's."""
@@ -469,69 +511,66 @@ class Replay:
         return change / before.shape[-1] ** 0.5 / rms(before)
 
 
-class _Calls:
+class _LayerHooks:
     """Hooks on attention layers, for the length of a block.
 
     Attributes:
         inputs: tensors with a gradient that went into a layer, so neither masks nor positions.
         outputs: what came out, as `OUTPUT`.
-        running: the calls that have begun and not ended.
+        kernels: by layer, those of flash_two that ran in it.
     """
 
     def __init__(
-        self, layers: dict[str, nn.Module], place: Callable[[Slot, Tensor], Tensor] | None = None
+        self, layers: dict[str, nn.Module], replace: Callable[[Slot, Tensor], Tensor] | None = None
     ):
         """
         Args:
-            place: gives what is put in instead of an input.
+            replace: gives what is put in instead of an input.
         """
-        self.layers, self.place = layers, place
+        self.layers, self._replace = layers, replace
         self.inputs: dict[Slot, Tensor] = {}
         self.outputs: dict[Slot, Tensor] = {}
-        self.running: list[Slot] = []
-        self.count: dict[str, int] = defaultdict(int)
+        self.kernels: dict[str, set[str]] = defaultdict(set)
+        self._running: list[Slot] = []
+        self._count: dict[str, int] = defaultdict(int)
 
-    def __enter__(self) -> _Calls:
-        self.hooks = []
-        for name, layer in self.layers.items():
-            before = partial(self._before, name)
-            self.hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-            self.hooks.append(layer.register_forward_hook(self._after))
+    def __enter__(self) -> _LayerHooks:
+        with ExitStack() as stack:
+            self._calls = stack.enter_context(kernel_calls())
+            for name, layer in self.layers.items():
+                before = partial(self._before, name)
+                hook = layer.register_forward_pre_hook(before, with_kwargs=True)
+                stack.callback(hook.remove)
+                stack.callback(layer.register_forward_hook(self._after).remove)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_) -> None:
-        for hook in self.hooks:
-            hook.remove()
+        self._stack.close()
 
     def _before(self, name: str, layer: nn.Module, args: tuple, kwargs: dict):
-        call = self.count[name]
-        self.count[name] += 1
-        self.running.append((name, call, OUTPUT))
-        arguments = dict(enumerate(args)) | kwargs
+        self._note_kernels()
+        call = self._count[name]
+        self._count[name] += 1
+        self._running.append((name, call, OUTPUT))
+        arguments, replace = dict(enumerate(args)) | kwargs, self._replace
         for k, x in arguments.items():
             if isinstance(x, Tensor) and x.requires_grad:
                 slot = name, call, k
-                if self.place is not None:
-                    arguments[k] = self.place(slot, x).detach().requires_grad_()
+                if replace is not None:
+                    arguments[k] = replace(slot, x).detach().requires_grad_()
                 self.inputs[slot] = arguments[k]
         return tuple(arguments[i] for i in range(len(args))), {k: arguments[k] for k in kwargs}
 
     def _after(self, layer: nn.Module, args: tuple, output) -> None:
-        self.outputs[self.running.pop()] = output[0] if isinstance(output, tuple) else output
+        self._note_kernels()
+        self.outputs[self._running.pop()] = output[0] if isinstance(output, tuple) else output
 
-
-class _Kernels(TorchDispatchMode):
-    """Notes which kernels of flash_two run in which layer."""
-
-    def __init__(self, calls: _Calls, found: dict[str, set[str]]):
-        super().__init__()
-        self.calls, self.found = calls, found
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.hf_flash_two.flash_attn_fwd.default and self.calls.running:
-            kernel = select(args[-1], *args[:3], AttentionParams(*args[3:-1]))
-            self.found[self.calls.running[-1][0]].add(kernel.name)
-        return function(*args, **(kwargs or {}))
+    def _note_kernels(self) -> None:
+        """Those since the last hook ran in the innermost of the layers that are running."""
+        if self._running:
+            self.kernels[self._running[-1][0]] |= {call.kernel for call in self._calls}
+        self._calls.clear()
 
 
 def rms(x: Tensor) -> float:

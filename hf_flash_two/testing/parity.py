@@ -1,6 +1,6 @@
 """`check_parity`: a user's own model and batch under flash_two, against eager in higher precision.
 
-The model itself runs (see `replay`): under flash_two, under eager, and under eager with every
+The model itself runs (see `layerwise`): under flash_two, under eager, and under eager with every
 weight in higher precision, which is the reference. Packed documents run together under flash_two
 but one by one under eager, so that no mask that separates them is in the reference.
 """
@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from hf_flash_two.hf import patching
-from hf_flash_two.hf.replay import (
+from hf_flash_two.testing.layerwise import (
     OUTPUT,
     Batch,
-    Replay,
+    LayerwiseRuns,
     Slot,
     as_it_was,
     check_batch,
@@ -180,7 +180,7 @@ def check_parity(model: nn.Module, batch: Mapping[str, Any]) -> ParityReport:
     with as_it_was(model, configs), torch.compiler.set_stance("force_eager"):
         with patching.patched(model) as report:
             layers = {x.name: model.get_submodule(x.name) for x in report.layers if x.ok}
-        runs = Replay(model, layers, data, working)
+        runs = LayerwiseRuns(model, layers, data, working)
         with eagerly(configs):
             eager = runs.measure(data.apart)
             if any(eager.kernels.values()):
@@ -282,14 +282,14 @@ def _check_padding(moved: float | None, eager: float | None, limit: float) -> Ch
 
 
 def _check_finite(wrong: list[Slot]) -> Check:
-    detail = "no NaN, no infinity, in padding neither"
+    detail = "no NaN or infinity, including in padding"
     if wrong:
         detail = f"NaN or infinity in {wrong[0][2]} of {wrong[0][0] or 'the whole model'}"
     return Check("finite", not wrong, detail)
 
 
 def _check_kernels(reached: dict[str, set[str]], layers: int) -> Check:
-    idle = [name for name, kernels in reached.items() if not kernels]
-    detail = f"its kernels ran in {len(reached) - len(idle)} of {layers} attention layers"
-    detail += f", not in {idle[0]}" if idle else ""
-    return Check("flash_two", bool(reached) and not idle, detail)
+    inactive = [name for name, kernels in reached.items() if not kernels]
+    detail = f"its kernels ran in {len(reached) - len(inactive)} of {layers} attention layers"
+    detail += f", not in {inactive[0]}" if inactive else ""
+    return Check("flash_two", bool(reached) and not inactive, detail)

@@ -23,7 +23,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from hf_flash_two.hf.families import NOT_POSSIBLE, attention_kind, name_of
-from zoo.overrides import OVERRIDES, SMALL, Override
+from scripts.coverage.overrides import OVERRIDES, SMALL, Override
 
 LARGEST = 40_000_000
 # Endings of class names, the most telling model first.

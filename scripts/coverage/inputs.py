@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from zoo.overrides import SMALL, Override
+from scripts.coverage.overrides import SMALL, Override
 
 BATCH, LENGTH, DECODER_LENGTH, PADDING = 2, 21, 9, 5
 _HIGHEST = 90

@@ -1,0 +1,6 @@
+"""What checks a model under flash_two: `check_parity`, and `kernel_calls` for which kernel ran."""
+
+from hf_flash_two.testing.kernel_calls import KernelCall, kernel_calls
+from hf_flash_two.testing.parity import check_parity
+
+__all__ = ["KernelCall", "check_parity", "kernel_calls"]

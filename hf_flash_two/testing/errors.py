@@ -1,0 +1,59 @@
+"""How far one implementation's numbers are from another's, relative to the largest entry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+FLOOR = 1e-3
+"""A gradient that is 0 but for rounding, as a key bias has it, is measured by this share of the
+largest gradient."""
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest entry of ``expected``.
+
+    Entries that are not finite in both do not count. Infinity where the shapes differ, or where an
+    entry is finite in one tensor only.
+    """
+    if actual.shape != expected.shape:
+        return torch.inf
+    finite = expected.isfinite()
+    if not torch.equal(actual.isfinite(), finite):
+        return torch.inf
+    if not finite.any():
+        return 0.0
+    difference = (actual.double() - expected.double())[finite].abs().max()
+    return (difference / expected[finite].abs().max().double().clamp_min(1e-9)).item()
+
+
+def gradient_errors(
+    actual: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    *,
+    floor: float = FLOOR,
+    group: Callable[[str], str] = str,
+) -> dict[str, float]:
+    """The largest difference in each gradient, over the largest entry of it in ``expected``.
+
+    Args:
+        actual, expected: gradients by the names of their parameters. Infinitely far off are those
+            that only one of them has, and NaN.
+        floor: a gradient's largest entry counts as at least this share of the largest of all.
+        group: parameters for which this gives the same name share their largest entry.
+    """
+    largest: dict[str, float] = {}
+    for name, gradient in expected.items():
+        if gradient.numel():
+            entry = gradient.abs().max().item()
+            largest[group(name)] = max(entry, largest.get(group(name), 1e-30))
+    least = floor * max(largest.values(), default=0.0)
+    errors = {name: torch.inf for name in actual.keys() ^ expected.keys()}
+    for name in actual.keys() & expected.keys():
+        if expected[name].numel():
+            difference = (actual[name] - expected[name]).abs().max().item()
+            error = difference / max(largest[group(name)], least)
+            errors[name] = error if error == error else torch.inf
+    return errors

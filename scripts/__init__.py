@@ -1,0 +1,1 @@
+"""Commands of this repository; not part of the package."""
