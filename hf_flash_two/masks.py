@@ -13,9 +13,8 @@ forms, from the cheapest to the dearest:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -437,97 +436,6 @@ class AttentionMask:
         first, last = self.intervals
         return derive("bounds", lambda: own(_group_bounds(first, last)), first, last)
 
-    def tiles(
-        self, query_length: int, key_length: int, block_q: int, block_k: int = KEY_GRANULE
-    ) -> TileMap:
-        """Which tiles of ``block_q`` queries by ``block_k`` keys hold anything, and which are full.
-
-        Args:
-            block_k: a multiple of KEY_GRANULE.
-        """
-        offset = self.resolve_offset(query_length, key_length)
-        bounds = self.key_bounds()
-        if bounds is None:
-            return band_tiles(
-                self.window_left,
-                self.window_right,
-                offset,
-                query_length,
-                key_length,
-                block_q,
-                block_k,
-                self.dense is not None,
-            )
-        return bound_tiles(bounds, offset, query_length, block_q, block_k, self.dense is not None)
-
-
-@dataclass(frozen=True)
-class TileMap:
-    """What each tile of queries by keys needs, for every batch row that the mask tells apart.
-
-    Attributes:
-        visit: bool [B or 1, query tiles, key tiles] on the CPU; False: no pair is visible.
-        full: bool, same shape; True: every pair is visible, so no masking is needed.
-    """
-
-    visit: Tensor
-    full: Tensor
-
-    def key_tiles(self, batch: int, query_tile: int) -> Iterator[tuple[int, bool]]:
-        """(key tile, needs masking) for each key tile that ``query_tile`` must visit."""
-        return _visits(self.visit[batch, query_tile], self.full[batch, query_tile])
-
-    def query_tiles(self, batch: int, key_tile: int) -> Iterator[tuple[int, bool]]:
-        """(query tile, needs masking) for each query tile that must visit ``key_tile``."""
-        return _visits(self.visit[batch, :, key_tile], self.full[batch, :, key_tile])
-
-
-def _visits(visit: Tensor, full: Tensor) -> Iterator[tuple[int, bool]]:
-    for index, (seen, whole) in enumerate(zip(visit.tolist(), full.tolist(), strict=True)):
-        if seen:
-            yield index, not whole
-
-
-def bound_tiles(
-    bounds: Tensor, offset: int, query_length: int, block_q: int, block_k: int, dense: bool
-) -> TileMap:
-    """The tiles of a mask of intervals, from its `AttentionMask.key_bounds`."""
-    groups, remainder = divmod(block_k, KEY_GRANULE)
-    if remainder or not groups:
-        raise ValueError(f"block_k: expected a multiple of {KEY_GRANULE}, got {block_k}")
-    bounds = bounds.cpu()
-    if groups > 1:
-        bounds = _reduce_groups(bounds, groups)
-    min_first, max_first, min_last, max_last = bounds[:, None].unbind(-1)  # [B, 1, key tiles]
-    start = torch.arange(0, query_length, block_q)[None, :, None] + offset
-    stop = (start + block_q).clamp(max=query_length + offset)
-    visit = (min_first < stop) & (max_last > start)
-    full = visit & (max_first <= start) & (min_last >= stop)
-    return TileMap(visit, full & (not dense))
-
-
-@lru_cache(maxsize=256)
-def band_tiles(
-    window_left: int | None,
-    window_right: int | None,
-    offset: int,
-    query_length: int,
-    key_length: int,
-    block_q: int,
-    block_k: int,
-    dense: bool,
-) -> TileMap:
-    """The tiles of a band, computed once per shape."""
-    starts = torch.arange(0, key_length, KEY_GRANULE)
-    stops = (starts + KEY_GRANULE).clamp(max=key_length)
-    far = torch.full_like(starts, FAR)
-    first = (
-        (-far, -far) if window_right is None else (starts - window_right, stops - 1 - window_right)
-    )
-    last = (far, far) if window_left is None else (starts + window_left + 1, stops + window_left)
-    bounds = torch.stack([*first, *last], dim=-1)[None]
-    return bound_tiles(bounds, offset, query_length, block_q, block_k, dense)
-
 
 def _tighter(a: int | None, b: int | None) -> int | None:
     return a if b is None else b if a is None else min(a, b)
@@ -569,13 +477,3 @@ def _group_bounds(first: Tensor, last: Tensor) -> Tensor:
     index = (start + torch.arange(KEY_GRANULE, device=first.device)).clamp(max=keys - 1)
     first, last = first[:, index], last[:, index]
     return torch.stack([first.amin(-1), first.amax(-1), last.amin(-1), last.amax(-1)], dim=-1)
-
-
-def _reduce_groups(bounds: Tensor, groups: int) -> Tensor:
-    """Bounds of ``groups`` neighbouring groups taken together."""
-    batch, count, _ = bounds.shape
-    index = torch.arange(-(-count // groups) * groups).clamp(max=count - 1)
-    low = bounds[:, index].view(batch, -1, groups, 4)
-    return torch.stack(
-        [low[..., 0].amin(2), low[..., 1].amax(2), low[..., 2].amin(2), low[..., 3].amax(2)], dim=-1
-    )

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 
 from hf_flash_two import AttentionMask, flash_attention
-from hf_flash_two.masks import FAR, KEY_GRANULE, TileMap
+from hf_flash_two.kernels.blockwise.tiles import TileMap, band_tiles, bound_tiles
+from hf_flash_two.masks import FAR, KEY_GRANULE
 
 BATCH = 3
 
@@ -359,7 +360,7 @@ def test_a_window_longer_than_any_sequence(window: int) -> None:
         assert torch.equal(reach, torch.ones(4, 4).tril().bool()[:, 1:])
     both_ways = AttentionMask.window(window, window) & AttentionMask.from_padding(keep)
     assert both_ways.to_dense(4, 4)[0, 0, :, 1:].all()
-    assert causal.tiles(4, 4, 4).visit.all()
+    assert tiles_of(causal, 4, 4, 4).nonempty.all()
     documents = AttentionMask.from_documents(torch.tensor([0, 4]), causal=True, window=window)
     assert torch.equal(documents.to_dense(4, 4)[0, 0], torch.ones(4, 4).tril().bool())
 
@@ -442,29 +443,35 @@ def test_a_mask_can_be_copied() -> None:
 # Tiles
 
 
-def tile_truth(visible: Tensor, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
+def tile_truth(visible: Tensor, block_q: int) -> tuple[Tensor, Tensor]:
     """For each tile: does any pair see, do all."""
     some, every = [], []
     for rows in visible.split(block_q, dim=2):
-        tiles = rows.split(block_k, dim=3)
+        tiles = rows.split(KEY_GRANULE, dim=3)
         some.append(torch.stack([tile.flatten(1).any(1) for tile in tiles], dim=1))
         every.append(torch.stack([tile.flatten(1).all(1) for tile in tiles], dim=1))
     return torch.stack(some, dim=1), torch.stack(every, dim=1)
 
 
-def tiles_of(mask: AttentionMask, size: Size, block_q: int, block_k: int) -> TileMap:
+def tiles_of(mask: AttentionMask, queries: int, keys: int, block_q: int) -> TileMap:
+    offset, bounds = mask.resolve_offset(queries, keys), mask.key_bounds()
+    dense = mask.dense is not None
+    if bounds is None:
+        band = (mask.window_left, mask.window_right)
+        return band_tiles(*band, offset, queries, keys, block_q, dense)
+    return bound_tiles(bounds, offset, queries, block_q, dense)
+
+
+def tiles_from(mask: AttentionMask, size: Size, block_q: int) -> TileMap:
     mask = dataclasses.replace(mask, query_offset=size.first_position)
-    return mask.tiles(size.queries, size.keys, block_q, block_k)
+    return tiles_of(mask, size.queries, size.keys, block_q)
 
 
-block_sizes = st.tuples(
-    st.integers(1, 50) | st.sampled_from([64, 128]),
-    st.integers(1, 3).map(lambda n: n * KEY_GRANULE),
-)
+block_sizes = st.integers(1, 50) | st.sampled_from([64, 128])
 
 
 @given(cases(count=2), block_sizes)
-def test_tiles_hold_what_is_seen(drawn, block) -> None:
+def test_tiles_hold_what_is_seen(drawn, block_q: int) -> None:
     """No visible pair is skipped; a tile called full is full."""
     size, (a, b) = drawn
     for mask, visible in (
@@ -472,23 +479,22 @@ def test_tiles_hold_what_is_seen(drawn, block) -> None:
         (b.mask, b.visible),
         (a.mask & b.mask, a.visible & b.visible),
     ):
-        tiles = tiles_of(mask, size, *block)
-        some, every = tile_truth(visible, *block)
-        assert not (some & ~tiles.visit).any()
+        tiles = tiles_from(mask, size, block_q)
+        some, every = tile_truth(visible, block_q)
+        assert not (some & ~tiles.nonempty).any()
         assert not (tiles.full & ~every).any()
-        assert not (tiles.full & ~tiles.visit).any()
+        assert not (tiles.full & ~tiles.nonempty).any()
 
 
 @given(cases(kinds=[full, causal, window]), block_sizes)
-def test_tiles_of_a_band_are_exact(drawn, block) -> None:
+def test_tiles_of_a_band_are_exact(drawn, block_q: int) -> None:
     size, (case,) = drawn
-    tiles = tiles_of(case.mask, size, *block)
-    some, every = tile_truth(case.visible, *block)
-    assert torch.equal(tiles.visit.expand_as(some), some)
+    tiles = tiles_from(case.mask, size, block_q)
+    some, every = tile_truth(case.visible, block_q)
+    assert torch.equal(tiles.nonempty.expand_as(some), some)
     assert torch.equal(tiles.full.expand_as(every), every)
 
 
-@pytest.mark.parametrize("block_k", [64, 128, 256])
 @pytest.mark.parametrize("block_q", [1, 64, 100])
 @pytest.mark.parametrize(
     "mask",
@@ -501,28 +507,11 @@ def test_tiles_of_a_band_are_exact(drawn, block) -> None:
     ],
     ids=["left-padding", "right-padding", "documents", "causal-documents", "prefix"],
 )
-def test_tiles_are_exact_where_edges_meet_tiles(mask, block_q: int, block_k: int) -> None:
-    tiles = mask.tiles(512, 512, block_q, block_k)
-    some, every = tile_truth(mask.to_dense(512, 512), block_q, block_k)
-    assert torch.equal(tiles.visit, some)
+def test_tiles_are_exact_where_edges_meet_tiles(mask, block_q: int) -> None:
+    tiles = tiles_of(mask, 512, 512, block_q)
+    some, every = tile_truth(mask.to_dense(512, 512), block_q)
+    assert torch.equal(tiles.nonempty, some)
     assert torch.equal(tiles.full, every)
-
-
-@given(cases(), block_sizes)
-def test_tiles_read_by_query_and_by_key_agree(drawn, block) -> None:
-    size, (case,) = drawn
-    tiles = tiles_of(case.mask, size, *block)
-    rows, query_tiles, key_tiles = tiles.visit.shape
-    assert (query_tiles, key_tiles) == (-(-size.queries // block[0]), -(-size.keys // block[1]))
-    for b in range(rows):
-        by_query = {
-            (q, k, masked) for q in range(query_tiles) for k, masked in tiles.key_tiles(b, q)
-        }
-        by_key = {(q, k, masked) for k in range(key_tiles) for q, masked in tiles.query_tiles(b, k)}
-        truth = {
-            (q, k, not bool(tiles.full[b, q, k])) for q, k in tiles.visit[b].nonzero().tolist()
-        }
-        assert by_query == by_key == truth
 
 
 @given(cases(kinds=[intervals, padding, blocks, chunks, tree, packed, positions]))
@@ -557,8 +546,8 @@ def test_key_bounds_are_computed_once() -> None:
 def test_no_keys() -> None:
     mask = AttentionMask.from_padding(torch.ones(2, 0))
     assert mask.key_bounds().shape == (2, 0, 4)
-    assert mask.tiles(5, 0, 2).visit.shape == (2, 3, 0)
-    assert AttentionMask.causal().tiles(5, 0, 2).visit.shape == (1, 3, 0)
+    assert tiles_of(mask, 5, 0, 2).nonempty.shape == (2, 3, 0)
+    assert tiles_of(AttentionMask.causal(), 5, 0, 2).nonempty.shape == (1, 3, 0)
 
 
 # The value
@@ -867,10 +856,6 @@ REFUSALS = {
     "check-dense": (
         lambda: AttentionMask.from_dense(torch.ones(3, 4).bool()).check(1, 1, 4, 4),
         r"mask: expected a tensor broadcastable to .*\[1, 1, 4, 4\], got \[1, 1, 3, 4\]",
-    ),
-    "tiles-granule": (
-        lambda: AttentionMask.causal().tiles(8, 80, 8, 80),
-        r"block_k: expected a multiple of 64, got 80",
     ),
 }  # fmt: skip
 

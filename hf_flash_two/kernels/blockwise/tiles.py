@@ -7,9 +7,10 @@ from functools import lru_cache
 from itertools import groupby
 
 import torch
+from torch import Tensor
 
 from hf_flash_two.kernels.params import AttentionParams
-from hf_flash_two.masks import KEY_GRANULE, TileMap, band_tiles, bound_tiles
+from hf_flash_two.masks import FAR, KEY_GRANULE
 from hf_flash_two.tensor_cache import derive
 
 
@@ -62,6 +63,54 @@ class QueryTile:
     probe: KeyTile | None
 
 
+@dataclass(frozen=True)
+class TileMap:
+    """What each tile of queries by ``KEY_GRANULE`` keys holds, for every batch row of the mask.
+
+    Attributes:
+        nonempty: bool [B or 1, query tiles, key tiles] on the CPU; False: no pair is visible.
+        full: bool, same shape; True: every pair is visible, so no masking is needed.
+    """
+
+    nonempty: Tensor
+    full: Tensor
+
+
+def bound_tiles(
+    bounds: Tensor, offset: int, query_length: int, block_q: int, dense: bool
+) -> TileMap:
+    """The tiles of a mask of intervals, from its `AttentionMask.key_bounds`."""
+    # [B, 1, key tiles]
+    min_start, max_start, min_stop, max_stop = bounds.cpu()[:, None].unbind(-1)
+    start = torch.arange(0, query_length, block_q)[None, :, None] + offset
+    stop = (start + block_q).clamp(max=query_length + offset)
+    nonempty = (min_start < stop) & (max_stop > start)
+    full = nonempty & (max_start <= start) & (min_stop >= stop)
+    return TileMap(nonempty, full & (not dense))
+
+
+@lru_cache(maxsize=256)
+def band_tiles(
+    window_left: int | None,
+    window_right: int | None,
+    offset: int,
+    query_length: int,
+    key_length: int,
+    block_q: int,
+    dense: bool,
+) -> TileMap:
+    """The tiles of a band, computed once per shape."""
+    starts = torch.arange(0, key_length, KEY_GRANULE)
+    stops = (starts + KEY_GRANULE).clamp(max=key_length)
+    far = torch.full_like(starts, FAR)
+    start = (
+        (-far, -far) if window_right is None else (starts - window_right, stops - 1 - window_right)
+    )
+    stop = (far, far) if window_left is None else (starts + window_left + 1, stops + window_left)
+    bounds = torch.stack([*start, *stop], dim=-1)[None]
+    return bound_tiles(bounds, offset, query_length, block_q, dense)
+
+
 def query_tiles(
     params: AttentionParams,
     query_length: int,
@@ -78,13 +127,11 @@ def query_tiles(
         return _tiles_of_band(params.window_left, params.window_right, *settings, dense)
 
     def build() -> list[list[QueryTile]]:
-        tile_map = bound_tiles(
-            bounds, params.query_offset, query_length, block_q, KEY_GRANULE, dense
-        )
+        tile_map = bound_tiles(bounds, params.query_offset, query_length, block_q, dense)
         if rows > 1:
-            visit = torch.stack([part.any(0) for part in tile_map.visit.split(rows)])
+            nonempty = torch.stack([part.any(0) for part in tile_map.nonempty.split(rows)])
             full = torch.stack([part.all(0) for part in tile_map.full.split(rows)])
-            tile_map = TileMap(visit, full)
+            tile_map = TileMap(nonempty, full)
         return _tiles_of_map(tile_map, query_length, key_length, block_q, block_k)
 
     return derive(("query tiles", *settings, dense, rows), build, bounds)
@@ -102,8 +149,7 @@ def _tiles_of_band(
     dense: bool,
 ) -> list[list[QueryTile]]:
     tile_map = band_tiles(
-        window_left, window_right, query_offset, query_length, key_length, block_q, KEY_GRANULE,
-        dense,
+        window_left, window_right, query_offset, query_length, key_length, block_q, dense,
     )  # fmt: skip
     return _tiles_of_map(tile_map, query_length, key_length, block_q, block_k)
 
@@ -112,7 +158,7 @@ def _tiles_of_map(
     tile_map: TileMap, query_length: int, key_length: int, block_q: int, block_k: int
 ) -> list[list[QueryTile]]:
     found = []
-    for row in (tile_map.visit.int() + tile_map.full.int()).tolist():
+    for row in (tile_map.nonempty.int() + tile_map.full.int()).tolist():
         tiles = []
         for start, kinds in zip(range(0, query_length, block_q), row, strict=True):
             rows = slice(start, min(start + block_q, query_length))
