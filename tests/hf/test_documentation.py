@@ -10,20 +10,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from documentation import ROOT, run, snippets
+from documentation import ROOT, anchors, pictures, run, snippets
 from models import DECODERS
 from transformers import ByT5Tokenizer
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+from hf_flash_two.hf.families import NOT_POSSIBLE, UNLESS
+
+DOCS = ROOT / "docs"
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md"))]
 NAMED = [pytest.param(path, id=path.name) for path in DOCUMENTS]
+# Snippets that call no model.
+PREPARES = ("patch(model)", "register_attention")
 
 
 @pytest.mark.parametrize(
     "code",
     [
         *snippets(ROOT / "README.md"),
-        *snippets(ROOT / "docs" / "serving.md"),
-        *snippets(ROOT / "docs" / "parity.md"),
+        *snippets(DOCS / "models.md"),
+        *snippets(DOCS / "serving.md"),
+        *snippets(DOCS / "parity.md"),
+        *snippets(DOCS / "troubleshooting.md"),
+        snippets(DOCS / "module.md", alone=True)[0],
     ],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -39,7 +47,13 @@ def test_snippet(code: str, kernel_calls, monkeypatch, tmp_path) -> None:
     # Inductor would compile C++ for a minute.
     run(code.replace("fullgraph=True", "fullgraph=True, backend='eager'"))
     torch._dynamo.reset()
-    assert kernel_calls or "patch(model)" in code
+    assert kernel_calls or any(name in code for name in PREPARES)
+
+
+@pytest.mark.parametrize(("code", "shown"), pictures(DOCS / "masks.md"))
+def test_picture(code: str, shown: str, capsys) -> None:
+    run(code)
+    assert capsys.readouterr().out == shown
 
 
 @pytest.mark.parametrize("path", NAMED)
@@ -56,13 +70,36 @@ def test_commands(path: Path) -> None:
 
 @pytest.mark.parametrize("path", NAMED)
 def test_links(path: Path) -> None:
-    text = path.read_text()
-    headings = {
-        re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
-        for title in re.findall(r"^#+ (.*)$", text, re.M)
-    }
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if target.startswith("#"):
-            assert target[1:] in headings, target
-        elif "://" not in target:
-            assert (path.parent / target.partition("#")[0]).exists(), target
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        other = path.parent / name if name else path
+        assert other.exists(), target
+        assert not anchor or anchor in anchors(other), target
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    linked = set(re.findall(r"\]\((docs/\w+\.md)", (ROOT / "README.md").read_text()))
+    assert {f"docs/{path.name}" for path in DOCS.glob("*.md")} - linked == set()
+
+
+def test_the_readme_is_short_and_quotes_the_benchmarks() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) < 200
+    speed = readme.partition("## Speed")[2].partition("\n## ")[0]
+    benchmarks = (DOCS / "benchmarks.md").read_text()
+    quoted = [x for line in speed.splitlines() for x in re.findall(r"\d+(?= ms)", line)]
+    assert len(quoted) == 6 and all(re.search(rf"\b{x}\b", benchmarks) for x in quoted)
+
+
+def test_every_layer_that_stays_as_it_is_is_documented() -> None:
+    text = (DOCS / "models.md").read_text()
+    missing = [name for name in (*NOT_POSSIBLE, *UNLESS) if f"`{name.split('.')[1]}`" not in text]
+    assert not missing
+
+
+def test_commits_are_checked_by_the_ruff_of_the_constraints() -> None:
+    pinned = re.search(r"^ruff==(.*)$", (ROOT / "constraints.txt").read_text(), re.M)
+    config = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert pinned and f"rev: v{pinned[1]}\n" in config
