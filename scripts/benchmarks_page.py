@@ -152,11 +152,9 @@ def _attention_in_tflops(rows: list[dict]) -> Iterator[str]:
         values = (row.get("failed") or f"{row['gflops'] / 1e3:.0f}" for row in found)
         return " / ".join(values)
 
-    for case, group in _grouped(rows, lambda r: (_mask(r), r["batch"], r["length"], r["head_dim"])):
-        mask, batch, length, head_dim = case
-        heads = _heads(group[0])
+    for case, group in _grouped(rows, _shape):
         cells = (cell([row for row in group if row["peer"] == peer]) for peer in peers)
-        yield _line(mask, f"{batch} x {length}", heads, head_dim, *cells)
+        yield _line(*case, *cells)
 
 
 def _attention_in_ratios(rows: list[dict]) -> Iterator[str]:
@@ -172,9 +170,9 @@ def _attention_in_ratios(rows: list[dict]) -> Iterator[str]:
         )
         if number:
             yield ""
-        yield _line(f"times faster than `{peer}`", "T", "D", *titles)
-        yield "|---|---:|---:" + "|---:" * len(columns) + "|"
-        for case, group in _grouped(ours, lambda row: (_mask(row), row["length"], row["head_dim"])):
+        yield _line(f"times faster than `{peer}`", "batch x T", "heads", "D", *titles)
+        yield "|---|---|---|---:" + "|---:" * len(columns) + "|"
+        for case, group in _grouped(ours, _shape):
             found = {(row["dtype"], row["mode"]): row for row in group}
             cells = (
                 row.get("failed") or _times(row) if (row := found.get(column)) else ""
@@ -252,12 +250,11 @@ _TABLES: list[tuple[Callable[[dict], bool], Callable[[list[dict]], Iterator[str]
 """Which rows stand in which table; a run of several kinds has several."""
 
 
-def _mask(row: dict) -> str:
+def _shape(row: dict) -> tuple[str, str, str, int]:
+    mask = _MASKS.get(row["workload"], row["workload"])
     if row["workload"] == "window":
-        return f"window of {1024 if row['device'] == 'cuda' else 512}"
-    if row["workload"] == "decode":
-        return f"decode, {_heads(row)} heads"
-    return _MASKS.get(row["workload"], row["workload"])
+        mask = f"window of {1024 if row['device'] == 'cuda' else 512}"
+    return mask, f"{row['batch']} x {row['length']}", _heads(row), row["head_dim"]
 
 
 def _times(row: dict) -> str:

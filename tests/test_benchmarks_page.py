@@ -88,7 +88,7 @@ def test_what_the_benchmark_prints_can_be_entered(enter, monkeypatch, capsys) ->
     torch.set_num_threads(threads)
     page = enter(capsys.readouterr().out, "--machine", "this one")
     assert f"this one, 2 threads, PyTorch {torch.__version__}" in page
-    assert "times faster than `sdpa`" in page and "| full | 64 | 16 | " in page
+    assert "times faster than `sdpa`" in page and "| full | 1 x 64 | 8 | 16 | " in page
 
 
 def test_what_weighing_memory_prints_can_be_entered(enter, monkeypatch, capsys) -> None:

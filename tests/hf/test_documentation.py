@@ -93,6 +93,16 @@ def test_the_readme_is_short_and_quotes_the_benchmarks() -> None:
     assert len(quoted) == 6 and all(re.search(rf"\b{x}\b", benchmarks) for x in quoted)
 
 
+def test_messages_are_quoted_as_they_are_raised() -> None:
+    page = (DOCS / "troubleshooting.md").read_text().partition("## Errors")[2].partition("\n## ")[0]
+    package = "".join(path.read_text() for path in (ROOT / "hf_flash_two").rglob("*.py"))
+    package = re.sub(r'"\s+f?"', "", package)
+    messages = re.findall(r"^\| `(.*?)` ", page, re.M)
+    parts = [part.strip() for message in messages for part in message.split("...")]
+    assert len(messages) > 8
+    assert not [part for part in parts if len(part) > 3 and part not in package]
+
+
 def test_every_layer_that_stays_as_it_is_is_documented() -> None:
     text = (DOCS / "models.md").read_text()
     missing = [name for name in (*NOT_POSSIBLE, *UNLESS) if f"`{name.split('.')[1]}`" not in text]
