@@ -13,13 +13,14 @@ forms, from the cheapest to the dearest:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
+
+from hf_flash_two.tensor_cache import all_values, derive, is_own, own
 
 KEY_GRANULE = 64
 """Keys are summarised in groups of this many; every kernel's key tile is read off these groups."""
@@ -51,8 +52,6 @@ class AttentionMask:
     first_query: Tensor | None = None
     last_query: Tensor | None = None
     dense: Tensor | None = None
-    # Kept by masks that own their tensors; those of others may be written to behind our back.
-    _bounds: list[Tensor] | None = None
 
     # Constructors
 
@@ -109,9 +108,8 @@ class AttentionMask:
         last = last.clamp(-FAR, FAR).masked_fill(nobody, -FAR)
         return cls(
             query_offset=query_offset,
-            first_query=first.to(torch.int32).contiguous(),
-            last_query=last.to(torch.int32).contiguous(),
-            _bounds=[],
+            first_query=own(first.to(torch.int32).contiguous()),
+            last_query=own(last.to(torch.int32).contiguous()),
         )
 
     @classmethod
@@ -164,8 +162,8 @@ class AttentionMask:
         if cu_seqlens is None:
             if query_cu_seqlens is not None:
                 raise ValueError("query_cu_seqlens: only together with cu_seqlens")
-            ids = segment_ids if segment_ids is not None else position_ids
-            step = 0 if segment_ids is not None else 1
+            ids, step = (position_ids, 1) if segment_ids is None else (segment_ids, 0)
+            assert ids is not None
             ids = ids[None] if ids.dim() == 1 else ids
             begin, end = _runs(ids, step)
             mask = cls.from_intervals(begin, end, query_offset=0)
@@ -295,7 +293,7 @@ class AttentionMask:
             dense = self.dense & other.dense
         left = _tighter(self.window_left, other.window_left)
         right = _tighter(self.window_right, other.window_right)
-        runs = [(m.first_query, m.last_query) for m in (self, other) if m.first_query is not None]
+        runs = [m.intervals for m in (self, other) if m.intervals is not None]
         if not runs:
             return AttentionMask(left, right, offset, dense=dense)
         (first, last), *more = runs
@@ -315,12 +313,18 @@ class AttentionMask:
 
     def to(self, device: torch.device | str, *_, **__) -> AttentionMask:
         """The same mask with its tensors on ``device``."""
-        moved = {
-            name: tensor.to(device)
-            for name in ("first_query", "last_query", "dense")
-            if (tensor := getattr(self, name)) is not None
-        }
-        return replace(self, _bounds=[], **moved) if moved else self
+        return self.each_tensor(lambda tensor: tensor.to(device))
+
+    def each_tensor(self, change: Callable[[Tensor], Tensor]) -> AttentionMask:
+        """The mask with ``change`` applied to each of its tensors."""
+        changed = {}
+        for name in ("first_query", "last_query", "dense"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                changed[name] = new = change(tensor)
+                if new is not tensor and is_own(tensor):
+                    own(new)
+        return replace(self, **changed) if changed else self
 
     def slice_queries(
         self, start: int, stop: int, query_length: int, key_length: int
@@ -340,13 +344,10 @@ class AttentionMask:
         dense = self.dense
         if dense is not None and dense.shape[3] > 1:
             dense = dense[..., start:stop]
-        if self.first_query is None:
+        if self.intervals is None:
             return replace(self, query_offset=offset, dense=dense)
-        mask = AttentionMask.from_intervals(
-            self.first_query[:, start:stop] - start,
-            self.last_query[:, start:stop] - start,
-            query_offset=offset,
-        )
+        first, last = (run[:, start:stop] - start for run in self.intervals)
+        mask = AttentionMask.from_intervals(first, last, query_offset=offset)
         return mask if dense is None else replace(mask, dense=dense)
 
     # Questions
@@ -368,6 +369,17 @@ class AttentionMask:
         if self.query_offset is not None:
             parts.append(f"query_offset={self.query_offset}")
         return f"AttentionMask({', '.join(parts or ['full'])})"
+
+    @property
+    def intervals(self) -> tuple[Tensor, Tensor] | None:
+        """``first_query`` and ``last_query``, or None without them."""
+        if self.first_query is None or self.last_query is None:
+            return None
+        return self.first_query, self.last_query
+
+    def tensors(self) -> list[Tensor]:
+        parts = (self.first_query, self.last_query, self.dense)
+        return [part for part in parts if part is not None]
 
     @property
     def hides_nothing(self) -> bool:
@@ -407,8 +419,8 @@ class AttentionMask:
             visible = visible & (position - key <= self.window_left)
         if self.window_right is not None:
             visible = visible & (key - position <= self.window_right)
-        if self.first_query is not None:
-            first, last = self.first_query[:, None, None], self.last_query[:, None, None]
+        if self.intervals is not None:
+            first, last = (run[:, None, None] for run in self.intervals)
             visible = visible & (first <= position) & (position < last)
         return visible if self.dense is None else visible & self.dense
 
@@ -420,21 +432,10 @@ class AttentionMask:
         ``min_first < q and max_last > p`` and needs no masking if
         ``max_first <= p and q <= min_last``.
         """
-        if self.first_query is None:
+        if self.intervals is None:
             return None
-        if torch.compiler.is_compiling() or self._bounds is None:
-            return _group_bounds(self.first_query, self.last_query)
-        if not self._bounds:
-            # What is made in inference mode cannot be saved for a later backward.
-            with torch.inference_mode(False):
-                bounds = _group_bounds(self.first_query, self.last_query)
-            if not lasts(bounds):
-                return bounds
-            # What kernels work out from them. Of bounds made in a compiled graph nothing is kept:
-            # it may write others into the same tensor.
-            bounds._key_ranges, bounds._query_tiles = {}, {}
-            self._bounds.append(Lasting(bounds))
-        return self._bounds[0].read()
+        first, last = self.intervals
+        return derive("bounds", lambda: own(_group_bounds(first, last)), first, last)
 
     def tiles(
         self, query_length: int, key_length: int, block_q: int, block_k: int = KEY_GRANULE
@@ -543,67 +544,18 @@ def _runs(ids: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
     return begin, next_start.flip(1).cummin(1).values.flip(1)
 
 
-def readable(tensor: Tensor) -> Tensor | None:
-    """What holds the values of ``tensor``, over all axes of vmap; None if it is not to be read.
-
-    It is not where operations are recorded, to run on other values, or where it has none.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return None
-    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return None if tensor.is_meta or is_fake(tensor) else tensor
-
-
 def check_zeros_and_ones(name: str, mask: Tensor) -> None:
     """Added to scores, a mask means the opposite; numbers of documents mean something else again.
 
     On a GPU the look at the values waits for the device, which a bool mask spares.
     """
-    if mask.dtype == torch.bool or (values := readable(mask)) is None:
+    if mask.dtype == torch.bool or (values := all_values(mask)) is None:
         return
     if not ((values == 0) | (values == 1)).all():
         raise ValueError(
             f"{name}: expected zeros and ones (1 may be seen), got {mask.dtype} with other values; "
             "documents are AttentionMask.from_documents"
         )
-
-
-def lasts(tensor: Tensor) -> bool:
-    """Whether ``tensor``, just made, may be kept.
-
-    A CUDA graph's exist only as it is replayed, those of vmap and fake ones only for a while.
-    """
-    return readable(tensor) is tensor
-
-
-class Lasting:
-    """A tensor that was just made and is kept: it may be read on another CUDA stream than its own.
-
-    Nobody but who keeps it knows when it was made, so it is kept with an event to wait for.
-    """
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-        if tensor.is_cuda:
-            self._stream = torch.cuda.current_stream(tensor.device)
-            self._made = self._stream.record_event()
-
-    def __reduce__(self) -> tuple:
-        return Lasting, (self.read(),)
-
-    def read(self) -> Tensor:
-        """The tensor, for work on the current stream."""
-        tensor = self._tensor
-        if tensor.is_cuda:
-            stream = torch.cuda.current_stream(tensor.device)
-            # A graph is captured after its device was waited for, and may wait for nothing before.
-            if stream != self._stream and not torch.cuda.is_current_stream_capturing():
-                stream.wait_event(self._made)
-                tensor.record_stream(stream)
-        return tensor
 
 
 def _group_bounds(first: Tensor, last: Tensor) -> Tensor:

@@ -40,13 +40,14 @@ def in_fresh_process(code: str) -> str:
 
 # Where each layer may reach inside the package; a name stands for all that is below it.
 MAY_IMPORT = {
-    "masks": [],
-    "kernels": ["masks", "kernels"],
+    "tensor_cache": [],
+    "masks": ["tensor_cache"],
+    "kernels": ["masks", "tensor_cache", "kernels"],
     "op": ["kernels", "masks"],
     "attention": ["op", "kernels", "masks"],
     "module": ["attention", "masks", "parallel"],
     "parallel": ["attention", "op", "masks", "parallel"],
-    "hf": ["attention", "kernels", "masks", "hf", "parallel"],
+    "hf": ["attention", "kernels", "masks", "tensor_cache", "hf", "parallel"],
     "__init__": ["attention", "masks", "module", "parallel", "hf"],
 }
 

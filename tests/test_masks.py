@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 
 from hf_flash_two import AttentionMask, flash_attention
-from hf_flash_two.masks import FAR, KEY_GRANULE, Lasting, TileMap
+from hf_flash_two.masks import FAR, KEY_GRANULE, TileMap
 
 BATCH = 3
 
@@ -880,38 +880,6 @@ def test_refusal(make: Callable, message: str) -> None:
     """Names the argument, what was expected and what came."""
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_what_is_kept_waits_for_the_stream_that_made_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once for each use on another stream; not while a graph is captured, which may not."""
-
-    class Stream:
-        waited = 0
-
-        def record_event(self) -> str:
-            return "made"
-
-        def wait_event(self, event: str) -> None:
-            assert event == "made"
-            self.waited += 1
-
-    class OnGPU:
-        is_cuda, device, readers = True, "cuda:0", []
-
-        def record_stream(self, stream: Stream) -> None:
-            self.readers.append(stream)
-
-    own, other = Stream(), Stream()
-    current, capturing = [own], [False]
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    tensor = OnGPU()
-    kept = Lasting(tensor)
-    assert kept.read() is tensor and not own.waited and not tensor.readers
-    current[0] = other
-    assert kept.read() is tensor and other.waited == 1 and tensor.readers == [other]
-    capturing[0] = True
-    assert kept.read() is tensor and other.waited == 1
 
 
 def test_a_used_mask_can_be_copied() -> None:

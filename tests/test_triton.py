@@ -15,7 +15,7 @@ from oracle import dense_attention
 from test_attention import BATCH, check, inputs
 from torch import Tensor
 
-from hf_flash_two import AttentionMask, flash_attention
+from hf_flash_two import AttentionMask, flash_attention, tensor_cache
 from hf_flash_two.kernels.problem import Problem
 from hf_flash_two.masks import KEY_GRANULE
 
@@ -299,11 +299,12 @@ def test_a_mask_keeps_nothing_made_while_a_graph_is_captured(
     """The graph's memory holds it only once the graph was replayed."""
     tensors = inputs(33, 70, device=device)
     mask = masks(70, device)["padded"]
-    monkeypatch.setattr("hf_flash_two.kernels.triton_ranges.lasts", lambda tensor: False)
+    bounds = mask.key_bounds()
+    monkeypatch.setattr(tensor_cache, "may_be_kept", lambda tensor: False)
     attend(*tensors, mask=mask)
-    assert vars(mask.key_bounds())["_key_ranges"] == {}
+    assert mask.key_bounds() is bounds
+    assert not tensor_cache._cache(bounds)._entries
     fresh = masks(70, device)["padded"]
-    monkeypatch.setattr("hf_flash_two.masks.lasts", lambda tensor: False)
     assert torch.equal(attend(*tensors, mask=fresh), attend(*tensors, mask=mask))
     assert fresh.key_bounds() is not fresh.key_bounds()
 

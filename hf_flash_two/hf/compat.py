@@ -39,9 +39,6 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
-from torch._C import _functorch as functorch
-from torch._guards import active_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -475,39 +472,10 @@ def _is_part_of_another(model: PreTrainedModel) -> bool:
     return False
 
 
-def transforms_by_vmap() -> bool:
-    """Whether `torch.func.vmap` maps what runs, so that no value can be looked at."""
-    if not torch._C._are_functorch_transforms_active():
-        return False
-    levels = torch._C._functorch.get_interpreter_stack() or ()
-    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
-
-
 def only_inlined(function: Callable) -> Callable:
     """Let torch.compile trace into ``function`` from what it compiles, but not start with it."""
     torch._dynamo.eval_frame.skip_code(function.__code__)
     return function
-
-
-def runs_on_fakes() -> bool:
-    """Whether operations yield tensors without values, as in a `FakeTensorMode`."""
-    return active_fake_mode() is not None
-
-
-def has_one_value(x: torch.Tensor) -> bool:
-    """Whether ``x`` is neither without values nor mapped by `torch.func.vmap`."""
-    while functorch.is_functorch_wrapped_tensor(x):
-        if functorch.is_batchedtensor(x):
-            return False
-        x = functorch.get_unwrapped(x)
-    return not isinstance(x, FakeTensor)
-
-
-def all_values(x: torch.Tensor) -> torch.Tensor:
-    """``x`` with a dimension for what `torch.func.vmap` maps."""
-    while functorch.is_functorch_wrapped_tensor(x):
-        x = functorch.get_unwrapped(x)
-    return x
 
 
 def has_cross_attention(model: transformers.PreTrainedModel) -> bool:

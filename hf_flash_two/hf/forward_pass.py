@@ -28,8 +28,8 @@ from hf_flash_two.hf.packing import (
     ids_of_boundaries,
     may_be_packed,
     numbers_documents,
-    recording,
 )
+from hf_flash_two.tensor_cache import TensorCache, is_symbolic
 
 Derived = TypeVar("Derived")
 
@@ -72,7 +72,7 @@ class ForwardPass:
         model: the one whose forward runs.
         said: by its caller, and by that of the model around it, if both share a config.
         around: the pass within which this one runs.
-        frame: the call that opened it; None while recording.
+        frame: the call that opened it; None while tracing.
         ones: the mask with 1 for every visible token, where it may number documents instead.
         apart: nothing that was said of documents is left to be done.
         derived: what layers share; one for all passes within the outermost.
@@ -86,7 +86,7 @@ class ForwardPass:
         frame: FrameType | None = None,
     ):
         self.model, self.around, self.frame = model, around, frame
-        self.derived: dict = {} if around is None else around.derived
+        self.derived = TensorCache() if around is None else around.derived
         given = said.attention_mask
         if around is not None and given is not None and given is around.ones:
             # A model hands on the mask of ones that it got in place of one of numbers.
@@ -109,7 +109,7 @@ class ForwardPass:
     ) -> Tensor | None:
         """The number of each token's document, [1 or B, queries]; None if no row holds several.
 
-        While recording, numbers come wherever a row could hold several.
+        While tracing, numbers come wherever a row could hold several.
 
         Args:
             offset: how many tokens of the row were passed in before these.
@@ -134,7 +134,7 @@ class ForwardPass:
 
         def build() -> Tensor | None:
             starts = document_starts(positions, mask)
-            return starts.cumsum(1) if recording() or bool(starts.any()) else None
+            return starts.cumsum(1) if is_symbolic() or bool(starts.any()) else None
 
         return once(given[0], "documents", build, *given[1:])
 
@@ -156,7 +156,7 @@ class ForwardPass:
             ids = self.documents(*tokens, 0, causal=causal)
             if ids is None:
                 return
-            if not recording():
+            if not is_symbolic():
                 self._refuse("position_ids, attention_mask")
             demand(
                 (ids == 0).all(), f"{type(self.model).__name__}: packed documents need eager mode"
@@ -244,23 +244,13 @@ def asks_for_weights() -> bool:
 def once(tensor: Tensor, key, build: Callable[[], Derived], *others: Tensor) -> Derived:
     """``build()``, which reads all of the tensors; kept until the pass ends or one is written to.
 
-    Outside of a pass, and while recording, nothing is kept.
+    Outside of a pass, and while tracing, nothing is kept.
     """
     running = current()
     tensors = (tensor, *others)
-    if running is None or recording() or any(x.is_inference() for x in tensors):
+    if running is None or is_symbolic() or any(x.is_inference() for x in tensors):
         return build()
-    at = (key, *map(id, tensors))
-    versions = [x._version for x in tensors]
-    kept = running.derived.get(at)
-    if kept is not None and kept[0] == versions:
-        return kept[2]
-    # What is made in inference mode cannot be saved for a later backward.
-    with torch.inference_mode(False):
-        derived = build()
-    # The tensors are held so that no other can take the place in memory that tells them apart.
-    running.derived[at] = versions, tensors, derived
-    return derived
+    return running.derived.once(key, build, *tensors)
 
 
 def _passes() -> list[ForwardPass]:
@@ -282,7 +272,7 @@ def _close(*arguments) -> None:
 
 def _open_pass(places: tuple[int, ...], model: PreTrainedModel, args: tuple, kwargs: dict):
     passes, frame = _passes(), None
-    if not recording():
+    if not is_symbolic():
         frame = next(f for f in _callers(sys._getframe()) if f.f_code.co_filename == _MODULES)
         # What interrupts a forward from outside, as Ctrl-C does, leaves its pass behind.
         while passes and passes[-1].frame not in (None, *_callers(frame)):
@@ -343,11 +333,11 @@ def _said_past_hooks(model: PreTrainedModel, frame: FrameType) -> dict:
 def _is_numbered(mask) -> bool:
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] == 1:
         return False
-    return numbers_documents(mask) and (recording() or bool((mask > 1).any()))
+    return numbers_documents(mask) and (is_symbolic() or bool((mask > 1).any()))
 
 
 def _equal(a: Tensor, b) -> bool:
     """Whether both are known to be the same boundaries; ``b`` may be none, or a dict of them."""
     if b is None or a is b:
         return True
-    return isinstance(b, Tensor) and not recording() and torch.equal(a, b)
+    return isinstance(b, Tensor) and not is_symbolic() and torch.equal(a, b)

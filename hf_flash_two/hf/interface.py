@@ -12,8 +12,9 @@ from hf_flash_two.hf import compat, forward_pass
 from hf_flash_two.hf.forward_pass import once
 from hf_flash_two.hf.mask_carrier import MaskCarrier
 from hf_flash_two.hf.mask_function import from_tiles
-from hf_flash_two.hf.packing import demand, document_starts, may_be_packed, recording
+from hf_flash_two.hf.packing import demand, document_starts, may_be_packed
 from hf_flash_two.masks import AttentionMask
+from hf_flash_two.tensor_cache import is_symbolic
 
 # What attention functions of Transformers read, though here it changes no result: lengths that
 # cu_seq_lens already hold; every kernel is deterministic; how another kernel is tuned; groups of
@@ -268,7 +269,7 @@ def _from_tensor(
             f"four dimensions, got {mask.dtype}"
         )
     visible = None
-    if mask.shape[1] == 1 and not mask.requires_grad and not recording():
+    if mask.shape[1] == 1 and not mask.requires_grad and not is_symbolic():
         key = ("additive", queries, keys)
         visible = once(mask, key, lambda: _from_additive(mask, queries, keys))
     return (AttentionMask.full(), mask) if visible is None else (visible, None)
@@ -276,7 +277,7 @@ def _from_tensor(
 
 def _from_dense(visible: Tensor, queries: int, keys: int) -> AttentionMask:
     visible = visible.expand(*visible.shape[:3], keys)
-    if visible.shape[1] != 1 or recording():
+    if visible.shape[1] != 1 or is_symbolic():
         return AttentionMask.from_dense(visible)
     if visible.shape[2] == 1 and queries != 1:
         return AttentionMask.from_padding(visible[:, 0, 0])
@@ -305,14 +306,14 @@ def _from_positions(
 
     def build() -> AttentionMask | None:
         starts = document_starts(position_ids, padding)
-        if not recording() and not starts.any():
+        if not is_symbolic() and not starts.any():
             return None
         if queries != keys:
             message = (
                 "position_ids: tell of packed documents behind a cache that is longer than they "
                 "are; pass them without a cache"
             )
-            if not recording():
+            if not is_symbolic():
                 raise ValueError(message)
             demand(~starts.any(), message)
             return None

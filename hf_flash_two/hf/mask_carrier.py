@@ -152,15 +152,9 @@ class MaskCarrier(BlockMask):
         _, _, queries, keys = self._shape
         mask = self.mask.slice_queries(start_q, stop_q, queries, keys)
         mask = mask.slice_keys(start_k, stop_k, stop_q - start_q, keys)
-        parts = {}
-        for name in ("first_query", "last_query", "dense"):
-            part = getattr(mask, name)
-            if part is not None and part.shape[0] > 1:
-                parts[name] = part[batch]
+        mask = mask.each_tensor(lambda part: part[batch] if part.shape[0] > 1 else part)
         count = len(range(self._shape[0])[batch])
-        carrier = self._replace(
-            replace(mask, _bounds=[], **parts), (count, 1, stop_q - start_q, stop_k - start_k)
-        )
+        carrier = self._replace(mask, (count, 1, stop_q - start_q, stop_k - start_k))
         if self.padding is not None:
             carrier.padding = self.padding[batch]
         return carrier

@@ -18,8 +18,9 @@ from transformers.utils import logging
 
 from hf_flash_two.hf import compat, forward_pass
 from hf_flash_two.hf.mask_carrier import MaskCarrier
-from hf_flash_two.hf.packing import all_visible, demand, positions_of, recording
+from hf_flash_two.hf.packing import all_visible, demand, positions_of
 from hf_flash_two.masks import FAR, AttentionMask
+from hf_flash_two.tensor_cache import is_symbolic
 
 logger = logging.get_logger(__name__)
 
@@ -148,7 +149,7 @@ def from_tiles(
         row_elements: how many elements one row of ``visible`` has, over the whole batch.
     """
     step = max(1, _TILE_ELEMENTS // max(1, row_elements))
-    if recording() and q_length != 1:
+    if is_symbolic() and q_length != 1:
         return AttentionMask.from_dense(visible(0, q_length))
     starts = range(0, q_length, step)
     first = last = count = None
@@ -225,7 +226,7 @@ def _over_keys(documents: Tensor, place: _Place) -> Tensor:
         "position_ids: documents start among these tokens, but the cache holds earlier ones, and "
         "which of them those may see is not known; pass packed documents in one forward"
     )
-    if not recording():
+    if not is_symbolic():
         if not at_start:
             raise ValueError(message)
     elif at_start is not True:
@@ -378,7 +379,7 @@ def _chunks(size: int, left_padding: Tensor, place: _Place, position) -> Attenti
 
 def _equal_ids(ids: Tensor, place: _Place, hidden: Tensor | None = None) -> AttentionMask | None:
     """A query sees the keys of its own id, [B, L]; None unless each id is one run of positions."""
-    if recording():
+    if is_symbolic():
         return None  # whether an id comes back later is not to be known
     visible = torch.ones_like(ids, dtype=torch.bool) if hidden is None else ~hidden
     starts = pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True) & visible

@@ -7,8 +7,8 @@ the scores is computed, and the layer's forward runs as its authors wrote it.
 
 What is done to scores and has no counterpart computes them after all, by the operations noted: that
 is how a layer makes a bias out of another product. Probabilities are never computed: what has no
-counterpart there raises, and so does a layer of which nothing was carried out; but where values
-cannot be read (see `packing.recording`), such a layer computes its attention as it always did.
+counterpart there raises, and so does a layer of which nothing was carried out; but where no values
+are known (see `tensor_cache.is_symbolic`), such a layer computes its attention as it always did.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from hf_flash_two.hf.packing import recording
 from hf_flash_two.hf.rules import (
     PRODUCTS,
     RULES_OF,
@@ -35,6 +34,7 @@ from hf_flash_two.hf.rules import (
     signature,
 )
 from hf_flash_two.hf.scores import Lazy, Scores, version_of
+from hf_flash_two.tensor_cache import is_symbolic
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def own_attention(layer: str) -> Iterator[OwnAttention]:
     mode = OwnAttention(layer)
     with mode:
         yield mode
-    if mode.multiplied and not mode.attended and not recording():
+    if mode.multiplied and not mode.attended and not is_symbolic():
         mode.refuse("what this layer does with its scores")
 
 

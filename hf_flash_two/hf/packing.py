@@ -11,40 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hf_flash_two.hf import compat
-
-
-def recording() -> bool:
-    """Whether no value may decide anything: there is none, or what runs is for others as well.
-
-    Operations are recorded by torch.compile, torch.export, torch.jit.trace or a CUDA graph; they
-    have many values under `torch.func.vmap`, and none in a `FakeTensorMode`.
-    """
-    return _recorded() or compat.transforms_by_vmap() or compat.runs_on_fakes()
-
-
-def readable(x: Tensor) -> bool:
-    """Whether the values of this very tensor may decide: under vmap those of a constant may."""
-    return not _recorded() and not x.is_meta and compat.has_one_value(x)
+from hf_flash_two.tensor_cache import all_values, is_mapped, is_symbolic
 
 
 def demand(holds: Tensor, message: str) -> None:
-    """While recording: raise RuntimeError unless bool [] ``holds`` when what is recorded runs.
+    """Without values: raise RuntimeError unless bool [] ``holds`` when what is traced runs.
 
     Under `torch.func.vmap`, which runs at once, of any of the values.
     """
-    if _recorded() or not compat.transforms_by_vmap():
+    values = all_values(holds)
+    if values is None or not is_mapped():
         torch._assert_async(holds, message)
-    elif not compat.all_values(holds).all():
+    elif not values.all():
         raise RuntimeError(message)
-
-
-def _recorded() -> bool:
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
-    )
 
 
 def document_starts(position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
@@ -113,11 +92,11 @@ def may_be_packed(position_ids: Tensor | None, batch: int, queries: int) -> bool
 
 
 def all_visible(attention_mask: Tensor | None) -> bool | Tensor:
-    """Whether [B, T] hides nothing; a bool tensor [] while recording."""
+    """Whether [B, T] hides nothing; a bool tensor [] where no values are known."""
     if attention_mask is None:
         return True
     unpadded = (attention_mask != 0).all()
-    return unpadded if recording() else bool(unpadded)
+    return unpadded if is_symbolic() else bool(unpadded)
 
 
 def _before(x: Tensor, visible: Tensor | None) -> Tensor:

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_flash_two.hf.mask_carrier import MaskCarrier
-from hf_flash_two.hf.packing import readable
 from hf_flash_two.hf.scores import HIDDEN, Lazy, RowArgmax, RowMax, Scores, Turned, version_of
+from hf_flash_two.tensor_cache import has_value
 
 _UNREACHED = 5e4
 """Limits this far from 0 change no scores: float16 ends a little further out."""
@@ -280,7 +280,7 @@ def _masked_fill(scores, mask, value) -> Scores | None:
         return None
     visible = mask.logical_not()
     if scores.softmaxed and value == 0:
-        if not readable(visible):
+        if not has_value(visible):
             return None
         known = any(torch.equal(seen, visible) for _, seen in scores.visible)
         return scores.but() if known else None
@@ -289,7 +289,7 @@ def _masked_fill(scores, mask, value) -> Scores | None:
 
 def _hides(value) -> bool:
     if isinstance(value, Tensor):
-        return readable(value) and bool((value <= HIDDEN).all())
+        return has_value(value) and bool((value <= HIDDEN).all())
     return isinstance(value, (int, float)) and value <= HIDDEN
 
 
@@ -303,7 +303,7 @@ class Largest(NamedTuple):
 def _at_least(scores, least) -> Scores | None:
     if not isinstance(scores, Scores) or scores.softmaxed or isinstance(least, Lazy):
         return None
-    if isinstance(least, Tensor) and (least.numel() > 1 or not readable(least)):
+    if isinstance(least, Tensor) and (least.numel() > 1 or not has_value(least)):
         return None
     return scores.but() if least <= -_UNREACHED else None
 

@@ -20,8 +20,8 @@ from hf_flash_two.hf.forward_pass import once
 from hf_flash_two.hf.interface import _from_dense
 from hf_flash_two.hf.leading import Lead, Leading
 from hf_flash_two.hf.mask_carrier import MaskCarrier
-from hf_flash_two.hf.packing import readable
 from hf_flash_two.masks import AttentionMask
+from hf_flash_two.tensor_cache import has_value
 
 HIDDEN = -1e4
 """Scores set to this or less have probability 0; the mildest such number that models use."""
@@ -181,7 +181,7 @@ class Scores(Lazy):
     def _closed(self, term: Tensor) -> Scores | None:
         """``scores * gate + term`` if the term hides what the gate set to 0, and nothing else."""
         opened = self.gate == 1
-        if not readable(self.gate) or not readable(term):
+        if not has_value(self.gate) or not has_value(term):
             return None
         if not torch.where(opened, term == 0, (self.gate == 0) & (term <= HIDDEN)).all():
             return None
@@ -191,7 +191,7 @@ class Scores(Lazy):
         if self.softmaxed or self.gate is not None:
             return None
         if isinstance(factor, Tensor) and factor.numel() == 1 and not factor.requires_grad:
-            factor = factor.item() if readable(factor) else factor.reshape(1, 1)
+            factor = factor.item() if has_value(factor) else factor.reshape(1, 1)
         masked = self.visible or any(isinstance(term, MaskCarrier) for _, term in self.terms)
         if isinstance(factor, Tensor):
             return None if masked else self._times_tensor(factor)
@@ -346,14 +346,14 @@ def _parted(term: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
     def hidden() -> Tensor | None:
         found = term <= HIDDEN
-        return found.logical_not_() if not readable(found) or found.any() else None
+        return found.logical_not_() if not has_value(found) or found.any() else None
 
     with torch.no_grad():
         visible = once(term, "hidden", hidden)
     if visible is None:
         return term, None
     bias = torch.where(visible, term, 0)
-    needed = term.requires_grad or not readable(bias) or bias.any()
+    needed = term.requires_grad or not has_value(bias) or bias.any()
     return (bias if needed else None), visible
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from hf_flash_two.kernels import dropout
 from hf_flash_two.kernels.problem import LOG2E, Problem, statistics_dtype
 from hf_flash_two.masks import KEY_GRANULE, TileMap, band_tiles, bound_tiles
+from hf_flash_two.tensor_cache import derive
 
 _BLOCK_Q = 256
 _BLOCK_K = 512
@@ -160,18 +161,17 @@ def _query_tiles(call: Call, rows: int) -> list[list[QueryTile]]:
     dense = problem.dense is not None
     if bounds is None:
         return _tiles_of_band(problem.window_left, problem.window_right, *settings, dense)
-    # The mask owns the bounds, and all layers share the mask.
-    known = vars(bounds).get("_query_tiles", {})
-    key = (*settings, dense, rows)
-    if key not in known:
+
+    def build() -> list[list[QueryTile]]:
         offset, query_length, key_length, block_q, block_k = settings
         tile_map = bound_tiles(bounds, offset, query_length, block_q, KEY_GRANULE, dense)
         if rows > 1:
             visit = torch.stack([part.any(0) for part in tile_map.visit.split(rows)])
             full = torch.stack([part.all(0) for part in tile_map.full.split(rows)])
             tile_map = TileMap(visit, full)
-        known[key] = _tiles_of_map(tile_map, *settings[1:])
-    return known[key]
+        return _tiles_of_map(tile_map, query_length, key_length, block_q, block_k)
+
+    return derive(("query tiles", *settings, dense, rows), build, bounds)
 
 
 @lru_cache(maxsize=32)

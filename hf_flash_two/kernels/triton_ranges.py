@@ -9,7 +9,8 @@ from torch import Tensor
 
 from hf_flash_two.kernels.problem import Problem
 from hf_flash_two.kernels.triton_config import Tiles
-from hf_flash_two.masks import KEY_GRANULE, Lasting, lasts
+from hf_flash_two.masks import KEY_GRANULE
+from hf_flash_two.tensor_cache import derive
 
 _GRANULE = tl.constexpr(KEY_GRANULE)
 _SCAN = tl.constexpr(128)
@@ -18,27 +19,23 @@ _SCAN = tl.constexpr(128)
 def key_ranges(problem: Problem, tiles: Tiles, query_length: int, key_length: int) -> Tensor | None:
     """int32 [B or 1, query tiles, 4] for `triton_tile.key_tiles`; None without intervals.
 
-    Worked out once for each mask and tile size: all layers share the mask, which owns its bounds.
+    Worked out once for each mask and tile size, which all layers share.
     """
     bounds = problem.key_bounds
     if bounds is None:
         return None
-    known = vars(bounds).get("_key_ranges", {})
-    key = (
-        problem.query_offset, query_length, key_length, tiles.block_q, tiles.block_k, tiles.pack,
-    )  # fmt: skip
-    kept = known.get(key)
-    if kept is None:
+
+    def build() -> Tensor:
         count = triton.cdiv(tiles.pack * query_length, tiles.block_q)
         ranges = bounds.new_empty(bounds.shape[0], count, 4, dtype=torch.int32)
         _ranges_kernel[(count * bounds.shape[0],)](
             bounds, ranges, bounds.stride(0), count, query_length, key_length, problem.query_offset,
             PACK=tiles.pack, BLOCK_Q=tiles.block_q, BLOCK_K=tiles.block_k, num_warps=1,
         )  # fmt: skip
-        if lasts(ranges):
-            known[key] = Lasting(ranges)
         return ranges
-    return kept.read()
+
+    settings = (query_length, key_length, tiles.block_q, tiles.block_k, tiles.pack)
+    return derive(("key ranges", problem.query_offset, *settings), build, bounds)
 
 
 @triton.jit(do_not_specialize=["bounds_sb", "count", "query_length", "key_length", "offset"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -45,9 +44,11 @@ def attend_over_devices(
 
 def _part(mask: AttentionMask, dim: int, part: slice) -> AttentionMask:
     """The mask of some heads (``dim`` 1) or batch rows (0)."""
-    changes = {}
-    if mask.dense is not None and mask.dense.shape[dim] > 1:
-        changes["dense"] = mask.dense[:, part] if dim else mask.dense[part]
-    if dim == 0 and mask.first_query is not None and mask.first_query.shape[0] > 1:
-        changes |= {"first_query": mask.first_query[part], "last_query": mask.last_query[part]}
-    return replace(mask, _bounds=[], **changes) if changes else mask
+    index = (slice(None),) * dim + (part,)
+
+    def cut(tensor: Tensor) -> Tensor:
+        # Intervals are [B, Tk], one for all heads.
+        by_batch = tensor.dim() == 2 and dim == 1
+        return tensor if by_batch or tensor.shape[dim] == 1 else tensor[index]
+
+    return mask.each_tensor(cut)
