@@ -89,6 +89,9 @@ def read(output: str) -> dict:
     last = output.strip().rpartition("\n")[2]
     if last.startswith("["):
         rows = json.loads(last)
+        for row in rows:
+            if "peer" in row:  # as it was called until 2026-11
+                row["attention"] = row.pop("peer")
     elif header.re is _BUCKETS:
         names = ("q_bucket_size", "k_bucket_size", "ms", "peak_mib")
         rows = [dict(zip(names, map(int, row), strict=True)) for row in _BUCKET_ROW.findall(output)]
@@ -141,9 +144,9 @@ def rendered(run: dict) -> str:
 
 def _attention_in_tflops(rows: list[dict]) -> Iterator[str]:
     """TFLOP/s of each implementation, or how many times faster flash_two is than it."""
-    peers = _distinct(row["peer"] for row in rows)
-    yield _line("TFLOP/s", "batch x T", "heads", "D", *(f"`{peer}`" for peer in peers))
-    yield "|---|---|---|---:" + "|---" * len(peers) + "|"
+    names = _distinct(row["attention"] for row in rows)
+    yield _line("TFLOP/s", "batch x T", "heads", "D", *(f"`{name}`" for name in names))
+    yield "|---|---|---|---:" + "|---" * len(names) + "|"
 
     def cell(found: list[dict]) -> str:
         found = sorted(found, key=lambda row: _MODES.index(row["mode"]))
@@ -153,15 +156,15 @@ def _attention_in_tflops(rows: list[dict]) -> Iterator[str]:
         return " / ".join(values)
 
     for case, group in _grouped(rows, _shape):
-        cells = (cell([row for row in group if row["peer"] == peer]) for peer in peers)
+        cells = (cell([row for row in group if row["attention"] == name]) for name in names)
         yield _line(*case, *cells)
 
 
 def _attention_in_ratios(rows: list[dict]) -> Iterator[str]:
     """How many times faster flash_two is, a table for each baseline."""
-    peers = [peer for peer in _distinct(row["peer"] for row in rows) if peer != _OURS]
-    for number, peer in enumerate(peers):
-        ours = [row for row in rows if row["peer"] == peer]
+    names = [name for name in _distinct(row["attention"] for row in rows) if name != _OURS]
+    for number, name in enumerate(names):
+        ours = [row for row in rows if row["attention"] == name]
         seen = {(row["dtype"], row["mode"]) for row in ours}
         dtypes = _distinct(row["dtype"] for row in ours)
         columns = [(dtype, mode) for dtype in dtypes for mode in _MODES if (dtype, mode) in seen]
@@ -170,7 +173,7 @@ def _attention_in_ratios(rows: list[dict]) -> Iterator[str]:
         )
         if number:
             yield ""
-        yield _line(f"times faster than `{peer}`", "batch x T", "heads", "D", *titles)
+        yield _line(f"times faster than `{name}`", "batch x T", "heads", "D", *titles)
         yield "|---|---|---|---:" + "|---:" * len(columns) + "|"
         for case, group in _grouped(ours, _shape):
             found = {(row["dtype"], row["mode"]): row for row in group}
@@ -182,14 +185,14 @@ def _attention_in_ratios(rows: list[dict]) -> Iterator[str]:
 
 
 def _decode(rows: list[dict]) -> Iterator[str]:
-    """How fast the cache is read: two products of half a FLOP per byte and head of a group."""
-    peers = _distinct(row["peer"] for row in rows)
-    yield _line("decode, TB/s", "keys", "heads", "D", *(f"`{peer}`" for peer in peers))
-    yield "|---|---:|---|---:" + "|---:" * len(peers) + "|"
+    """How fast the cache is read: a byte in bfloat16 serves one FLOP per query head of a group."""
+    names = _distinct(row["attention"] for row in rows)
+    yield _line("decode, TB/s", "keys", "heads", "D", *(f"`{name}`" for name in names))
+    yield "|---|---:|---|---:" + "|---:" * len(names) + "|"
     for case, group in _grouped(rows, lambda row: (row["batch"], row["length"], row["head_dim"])):
         batch, length, head_dim = case
-        found = {row["peer"]: row for row in group}
-        cells = (_bandwidth(found[peer]) if peer in found else "" for peer in peers)
+        found = {row["attention"]: row for row in group}
+        cells = (_bandwidth(found[name]) if name in found else "" for name in names)
         rows_of = f"{batch} row{'s' if batch > 1 else ''}"
         yield _line(rows_of, length, _heads(group[0]), head_dim, *cells)
 
@@ -203,9 +206,9 @@ def _bandwidth(row: dict) -> str:
 
 def _models(rows: list[dict]) -> Iterator[str]:
     """Milliseconds and peak memory of whole models."""
-    peers = _distinct(row["peer"] for row in rows)
-    yield _line("ms, peak MiB", "step", "batch x T", *(f"`{peer}`" for peer in peers))
-    yield "|---|---|---" + "|---:" * len(peers) + "|"
+    names = _distinct(row["attention"] for row in rows)
+    yield _line("ms, peak MiB", "step", "batch x T", *(f"`{name}`" for name in names))
+    yield "|---|---|---" + "|---:" * len(names) + "|"
 
     def cell(row: dict | None) -> str:
         if row is None:
@@ -219,9 +222,9 @@ def _models(rows: list[dict]) -> Iterator[str]:
             batch, length = 1, batch * length
         return _MODELS[row["workload"]], row["mode"], f"{batch} x {length}"
 
-    for names, group in _grouped(rows, case):
-        found = {row["peer"]: row for row in group}
-        yield _line(*names, *(cell(found.get(peer)) for peer in peers))
+    for labels, group in _grouped(rows, case):
+        found = {row["attention"]: row for row in group}
+        yield _line(*labels, *(cell(found.get(name)) for name in names))
 
 
 def _memory(rows: list[dict]) -> Iterator[str]:

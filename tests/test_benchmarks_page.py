@@ -48,11 +48,11 @@ def test_a_run_stands_where_the_text_wants_it(enter) -> None:
     backward = GPU | {"mode": "backward"}
     page = enter(
         printed(
-            GPU | {"peer": "flash_two", "gflops": 401_400.0, "ms": 1.0},
-            backward | {"peer": "flash_two", "gflops": 300_000.0, "ms": 1.0},
-            GPU | {"peer": "sdpa", "ratio": 5.71},
-            backward | {"peer": "sdpa", "ratio": 1.234},
-            GPU | {"peer": "flex", "failed": "out of memory"},
+            GPU | {"attention": "flash_two", "gflops": 401_400.0, "ms": 1.0},
+            backward | {"attention": "flash_two", "gflops": 300_000.0, "ms": 1.0},
+            GPU | {"attention": "sdpa", "ratio": 5.71},
+            backward | {"attention": "sdpa", "ratio": 1.234},
+            GPU | {"attention": "flex_attention", "failed": "out of memory"},
         )
     )
     head, *_, end = page.split("\n\n")
@@ -65,16 +65,18 @@ def test_a_run_stands_where_the_text_wants_it(enter) -> None:
 
 
 def test_decoding_is_told_by_how_fast_the_cache_is_read(enter) -> None:
-    """A byte of the cache serves two FLOP of each of the four heads that share it."""
-    page = enter(printed(GPU | {"workload": "decode", "peer": "flash_two", "gflops": 14_000.0}))
+    """Two bytes of the cache serve two FLOP of each of the four heads that share them."""
+    page = enter(
+        printed(GPU | {"workload": "decode", "attention": "flash_two", "gflops": 14_000.0})
+    )
     assert "| 4 rows | 4096 | 32 over 8 | 128 | 3.5 |" in page
 
 
 def test_models_have_a_table_of_their_own(enter) -> None:
     page = enter(
         printed(
-            MODEL | {"peer": "flash_two", "ms": 123.4, "peak_mib": 5678.9},
-            MODEL | {"peer": "eager", "failed": "out of memory"},
+            MODEL | {"attention": "flash_two", "ms": 123.4, "peak_mib": 5678.9},
+            MODEL | {"attention": "eager", "failed": "out of memory"},
         )
     )
     assert "packed documents of 512 | train | 1 x 2048 | 123, 5679 | out of memory |" in page
@@ -91,9 +93,9 @@ def test_what_the_benchmark_prints_can_be_entered(enter, monkeypatch, capsys) ->
     assert "times faster than `sdpa`" in page and "| full | 1 x 64 | 8 | 16 | " in page
 
 
-def test_what_weighing_memory_prints_can_be_entered(enter, monkeypatch, capsys) -> None:
-    weighed = json.dumps({"tensors": 100.0, "peak": 126.4})
-    monkeypatch.setattr(benchmark.subprocess, "check_output", lambda *args, **options: weighed)
+def test_measured_memory_can_be_entered(enter, monkeypatch, capsys) -> None:
+    measured = json.dumps({"tensors": 100.0, "peak": 126.4})
+    monkeypatch.setattr(benchmark.subprocess, "check_output", lambda *args, **options: measured)
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "--device", "cpu", "--memory"])
     threads = torch.get_num_threads()
     benchmark.main()
@@ -129,7 +131,7 @@ def test_what_is_no_run_is_refused(output, message, enter, docs, capsys) -> None
 def test_a_run_that_the_text_leaves_out_is_told(enter, docs, capsys) -> None:
     (docs / "benchmarks" / "lost.json").write_text("{}")
     with pytest.raises(SystemExit):
-        enter(printed(GPU | {"peer": "flash_two", "gflops": 1.0}))
+        enter(printed(GPU | {"attention": "flash_two", "gflops": 1.0}))
     assert "['lost']" in capsys.readouterr().err
 
 
