@@ -254,8 +254,9 @@ _TABLES: list[tuple[Callable[[dict], bool], Callable[[list[dict]], Iterator[str]
 
 
 def _shape(row: dict) -> tuple[str, str, str, int]:
-    mask = _MASKS.get(row["workload"], row["workload"])
-    if row["workload"] == "window":
+    workload: str = row["workload"]
+    mask = _MASKS.get(workload, workload)
+    if workload == "window":
         mask = f"window of {1024 if row['device'] == 'cuda' else 512}"
     return mask, f"{row['batch']} x {row['length']}", _heads(row), row["head_dim"]
 
