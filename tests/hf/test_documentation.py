@@ -51,13 +51,13 @@ def test_snippet(code: str, kernel_calls, monkeypatch, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("code", "shown"), pictures(DOCS / "masks.md"))
-def test_picture(code: str, shown: str, capsys) -> None:
+def test_masks_are_what_their_pictures_show(code: str, shown: str, capsys) -> None:
     run(code)
     assert capsys.readouterr().out == shown
 
 
 @pytest.mark.parametrize("path", NAMED)
-def test_commands(path: Path) -> None:
+def test_commands_in_documents_exist_with_their_options(path: Path) -> None:
     text = path.read_text().replace("\\\n", " ")
     makefile = (ROOT / "Makefile").read_text()
     for script, options in re.findall(r"(scripts/\w+\.py)([^\n`#]*)", text):
@@ -69,7 +69,7 @@ def test_commands(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", NAMED)
-def test_links(path: Path) -> None:
+def test_relative_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
         if "://" in target:
             continue
