@@ -70,7 +70,8 @@ def test_commands_in_documents_exist_with_their_options(path: Path) -> None:
 
 @pytest.mark.parametrize("path", NAMED)
 def test_relative_links_lead_somewhere(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+    text = path.read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if "://" in target:
             continue
         name, _, anchor = target.partition("#")
@@ -81,7 +82,8 @@ def test_relative_links_lead_somewhere(path: Path) -> None:
 
 def test_every_page_is_linked_from_the_readme() -> None:
     linked = set(re.findall(r"\]\((docs/\w+\.md)", (ROOT / "README.md").read_text()))
-    assert {f"docs/{path.name}" for path in DOCS.glob("*.md")} - linked == set()
+    for_developers = {"docs/upstream.md"}
+    assert {f"docs/{path.name}" for path in DOCS.glob("*.md")} - linked <= for_developers
 
 
 def test_the_readme_is_short_and_quotes_the_benchmarks() -> None:
