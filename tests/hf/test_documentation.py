@@ -115,3 +115,27 @@ def test_commits_are_checked_by_the_ruff_of_the_constraints() -> None:
     pinned = re.search(r"^ruff==(.*)$", (ROOT / "constraints.txt").read_text(), re.M)
     config = (ROOT / ".pre-commit-config.yaml").read_text()
     assert pinned and f"rev: v{pinned[1]}\n" in config
+
+
+def test_the_tree_in_the_design_is_the_tree() -> None:
+    block = re.search(
+        r"^```\n(hf_flash_two/\n.*?)^```$", (DOCS / "design.md").read_text(), re.M | re.S
+    )
+    assert block
+    shown, folders = set(), []
+    for line in block[1].splitlines():
+        name = line.split()[0]
+        folders = [*folders[: (len(line) - len(line.lstrip())) // 2], name]
+        shown.add("".join(folders))
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / "hf_flash_two").rglob("*.py")}
+    told = {name for name in files if not name.endswith("__init__.py") and "parallel/" not in name}
+    assert not told - shown
+    assert not [name for name in shown if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("path", NAMED)
+def test_files_named_exist(path: Path) -> None:
+    names = re.findall(r"`((?:\w+/)+[\w.]*)`", path.read_text())
+    folders = (ROOT, ROOT / "hf_flash_two")
+    names = [name for name in names if "NAME" not in name]
+    assert not [name for name in names if not any((at / name).exists() for at in folders)]
