@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test test-sweep fuzz fuzz-models test-gpu test-lowest test-middle test-newest versions quality style \
-	bench coverage clean
+	bench benchmarks coverage clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -77,6 +77,10 @@ style: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python scripts/benchmark.py
+
+# docs/benchmarks.md from the runs in docs/benchmarks; scripts/benchmarks_page.py enters a new one.
+benchmarks: $(INSTALLED)
+	$(BIN)/python scripts/benchmarks_page.py
 
 # docs/coverage.md: every family of Transformers against eager; goes on where it was interrupted.
 coverage: $(INSTALLED)

@@ -12,8 +12,12 @@ ROOT = Path(__file__).parents[2]
 MODEL = "Qwen/Qwen3-0.6B"
 
 
-def snippets(path: Path) -> list:
-    """The first code block of a document with each of the others, named by their headings."""
+def snippets(path: Path, *, alone: bool = False) -> list:
+    """The first code block of a document with each of the others, named by their headings.
+
+    Args:
+        alone: each by itself instead.
+    """
     found, heading = [], ""
     for title, code in re.findall(
         r"^##+ ([^\n]*)$|^```python\n(.*?)^```$", path.read_text(), re.M | re.S
@@ -23,10 +27,29 @@ def snippets(path: Path) -> list:
             found.append((heading, code))
     first, *others = found
     runs = [(heading, first[1] + code) for heading, code in others] or [first]
+    runs = found if alone else runs
     return [
         pytest.param(code, id=f"{path.stem} {number} {heading}".rstrip())
         for number, (heading, code) in enumerate(runs, 1)
     ]
+
+
+def pictures(path: Path) -> list:
+    """The first code block of a document with each of the others, and the text below it."""
+    blocks = re.findall(
+        r"^```python\n(.*?)^```\n(?:\n```\n(.*?)^```$)?", path.read_text(), re.M | re.S
+    )
+    (first, _), *others = blocks
+    return [
+        pytest.param(first + code, shown, id=f"{path.stem} {number}")
+        for number, (code, shown) in enumerate(others, 1)
+    ]
+
+
+def anchors(path: Path) -> set[str]:
+    """The names by which links lead to the headings of a document."""
+    titles = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+    return {re.sub(r"[^a-z0-9 _-]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def run(code: str) -> dict:

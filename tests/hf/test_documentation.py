@@ -10,20 +10,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from documentation import ROOT, run, snippets
+from documentation import ROOT, anchors, pictures, run, snippets
 from models import DECODERS
 from transformers import ByT5Tokenizer
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+from hf_flash_two.hf.families import NOT_POSSIBLE, UNLESS
+
+DOCS = ROOT / "docs"
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md"))]
 NAMED = [pytest.param(path, id=path.name) for path in DOCUMENTS]
+# Snippets that call no model.
+PREPARES = ("patch(model)", "register_attention")
 
 
 @pytest.mark.parametrize(
     "code",
     [
         *snippets(ROOT / "README.md"),
-        *snippets(ROOT / "docs" / "serving.md"),
-        *snippets(ROOT / "docs" / "parity.md"),
+        *snippets(DOCS / "models.md"),
+        *snippets(DOCS / "serving.md"),
+        *snippets(DOCS / "parity.md"),
+        *snippets(DOCS / "troubleshooting.md"),
+        snippets(DOCS / "module.md", alone=True)[0],
     ],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -39,7 +47,13 @@ def test_snippet(code: str, kernel_calls, monkeypatch, tmp_path) -> None:
     # Inductor would compile C++ for a minute.
     run(code.replace("fullgraph=True", "fullgraph=True, backend='eager'"))
     torch._dynamo.reset()
-    assert kernel_calls or "patch(model)" in code
+    assert kernel_calls or any(name in code for name in PREPARES)
+
+
+@pytest.mark.parametrize(("code", "shown"), pictures(DOCS / "masks.md"))
+def test_masks_are_what_their_pictures_show(code: str, shown: str, capsys) -> None:
+    run(code)
+    assert capsys.readouterr().out == shown
 
 
 @pytest.mark.parametrize("path", NAMED)
@@ -57,12 +71,71 @@ def test_commands_in_documents_exist_with_their_options(path: Path) -> None:
 @pytest.mark.parametrize("path", NAMED)
 def test_relative_links_lead_somewhere(path: Path) -> None:
     text = path.read_text()
-    headings = {
-        re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
-        for title in re.findall(r"^#+ (.*)$", text, re.M)
-    }
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if target.startswith("#"):
-            assert target[1:] in headings, target
-        elif "://" not in target:
-            assert (path.parent / target.partition("#")[0]).exists(), target
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        other = path.parent / name if name else path
+        assert other.exists(), target
+        assert not anchor or anchor in anchors(other), target
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    linked = set(re.findall(r"\]\((docs/\w+\.md)", (ROOT / "README.md").read_text()))
+    for_developers = {"docs/upstream.md"}
+    assert {f"docs/{path.name}" for path in DOCS.glob("*.md")} - linked <= for_developers
+
+
+def test_the_readme_is_short_and_quotes_the_benchmarks() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) < 200
+    speed = readme.partition("## Speed")[2].partition("\n## ")[0]
+    benchmarks = (DOCS / "benchmarks.md").read_text()
+    quoted = [x for line in speed.splitlines() for x in re.findall(r"\d+(?= ms)", line)]
+    assert len(quoted) == 6 and all(re.search(rf"\b{x}\b", benchmarks) for x in quoted)
+
+
+def test_messages_are_quoted_as_they_are_raised() -> None:
+    page = (DOCS / "troubleshooting.md").read_text().partition("## Errors")[2].partition("\n## ")[0]
+    package = "".join(path.read_text() for path in (ROOT / "hf_flash_two").rglob("*.py"))
+    package = re.sub(r'"\s+f?"', "", package)
+    messages = re.findall(r"^\| `(.*?)` ", page, re.M)
+    parts = [part.strip() for message in messages for part in message.split("...")]
+    assert len(messages) > 8
+    assert not [part for part in parts if len(part) > 3 and part not in package]
+
+
+def test_every_layer_that_stays_as_it_is_is_documented() -> None:
+    text = (DOCS / "models.md").read_text()
+    missing = [name for name in (*NOT_POSSIBLE, *UNLESS) if f"`{name.split('.')[1]}`" not in text]
+    assert not missing
+
+
+def test_commits_are_checked_by_the_ruff_of_the_constraints() -> None:
+    pinned = re.search(r"^ruff==(.*)$", (ROOT / "constraints.txt").read_text(), re.M)
+    config = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert pinned and f"rev: v{pinned[1]}\n" in config
+
+
+def test_the_tree_in_the_design_is_the_tree() -> None:
+    block = re.search(
+        r"^```\n(hf_flash_two/\n.*?)^```$", (DOCS / "design.md").read_text(), re.M | re.S
+    )
+    assert block
+    shown, folders = set(), []
+    for line in block[1].splitlines():
+        name = line.split()[0]
+        folders = [*folders[: (len(line) - len(line.lstrip())) // 2], name]
+        shown.add("".join(folders))
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / "hf_flash_two").rglob("*.py")}
+    told = {name for name in files if not name.endswith("__init__.py") and "parallel/" not in name}
+    assert not told - shown
+    assert not [name for name in shown if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("path", NAMED)
+def test_files_named_exist(path: Path) -> None:
+    names = re.findall(r"`((?:\w+/)+[\w.]*)`", path.read_text())
+    folders = (ROOT, ROOT / "hf_flash_two")
+    names = [name for name in names if "NAME" not in name]
+    assert not [name for name in names if not any((at / name).exists() for at in folders)]
