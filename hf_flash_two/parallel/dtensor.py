@@ -74,8 +74,8 @@ def _place(tensor, split: Placement) -> Placement | None:
 def _place_params(params: AttentionParams, split: Placement) -> list[Placement | None]:
     """The placement of each field, None for what is no tensor."""
     splits: dict[str, Placement] = {name: split for name in TENSORS}
-    for name in ("first_query", "last_query", "key_bounds"):
-        splits[name] = Replicate() if split.is_shard(1) else split
+    if split.is_shard(1):
+        splits |= {name: Replicate() for name in ("first_query", "last_query", "key_bounds")}
     splits["seed"] = Replicate()
     return [
         _place(field, splits[name]) if name in splits else None
