@@ -32,8 +32,10 @@ WANTS_BOOL_TENSOR = frozenset({"doge"})
 WANTS_FLOAT_TENSOR = frozenset({"deepseek_v4", "gemma4_audio", "glm_moe_dsa", "informer"})
 # Families that read the mask as additive, without a look at its dtype: to route tokens to experts.
 READS_ADDITIVE = frozenset({"nllb-moe"})
-# Families whose masks are causal though their configs do not say so.
-CAUSAL = frozenset({"openai-gpt"})
+# Families that are causal though their configs do not say so. Some make masks without our mask
+# function (OpenAI GPT, and Falcon with ALiBi, which runs under its own sdpa); the layers of others
+# hide the future themselves, by a mask that is not causal (Bark, ImageGPT).
+CAUSAL = frozenset({"coarse_acoustics", "falcon", "imagegpt", "openai-gpt", "semantic"})
 # Families that hand zeros for positions to a decoder, since they add embeddings of time.
 WITHOUT_POSITIONS = frozenset({"decision_transformer"})
 # Families with bidirectional layers that say is_causal, or nothing, which no mask bears out.
@@ -372,6 +374,11 @@ def is_causal_model(model: PreTrainedModel) -> bool:
     return config.model_type in CAUSAL or any(
         getattr(config, name, False) for name in ("is_decoder", "causal")
     )
+
+
+def hides_future(model: PreTrainedModel) -> bool:
+    """Whether the layers of this model are causal, whatever its masks say."""
+    return model.config.model_type in CAUSAL and not has_cross_attention(model)
 
 
 def is_causal_without_mask(module: nn.Module) -> bool:

@@ -77,7 +77,7 @@ def make_mask(
         use_vmap: ``mask_function`` must be called with scalars.
 
     Returns:
-        A `MaskProxy`; a plain tensor for the few families that insist on one (`compat`).
+        A `MaskProxy`; a plain tensor for the few families that insist on one (`families`).
     """
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
@@ -127,7 +127,7 @@ def make_mask(
     family = getattr(config, "model_type", None)
     # Through the interface it is not left out: layers without one may take themselves for causal.
     adds_it = hand_written or family in families.WANTS_FLOAT_TENSOR
-    if allow_is_bidirectional_skip and adds_it and _is_full(mask):
+    if allow_is_bidirectional_skip and adds_it and mask.hides_nothing:
         return None
     shape = (batch_size, 1, q_length, kv_length)
     proxy = MaskProxy(
@@ -195,11 +195,6 @@ def _kinds(function: Callable) -> set[str]:
     if builder == "remap_positions_for_packed_sequence":
         return _kinds(arguments[0])
     return {builder}
-
-
-def _is_full(mask: AttentionMask) -> bool:
-    parts = (mask.window_left, mask.window_right, mask.first_query, mask.dense)
-    return all(part is None for part in parts)
 
 
 def _convert(

@@ -238,6 +238,7 @@ def documents_of_mask(
     running = current()
     if running is None:
         return None, in_function
+    causal = causal or families.hides_future(running.model)
     if not causal and (queries != keys or families.has_cross_attention(running.model)):
         return None, in_function  # what else attends in such a model are decoders to encoders
     bounded = running.said.cu_seq_lens_q is not None

@@ -167,8 +167,8 @@ def interface_family(name: str, model: str, **changes) -> HandWritten:
 # Each is silent about documents in its own way: it takes no positions, or hands its mask function
 # none, or hands its layers no boundaries.
 SILENT = [family for family in FAMILIES if family.name in (
-    "bloom", "codegen", "falcon_rotary", "falcon_new", "gpt_neo", "gpt_neox_japanese", "gptj",
-    "mpt", "xglm",
+    "bark", "bloom", "codegen", "falcon_rotary", "falcon_new", "gpt_neo", "gpt_neox_japanese",
+    "gptj", "imagegpt", "mpt", "xglm",
 )] + [
     interface_family("ctrl", "CTRLLMHeadModel", dff=32),
     interface_family("gpt_bigcode", "GPTBigCodeForCausalLM"),
@@ -196,7 +196,7 @@ def test_families_that_are_silent_about_documents(family: HandWritten, said: str
 
 
 @pytest.mark.parametrize("said", ["boundaries", "positions", "numbers"])
-@pytest.mark.parametrize("name", ["flaubert", "openai_gpt", "xlm_causal"])
+@pytest.mark.parametrize("name", ["falcon_alibi", "flaubert", "openai_gpt", "xlm_causal"])
 def test_families_that_make_their_own_masks_refuse(name: str, said: str) -> None:
     model = next(f for f in FAMILIES if f.name == name).build()
     patch(model)
