@@ -272,7 +272,7 @@ def why_not(layer: nn.Module) -> str | None:
         return NOT_POSSIBLE[name]
     if name not in HAND_WRITTEN and _defines_forward(cls) not in _registered:
         register = f"; hf_flash_two.register_attention({_defines_forward(cls).__name__}) allows it"
-        reason = "its attention is hand-written in a way not known"
+        reason = "computes attention itself in a way not known"
         return reason + (register if ":" in name else "")
     attribute, reason = UNLESS.get(name, ("", ""))
     return reason if attribute and getattr(layer, attribute) else None

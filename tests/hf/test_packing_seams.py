@@ -72,12 +72,14 @@ def test_masks_serve_models_that_tell_their_layers_nothing(
     given = given_to(model, said)
     if said in ("positions", "ones") and "position_ids" not in given:
         pytest.skip("takes no positions")
+    kinds = {attention_kind(type(layer)) for layer in model.modules()}
+    if name == "ctrl" and "interface" not in kinds:
+        pytest.skip("its attention is hand-written in this Transformers, and not known")
     ids = small_tokens(1, LENGTH)
     expected = alone(model, ids)
     patch(model)
     assert_close(model(ids, **given).logits, expected)
     without_masks(monkeypatch)
-    kinds = {attention_kind(type(layer)) for layer in model.modules()}
     if "interface" in kinds and (name in ("codegen", "gptj") or said == "boundaries"):
         # Their layers are told as well: those of GPT-J and CodeGen are hand-written until 5.23.
         assert_close(model(ids, **given).logits, expected)
