@@ -7,7 +7,7 @@ and the compiled kernel is launched directly from then on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -79,17 +79,11 @@ class Launch:
         self._options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
         count = len(kernel.arg_names) - len(scalars) - len(constants)
         self._templates = [templates.get(name) for name in kernel.arg_names[:count]]
-        self._numbers = [x and x[1:] for x in self._templates]
         self._run: Callable | None = None
 
     def __call__(self, *given: Tensor | TensorDescriptor | tuple | None) -> None:
         if self._run is not None and not _watched():
-            arguments = [
-                x if numbers is None else (x, *numbers)
-                for x, numbers in zip(given, self._numbers, strict=True)
-            ]
-            stream = self._current_stream(self._device)
-            self._run(*self._grid, stream, *self._handles, *arguments, *self._rest)
+            self._run(self._current_stream(self._device), *given)
             return
         arguments = [
             x if template is None else type(template)(x, *template[1:])
@@ -110,14 +104,44 @@ class Launch:
         # Interpreted kernels are not compiled.
         if _DIRECT and isinstance(compiled, CompiledKernel):
             names = self._kernel.arg_names[len(given) + len(self._scalars) :]
-            self._rest = (*self._scalars, *(self._constants[name] for name in names))
+            rest = (*self._scalars, *(self._constants[name] for name in names))
             no_hooks = (None, None, None)
-            self._handles = (compiled.function, compiled.packed_metadata, *no_hooks)
+            handles = (compiled.function, compiled.packed_metadata, *no_hooks)
             # A plan is of one device.
             active: Any = driver.active
             self._device = active.get_current_device()
             self._current_stream = active.get_current_stream
-            self._run = compiled.run
+            run: Any = compiled.run
+            self._run = _caller(run, self._grid, handles, self._templates, rest)
+
+
+_LITERALS = (int, bool, type(None))
+
+
+def _caller(run: Callable, grid: tuple, handles: tuple, templates: list, rest: tuple) -> Callable:
+    """A function of the stream and of what a call gives, which puts ``run``'s arguments together.
+
+    It is written out: one expression with everything known in its place costs the least.
+    """
+    known: dict[str, Any] = {"run": run}
+
+    def written(values: Iterable) -> list[str]:
+        names = []
+        for value in values:
+            if type(value) in _LITERALS:
+                names.append(repr(value))
+            else:
+                names.append(f"known_{len(known)}")
+                known[names[-1]] = value
+        return names
+
+    given = [f"x_{index}" for index in range(len(templates))]
+    filled = [
+        x if template is None else f"({', '.join([x, *written(template[1:])])})"
+        for x, template in zip(given, templates, strict=True)
+    ]
+    arguments = [*written(grid), "stream", *written(handles), *filled, *written(rest)]
+    return eval(f"lambda {', '.join(['stream', *given])}: run({', '.join(arguments)})", known)
 
 
 def _watched() -> bool:
