@@ -100,11 +100,11 @@ def flash_attention(
     dropout_p = _number("dropout_p", dropout_p)
     mask = _as_mask(mask)
     mask.check(*shape)
-    if any(t is not None and t.device != query.device for t in (mask.first_query, mask.dense)):
+    if any(t is not None and t.device != query.device for t in (mask.query_start, mask.dense)):
         mask = mask.to(query.device)
     params = AttentionParams(
-        first_query=mask.first_query,
-        last_query=mask.last_query,
+        query_start=mask.query_start,
+        query_stop=mask.query_stop,
         key_bounds=mask.key_bounds(),
         dense=mask.dense,
         bias=_check_bias(bias, shape, query),

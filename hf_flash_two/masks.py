@@ -5,7 +5,7 @@ says for each pair whether the query may attend to the key; True always means "m
 forms, from the cheapest to the dearest:
 
 * a band: the key lies at most ``window_left`` positions behind the query, ``window_right`` ahead;
-* intervals: for each key the one run of positions ``first_query <= position < last_query`` that may
+* intervals: for each key the one run of positions ``query_start <= position < query_stop`` that may
   see it, two int32 per key. Padding, packed documents, chunks, prefixes, bidirectional blocks and
   trees are all of this form, and the intersection of two such masks is one again;
 * a dense boolean tensor, read tile by tile, for what has no such form.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hf_flash_two.tensor_cache import all_values, derive, is_own, own
 
-KEY_GRANULE = 64
+KEY_GROUP = 64
 """Keys are summarised in groups of this many; every kernel's key tile is read off these groups."""
 
 FAR = 2**30
@@ -37,7 +37,7 @@ class AttentionMask:
             are present, because a band is folded into them.
         query_offset: position of query 0; None aligns the last query with the last key
             (bottom-right).
-        first_query, last_query: int32 [B or 1, Tk], the half-open run of positions that see each
+        query_start, query_stop: int32 [B or 1, Tk], the half-open run of positions that see each
             key.
         dense: bool, broadcastable to [B, H, Tq, Tk].
 
@@ -48,8 +48,8 @@ class AttentionMask:
     window_left: int | None = None
     window_right: int | None = None
     query_offset: int | None = None
-    first_query: Tensor | None = None
-    last_query: Tensor | None = None
+    query_start: Tensor | None = None
+    query_stop: Tensor | None = None
     dense: Tensor | None = None
 
     # Constructors
@@ -85,21 +85,21 @@ class AttentionMask:
 
     @classmethod
     def from_intervals(
-        cls, first_query: Tensor, last_query: Tensor, *, query_offset: int | None = None
+        cls, query_start: Tensor, query_stop: Tensor, *, query_offset: int | None = None
     ) -> AttentionMask:
-        """Key j is seen from the positions ``first_query[b, j] <= position < last_query[b, j]``.
+        """Key j is seen from the positions ``query_start[b, j] <= position < query_stop[b, j]``.
 
         Args:
-            first_query, last_query: integers, [Tk] or [B or 1, Tk]; an empty run hides the key.
+            query_start, query_stop: integers, [Tk] or [B or 1, Tk]; an empty run hides the key.
         """
-        first, last = torch.broadcast_tensors(first_query, last_query)
+        first, last = torch.broadcast_tensors(query_start, query_stop)
         if first.dim() == 1:
             first, last = first[None], last[None]
         if first.dim() != 2 or first.is_floating_point() or last.is_floating_point():
             raise ValueError(
-                "first_query, last_query: expected integers of shape [Tk] or [B, Tk], got "
-                f"{first_query.dtype} {list(first_query.shape)} and "
-                f"{last_query.dtype} {list(last_query.shape)}"
+                "query_start, query_stop: expected integers of shape [Tk] or [B, Tk], got "
+                f"{query_start.dtype} {list(query_start.shape)} and "
+                f"{query_stop.dtype} {list(query_stop.shape)}"
             )
         # One spelling of "nobody": it is neutral in the minima and maxima of `key_bounds`.
         nobody = first >= last
@@ -107,8 +107,8 @@ class AttentionMask:
         last = last.clamp(-FAR, FAR).masked_fill(nobody, -FAR)
         return cls(
             query_offset=query_offset,
-            first_query=own(first.to(torch.int32).contiguous()),
-            last_query=own(last.to(torch.int32).contiguous()),
+            query_start=own(first.to(torch.int32).contiguous()),
+            query_stop=own(last.to(torch.int32).contiguous()),
         )
 
     @classmethod
@@ -317,7 +317,7 @@ class AttentionMask:
     def each_tensor(self, change: Callable[[Tensor], Tensor]) -> AttentionMask:
         """The mask with ``change`` applied to each of its tensors."""
         changed = {}
-        for name in ("first_query", "last_query", "dense"):
+        for name in ("query_start", "query_stop", "dense"):
             tensor = getattr(self, name)
             if tensor is not None:
                 changed[name] = new = change(tensor)
@@ -359,9 +359,9 @@ class AttentionMask:
                 parts.append(f"window={self.window_left + 1}")
         elif self.window_left is not None or self.window_right is not None:
             parts.append(f"window left={self.window_left} right={self.window_right}")
-        if self.first_query is not None:
-            batch, keys = self.first_query.shape
-            on = self.first_query.device
+        if self.query_start is not None:
+            batch, keys = self.query_start.shape
+            on = self.query_start.device
             parts.append(f"intervals over {keys} keys, batch {batch}, on {on}")
         if self.dense is not None:
             parts.append(f"dense {list(self.dense.shape)} on {self.dense.device}")
@@ -371,18 +371,18 @@ class AttentionMask:
 
     @property
     def intervals(self) -> tuple[Tensor, Tensor] | None:
-        """``first_query`` and ``last_query``, or None without them."""
-        if self.first_query is None or self.last_query is None:
+        """``query_start`` and ``query_stop``, or None without them."""
+        if self.query_start is None or self.query_stop is None:
             return None
-        return self.first_query, self.last_query
+        return self.query_start, self.query_stop
 
     def tensors(self) -> list[Tensor]:
-        parts = (self.first_query, self.last_query, self.dense)
+        parts = (self.query_start, self.query_stop, self.dense)
         return [part for part in parts if part is not None]
 
     @property
     def hides_nothing(self) -> bool:
-        parts = (self.window_left, self.window_right, self.first_query, self.dense)
+        parts = (self.window_left, self.window_right, self.query_start, self.dense)
         return all(part is None for part in parts)
 
     def resolve_offset(self, query_length: int, key_length: int) -> int:
@@ -391,8 +391,8 @@ class AttentionMask:
 
     def check(self, batch: int, heads: int, query_length: int, key_length: int) -> None:
         """Raise ValueError unless the mask fits attention of this shape."""
-        if self.first_query is not None:
-            got, keys = self.first_query.shape
+        if self.query_start is not None:
+            got, keys = self.query_start.shape
             if keys != key_length or got not in (1, batch):
                 raise ValueError(
                     f"mask: expected one over {key_length} keys of 1 or {batch} batch rows, as "
@@ -408,7 +408,7 @@ class AttentionMask:
 
     def to_dense(self, query_length: int, key_length: int, device=None) -> Tensor:
         """bool [B or 1, H or 1, Tq, Tk]. O(Tq * Tk) memory: for small sizes and debugging."""
-        for tensor in (self.first_query, self.dense):
+        for tensor in (self.query_start, self.dense):
             device = tensor.device if tensor is not None else device
         offset = self.resolve_offset(query_length, key_length)
         position = torch.arange(query_length, device=device)[:, None] + offset
@@ -424,12 +424,12 @@ class AttentionMask:
         return visible if self.dense is None else visible & self.dense
 
     def key_bounds(self) -> Tensor | None:
-        """int32 [B or 1, ceil(Tk / KEY_GRANULE), 4], or None without intervals.
+        """int32 [B or 1, ceil(Tk / KEY_GROUP), 4], or None without intervals.
 
-        For each group of keys the smallest and largest ``first_query``, then the smallest and
-        largest ``last_query``: a tile of queries at positions [p, q) meets the group only if
-        ``min_first < q and max_last > p`` and needs no masking if
-        ``max_first <= p and q <= min_last``.
+        For each group of keys the smallest and largest ``query_start``, then the smallest and
+        largest ``query_stop``: a tile of queries at positions [p, q) meets the group only if
+        ``min_start < q and max_stop > p`` and needs no masking if
+        ``max_start <= p and q <= min_stop``.
         """
         if self.intervals is None:
             return None
@@ -468,12 +468,12 @@ def check_zeros_and_ones(name: str, mask: Tensor) -> None:
 
 def _group_bounds(first: Tensor, last: Tensor) -> Tensor:
     keys = first.shape[1]
-    groups = (keys + KEY_GRANULE - 1) // KEY_GRANULE
+    groups = (keys + KEY_GROUP - 1) // KEY_GROUP
     if torch.compiler.is_compiling():
         # A size that may be 1 is a graph of its own. The op leaves the group too many out.
         groups += 1
     # The last key again and again: a repeated value changes neither minimum nor maximum.
-    start = torch.arange(groups, device=first.device)[:, None] * KEY_GRANULE
-    index = (start + torch.arange(KEY_GRANULE, device=first.device)).clamp(max=keys - 1)
+    start = torch.arange(groups, device=first.device)[:, None] * KEY_GROUP
+    index = (start + torch.arange(KEY_GROUP, device=first.device)).clamp(max=keys - 1)
     first, last = first[:, index], last[:, index]
     return torch.stack([first.amin(-1), first.amax(-1), last.amin(-1), last.amax(-1)], dim=-1)

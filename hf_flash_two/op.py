@@ -23,7 +23,7 @@ from hf_flash_two.kernels.params import (
     empty_lse,
     empty_output,
 )
-from hf_flash_two.masks import KEY_GRANULE
+from hf_flash_two.masks import KEY_GROUP
 
 _INPUTS = {"query": "Tensor", "key": "Tensor", "value": "Tensor"}
 _SETTINGS = SCHEMA | {"kernel": "str"}
@@ -60,10 +60,10 @@ observers: list[Callable[[str, str, Tensor, Tensor, Tensor, AttentionParams], No
 def _laid_out(fields: Sequence, keys: int) -> AttentionParams:
     """The settings, as every kernel may rely on it: what is per key and per head without gaps."""
     params = AttentionParams(*fields)
-    groups = -(-keys // KEY_GRANULE)
+    groups = -(-keys // KEY_GROUP)
     if params.key_bounds is not None and params.key_bounds.shape[1] != groups:
         params = params._replace(key_bounds=params.key_bounds[:, :groups])
-    names = ("first_query", "last_query", "key_bounds", "alibi_slopes", "sinks")
+    names = ("query_start", "query_stop", "key_bounds", "alibi_slopes", "sinks")
     strided = {
         name: tensor.contiguous()
         for name in names

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 
 from hf_flash_two import AttentionMask, flash_attention
 from hf_flash_two.kernels.blockwise.tiles import TileMap, band_tiles, bound_tiles
-from hf_flash_two.masks import FAR, KEY_GRANULE
+from hf_flash_two.masks import FAR, KEY_GROUP
 
 BATCH = 3
 
@@ -382,7 +382,7 @@ def test_intersection(drawn) -> None:
 def test_intersection_of_bands_needs_no_tensor() -> None:
     mask = AttentionMask.causal(8) & AttentionMask.window(5, None) & AttentionMask.full()
     assert (mask.window_left, mask.window_right) == (5, 0)
-    assert mask.first_query is None and mask.dense is None
+    assert mask.query_start is None and mask.dense is None
 
 
 def test_intersection_takes_the_explicit_offset() -> None:
@@ -427,9 +427,9 @@ def test_to_moves_every_tensor() -> None:
         & AttentionMask.causal(3)
     )
     moved = mask.to("meta", non_blocking=True)
-    tensors = (moved.first_query, moved.last_query, moved.dense, moved.key_bounds())
+    tensors = (moved.query_start, moved.query_stop, moved.dense, moved.key_bounds())
     assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert mask.first_query.device.type == "cpu"
+    assert mask.query_start.device.type == "cpu"
     assert torch.equal(mask.to("cpu").to_dense(9, 9), mask.to_dense(9, 9))
     band = AttentionMask.causal(3)
     assert band.to("meta") is band
@@ -447,7 +447,7 @@ def tile_truth(visible: Tensor, block_q: int) -> tuple[Tensor, Tensor]:
     """For each tile: does any pair see, do all."""
     some, every = [], []
     for rows in visible.split(block_q, dim=2):
-        tiles = rows.split(KEY_GRANULE, dim=3)
+        tiles = rows.split(KEY_GROUP, dim=3)
         some.append(torch.stack([tile.flatten(1).any(1) for tile in tiles], dim=1))
         every.append(torch.stack([tile.flatten(1).all(1) for tile in tiles], dim=1))
     return torch.stack(some, dim=1), torch.stack(every, dim=1)
@@ -521,7 +521,7 @@ def test_key_bounds(drawn) -> None:
     mask = case.mask
     bounds = mask.key_bounds()
     groups = zip(
-        mask.first_query.split(KEY_GRANULE, 1), mask.last_query.split(KEY_GRANULE, 1), strict=True
+        mask.query_start.split(KEY_GROUP, 1), mask.query_stop.split(KEY_GROUP, 1), strict=True
     )
     for index, (first, last) in enumerate(groups):
         for row in range(first.shape[0]):
@@ -580,8 +580,8 @@ def test_memory_is_linear(make: Callable) -> None:
         mask.slice_keys(10, LONG, LONG, LONG).slice_queries(5, 9, LONG, LONG - 10)
         mask.to("cpu").key_bounds()
     assert largest.elements < 2 * LONG
-    assert mask.first_query.dtype == mask.last_query.dtype == torch.int32
-    assert mask.first_query.numel() == mask.last_query.numel() == LONG
+    assert mask.query_start.dtype == mask.query_stop.dtype == torch.int32
+    assert mask.query_start.numel() == mask.query_stop.numel() == LONG
 
 
 def test_immutable() -> None:
@@ -618,7 +618,7 @@ def test_what_was_worked_out_is_never_of_other_values(write: Callable, own: bool
     first = torch.full((1, 200), 150, dtype=torch.int32)
     last = torch.full_like(first, 180)
     make = AttentionMask if own else AttentionMask.from_intervals
-    mask = make(first_query=first, last_query=last, query_offset=0)
+    mask = make(query_start=first, query_stop=last, query_offset=0)
     tensors = [torch.randn(1, 1, 200, 8) for _ in range(3)]
 
     def attend(mask: AttentionMask | Tensor) -> Tensor:
@@ -728,12 +728,12 @@ def test_values_are_looked_at_under_vmap() -> None:
     """A mask that is added to scores is refused there, too."""
     added = torch.tensor([[1.0, 0.0], [0.0, -1e9]])
     with pytest.raises(ValueError, match="keep: expected zeros and ones"):
-        torch.vmap(lambda keep: AttentionMask.from_padding(keep).first_query)(added)
+        torch.vmap(lambda keep: AttentionMask.from_padding(keep).query_start)(added)
 
 
 def test_boundaries_under_vmap_need_a_length() -> None:
     def make(boundaries: Tensor) -> Tensor:
-        return AttentionMask.from_documents(boundaries).first_query
+        return AttentionMask.from_documents(boundaries).query_start
 
     with pytest.raises(ValueError, match="key_length: expected the number of keys"):
         torch.vmap(make)(torch.tensor([[0, 2, 6], [0, 5, 6]]))
@@ -776,11 +776,11 @@ REFUSALS = {
     "window-right": (lambda: AttentionMask.window(1, -2), r"right: expected None or .*got -2"),
     "intervals-float": (
         lambda: AttentionMask.from_intervals(torch.zeros(4), torch.ones(4)),
-        r"first_query, last_query: expected integers .*torch.float32 \[4\]",
+        r"query_start, query_stop: expected integers .*torch.float32 \[4\]",
     ),
     "intervals-3d": (
         lambda: AttentionMask.from_intervals(*torch.zeros(2, 1, 2, 4).long()),
-        r"first_query, last_query: expected integers of shape .*, got .*\[1, 2, 4\]",
+        r"query_start, query_stop: expected integers of shape .*, got .*\[1, 2, 4\]",
     ),
     "padding-4d": (
         lambda: AttentionMask.from_padding(torch.ones(1, 1, 1, 4)),

@@ -90,7 +90,7 @@ def test_what_is_kept_goes_with_its_source() -> None:
 def test_kept_through_slices_and_moves_of_our_own_masks_only() -> None:
     ours = AttentionMask.from_padding(torch.ones(2, 100))
     first = torch.zeros(2, 100, dtype=torch.int32)
-    theirs = AttentionMask(first_query=first, last_query=first + 100)
+    theirs = AttentionMask(query_start=first, query_stop=first + 100)
     for mask, kept in ((ours, True), (theirs, False)):
         for made in (mask, mask.to("cpu"), mask.each_tensor(lambda tensor: tensor[:1])):
             assert (made.key_bounds() is made.key_bounds()) == kept

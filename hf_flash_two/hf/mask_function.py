@@ -270,15 +270,15 @@ def _union(a: AttentionMask, b: AttentionMask, axes: _Axes) -> AttentionMask:
 
 
 def _intervals(mask: AttentionMask, axes: _Axes) -> tuple[Tensor, Tensor]:
-    """first_query, last_query of any mask without a dense part."""
+    """query_start, query_stop of any mask without a dense part."""
     everyone = torch.ones(1, axes.kv_length, dtype=torch.bool, device=axes.device)
     return _bounds(mask & AttentionMask.from_padding(everyone))
 
 
 def _bounds(mask: AttentionMask) -> tuple[Tensor, Tensor]:
     """Of a mask that is given by intervals."""
-    assert mask.first_query is not None and mask.last_query is not None
-    return mask.first_query, mask.last_query
+    assert mask.query_start is not None and mask.query_stop is not None
+    return mask.query_start, mask.query_stop
 
 
 def _chunks(size: int, left_padding: Tensor, axes: _Axes, position) -> AttentionMask:

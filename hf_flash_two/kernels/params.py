@@ -26,7 +26,7 @@ class AttentionParams(NamedTuple):
     a gradient also has its sum in the kernels' backwards and its place in ``op.DIFFERENTIABLE``.
 
     Attributes:
-        first_query, last_query, key_bounds, dense: see `masks.AttentionMask`; each may be None.
+        query_start, query_stop, key_bounds, dense: see `masks.AttentionMask`; each may be None.
         bias: [B or 1, H or 1, Tq or 1, Tk or 1], added to the scaled and capped scores.
         alibi_slopes: [B or 1, H] in `statistics_dtype`; adds ``-slope * |position - key|``.
         sinks: [B or 1, H] in `statistics_dtype`; a logit that joins each row's softmax and has no
@@ -38,8 +38,8 @@ class AttentionParams(NamedTuple):
         block_q, block_k: the caller's limit on tile sizes, or None.
     """
 
-    first_query: Tensor | None
-    last_query: Tensor | None
+    query_start: Tensor | None
+    query_stop: Tensor | None
     key_bounds: Tensor | None
     dense: Tensor | None
     bias: Tensor | None

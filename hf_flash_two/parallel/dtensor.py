@@ -75,7 +75,7 @@ def _place_params(params: AttentionParams, split: Placement) -> list[Placement |
     """The placement of each field, None for what is no tensor."""
     splits: dict[str, Placement] = {name: split for name in TENSORS}
     if split.is_shard(1):
-        splits |= {name: Replicate() for name in ("first_query", "last_query", "key_bounds")}
+        splits |= {name: Replicate() for name in ("query_start", "query_stop", "key_bounds")}
     splits["seed"] = Replicate()
     return [
         _place(field, splits[name]) if name in splits else None

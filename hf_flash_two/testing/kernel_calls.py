@@ -84,7 +84,7 @@ def kernel_calls(*, backward: bool = False) -> Iterator[list[KernelCall]]:
 def _mask_of(params: AttentionParams) -> str:
     parts = {
         "band": params.window_left is not None or params.window_right is not None,
-        "intervals": params.first_query is not None,
+        "intervals": params.query_start is not None,
         "dense": params.dense is not None,
     }
     return "+".join(name for name, used in parts.items() if used) or "full"

@@ -232,7 +232,7 @@ def test_document_ids_that_come_back_are_kept_exactly() -> None:
 def test_a_growing_cache_needs_no_tensor() -> None:
     for place in ("prefill", "continued", "decode"):
         mask = proxy(causal_mask_function, PLACES[place], attention_mask("ones", 37)).mask
-        assert (mask.window_right, mask.query_offset, mask.first_query) == (0, None, None)
+        assert (mask.window_right, mask.query_offset, mask.query_start) == (0, None, None)
 
 
 def test_the_counter_of_a_static_cache_is_not_read_later() -> None:

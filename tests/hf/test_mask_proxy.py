@@ -66,7 +66,7 @@ def test_copies_and_moves_stay_masks(kind: str) -> None:
     assert moved.device.type == "meta" and isinstance(moved, MaskProxy)
     assert all(
         part is None or part.device.type == "meta"
-        for part in (moved.mask.first_query, moved.mask.last_query, moved.mask.dense)
+        for part in (moved.mask.query_start, moved.mask.query_stop, moved.mask.dense)
     )
 
 
@@ -74,7 +74,7 @@ def test_moves_to_a_gpu_by_its_number() -> None:
     """As hooks of a device map say it: what a tensor does with a number, the mask does."""
     mask = proxy("intervals")
     try:
-        expected = mask.mask.first_query.to(0).device
+        expected = mask.mask.query_start.to(0).device
     except Exception as error:  # without a GPU, of a kind that depends on the build of PyTorch
         with pytest.raises(type(error)):
             mask.to(0, non_blocking=True)

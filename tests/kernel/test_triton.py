@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_flash_two import AttentionMask, flash_attention, tensor_cache
 from hf_flash_two.kernels.params import AttentionParams
-from hf_flash_two.masks import KEY_GRANULE
+from hf_flash_two.masks import KEY_GROUP
 
 if not (INTERPRETED or GPU):
     pytest.skip(
@@ -128,7 +128,7 @@ def test_key_ranges(
             assert not seen[:, max(first, last) * block_k :].any()
             assert seen[:, full * block_k : full_end * block_k].all()
             keys = seen.any(0).nonzero()
-            slack = block_k + KEY_GRANULE
+            slack = block_k + KEY_GROUP
             if len(keys):
                 assert keys[0] - slack < first * block_k and last * block_k < keys[-1] + slack
             else:

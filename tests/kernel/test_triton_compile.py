@@ -88,7 +88,7 @@ def compile_launch(kernel, args, kwargs, target):
 def params(mask: AttentionMask, length: int, **changes) -> AttentionParams:
     settings = dict.fromkeys(("bias", "alibi_slopes", "sinks", "seed", "block_q", "block_k"))
     settings |= dict(
-        first_query=mask.first_query, last_query=mask.last_query, key_bounds=mask.key_bounds(),
+        query_start=mask.query_start, query_stop=mask.query_stop, key_bounds=mask.key_bounds(),
         dense=mask.dense, query_offset=0, window_left=mask.window_left,
         window_right=mask.window_right, scale=0.1, softcap=0.0, dropout_p=0.0,
     )  # fmt: skip

@@ -313,8 +313,8 @@ def product(tracer: Any, query: Tensor, key: Tensor) -> TracedScores | None:
 
 def _moved(seen: AttentionMask, mask: AttentionMask, queries: int, keys: int) -> AttentionMask:
     """``seen`` with its queries at the positions that they have in ``mask``."""
-    if seen.first_query is None or seen.last_query is None:
+    if seen.query_start is None or seen.query_stop is None:
         return seen
     shift = mask.resolve_offset(queries, keys) - seen.resolve_offset(queries, keys)
-    first, last = seen.first_query + shift, seen.last_query + shift
+    first, last = seen.query_start + shift, seen.query_stop + shift
     return AttentionMask.from_intervals(first, last, query_offset=mask.query_offset)

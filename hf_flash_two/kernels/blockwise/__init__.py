@@ -51,7 +51,7 @@ def forward(
 
 def _polluted(params: AttentionParams, *results: Tensor | None) -> bool:
     """Whether something hidden that is not finite may stand behind what is not in the results."""
-    hiding = (params.window_left, params.window_right, params.first_query, params.dense)
+    hiding = (params.window_left, params.window_right, params.query_start, params.dense)
     if all(x is None for x in hiding):
         return False
     sums = [x.sum(dtype=statistics_dtype(x.dtype)) for x in results if x is not None]

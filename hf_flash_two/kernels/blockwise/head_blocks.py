@@ -234,7 +234,7 @@ class HeadBlock:
 
     def hidden(self, rows: slice, cols: slice) -> Tensor:
         """bool, to broadcast against `by_head`: the pairs that do not see each other."""
-        if self.params.first_query is not None or self.params.dense is not None:
+        if self.params.query_start is not None or self.params.dense is not None:
             return self._hidden(rows, cols)
         # A band hides the same of every tile at the same distance from it.
         key = (rows.start - cols.start, rows.stop - rows.start, cols.stop - cols.start)
@@ -250,10 +250,10 @@ class HeadBlock:
             parts.append(position - key > params.window_left)
         if params.window_right is not None:
             parts.append(key - position > params.window_right)
-        if params.first_query is not None and params.last_query is not None:
-            batch = self.batch if params.first_query.shape[0] > 1 else slice(0, 1)
+        if params.query_start is not None and params.query_stop is not None:
+            batch = self.batch if params.query_start.shape[0] > 1 else slice(0, 1)
             start, stop = (
-                x[batch, None, None, None, cols] for x in (params.first_query, params.last_query)
+                x[batch, None, None, None, cols] for x in (params.query_start, params.query_stop)
             )
             parts += [start > position, position >= stop]
         if params.dense is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_flash_two.kernels.params import AttentionParams
-from hf_flash_two.masks import FAR, KEY_GRANULE
+from hf_flash_two.masks import FAR, KEY_GROUP
 from hf_flash_two.tensor_cache import derive
 
 
@@ -65,7 +65,7 @@ class QueryTile:
 
 @dataclass(frozen=True)
 class TileMap:
-    """What each tile of queries by ``KEY_GRANULE`` keys holds, for every batch row of the mask.
+    """What each tile of queries by ``KEY_GROUP`` keys holds, for every batch row of the mask.
 
     Attributes:
         nonempty: bool [B or 1, query tiles, key tiles] on the CPU; False: no pair is visible.
@@ -100,8 +100,8 @@ def band_tiles(
     dense: bool,
 ) -> TileMap:
     """The tiles of a band, computed once per shape."""
-    starts = torch.arange(0, key_length, KEY_GRANULE)
-    stops = (starts + KEY_GRANULE).clamp(max=key_length)
+    starts = torch.arange(0, key_length, KEY_GROUP)
+    stops = (starts + KEY_GROUP).clamp(max=key_length)
     far = torch.full_like(starts, FAR)
     start = (
         (-far, -far) if window_right is None else (starts - window_right, stops - 1 - window_right)
@@ -172,7 +172,7 @@ def _key_tiles(
 ) -> tuple[list[KeyTile], KeyTile | None]:
     """
     Args:
-        kinds: for every KEY_GRANULE keys whether they are hidden, masked or visible: 0, 1, 2.
+        kinds: for every KEY_GROUP keys whether they are hidden, masked or visible: 0, 1, 2.
 
     Returns:
         The tiles that a tile of queries meets, and a few keys that all its queries see.
@@ -180,13 +180,13 @@ def _key_tiles(
     found: list[KeyTile] = []
     probe, at = None, 0
     for kind, run in groupby(kinds):
-        start, at = at * KEY_GRANULE, at + len(list(run))
-        stop = min(at * KEY_GRANULE, key_length)
+        start, at = at * KEY_GROUP, at + len(list(run))
+        stop = min(at * KEY_GROUP, key_length)
         while kind and start < stop:
             end = min(stop, (start // block_k + 1) * block_k)
             tile = KeyTile.of(start, end, block_k, masked=kind == 1)
             if kind == 2 and probe is None:
-                probe = KeyTile.of(start, min(end, start + KEY_GRANULE), block_k, masked=False)
+                probe = KeyTile.of(start, min(end, start + KEY_GROUP), block_k, masked=False)
             if found and found[-1].cols.stop == start and start % block_k:
                 found[-1] = found[-1] + tile
             else:

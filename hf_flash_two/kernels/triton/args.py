@@ -175,4 +175,4 @@ _NO_INTERVALS = Intervals()
 def intervals_of(params: AttentionParams, tiles: Tensor | None) -> Intervals:
     if tiles is None:
         return _NO_INTERVALS
-    return Intervals(params.first_query, params.last_query, tiles)
+    return Intervals(params.query_start, params.query_stop, tiles)

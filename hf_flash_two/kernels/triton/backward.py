@@ -74,10 +74,10 @@ from hf_flash_two.kernels.triton.tile import (
     unit,
     visible,
 )
-from hf_flash_two.masks import KEY_GRANULE
+from hf_flash_two.masks import KEY_GROUP
 
 _LOG2E = tl.constexpr(LOG2E)
-_KEY_GROUP = tl.constexpr(KEY_GRANULE)
+_KEY_GROUP = tl.constexpr(KEY_GROUP)
 # The rows of lse and delta are padded to multiples of this, so that no tile needs a bounds check.
 _ROW_MULTIPLE = 128
 _ROW_MULTIPLE_ = tl.constexpr(_ROW_MULTIPLE)
@@ -121,8 +121,8 @@ def backward(
                 *inputs,
                 tma_tiles(key, plan.tma_key, tiles.block_k, tiles.block_d),
                 tma_tiles(value, plan.tma_value, tiles.block_k, tiles.block_v),
-                tma_run(params.first_query, plan.tma_key, tiles.block_k),
-                tma_run(params.last_query, plan.tma_key, tiles.block_k),
+                tma_run(params.query_start, plan.tma_key, tiles.block_k),
+                tma_run(params.query_stop, plan.tma_key, tiles.block_k),
                 of_keys, *terms, dq,
             )  # fmt: skip
         if dk.numel():
@@ -194,7 +194,7 @@ def _plan(
     scalars = (
         Heads(heads, heads // key_heads), query_length, key_length,
         params.query_offset, params.window_left or 0, params.window_right or 0,
-        broadcast_strides(params.first_query, batch, key_length)[0],
+        broadcast_strides(params.query_start, batch, key_length)[0],
     )  # fmt: skip
 
     def launch(kernel, grid: tuple[int, ...], block: Tiles, *own_scalars: tuple) -> Launch:

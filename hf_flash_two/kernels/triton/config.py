@@ -316,7 +316,7 @@ def _tf32(query: Tensor) -> bool:
 def launch_flags(query: Tensor, key: Tensor, params: AttentionParams) -> Flags:
     """What is decided when the kernels of this call are compiled."""
     left, right = params.window_left is not None, params.window_right is not None
-    intervals = params.first_query is not None
+    intervals = params.query_start is not None
     return Flags(
         MASK=(INTERVALS if intervals else BAND if left or right else NO_MASK).value,
         LEFT=left,
@@ -331,7 +331,7 @@ def launch_flags(query: Tensor, key: Tensor, params: AttentionParams) -> Flags:
 
 def hides(query: Tensor, key: Tensor, params: AttentionParams) -> bool:
     """Whether a tile that is not empty may hold hidden pairs inside of the tensors."""
-    if params.first_query is not None or params.dense is not None:
+    if params.query_start is not None or params.dense is not None:
         return True
     first, last = params.query_offset, params.query_offset + query.shape[2] - 1
     left, right = params.window_left, params.window_right

@@ -108,8 +108,8 @@ def forward(
             query, key, value, part_out, part_lse,
             tma_tiles(key, plan.tma_key, tiles.block_k, tiles.block_d),
             tma_tiles(value, plan.tma_value, tiles.block_k, tiles.block_v),
-            tma_run(params.first_query, plan.tma_key, tiles.block_k),
-            tma_run(params.last_query, plan.tma_key, tiles.block_k),
+            tma_run(params.query_start, plan.tma_key, tiles.block_k),
+            tma_run(params.query_stop, plan.tma_key, tiles.block_k),
             intervals_of(params, key_ranges(params, tiles, query.shape[2], key.shape[2])),
             params.dense, plan.terms(params), params.sinks, params.seed,
         )  # fmt: skip
@@ -153,7 +153,7 @@ def _plan(params: AttentionParams, query: Tensor, key: Tensor, value: Tensor) ->
         (
             Heads(heads, heads // key_heads), query_length, key_length,
             params.query_offset, params.window_left or 0, params.window_right or 0,
-            broadcast_strides(params.first_query, batch, key_length)[0], split_rows,
+            broadcast_strides(params.query_start, batch, key_length)[0], split_rows,
         ),
         {
             "FLAGS": flags, "D": head_dim, "DV": value_dim,

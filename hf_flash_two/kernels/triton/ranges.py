@@ -14,10 +14,10 @@ from torch import Tensor
 
 from hf_flash_two.kernels.params import AttentionParams
 from hf_flash_two.kernels.triton.config import Tiles
-from hf_flash_two.masks import KEY_GRANULE
+from hf_flash_two.masks import KEY_GROUP
 from hf_flash_two.tensor_cache import derive
 
-_KEY_GROUP = tl.constexpr(KEY_GRANULE)
+_KEY_GROUP = tl.constexpr(KEY_GROUP)
 _SCAN = tl.constexpr(128)
 
 

@@ -21,10 +21,10 @@ import triton.language as tl
 
 from hf_flash_two.kernels.params import LOG2E
 from hf_flash_two.kernels.triton.args import HeadTerms
-from hf_flash_two.masks import KEY_GRANULE
+from hf_flash_two.masks import KEY_GROUP
 
 _LOG2E = tl.constexpr(LOG2E)
-_KEY_GROUP = tl.constexpr(KEY_GRANULE)
+_KEY_GROUP = tl.constexpr(KEY_GROUP)
 
 NO_MASK = tl.constexpr(0)
 BAND = tl.constexpr(1)
