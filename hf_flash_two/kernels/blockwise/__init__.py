@@ -174,17 +174,15 @@ def _attend_lazily(
     for keys in tile.key_tiles:
         s = block.scores(query, tile.rows, keys, shift)[0]
         seen = block.seen(s)
-        narrow = s.dtype != block.stats_dtype
-        p = block.workspace.take("p", s.shape, block.stats_dtype).copy_(s) if narrow else s
-        part = block.exp(p).sum(-1, keepdim=True)
+        p = block.exp(s)
+        part = p.sum(-1, keepdim=True)
         row_sum = part if row_sum is None else row_sum.add_(part)
-        p = _drop(block, p, tile.rows, keys)
-        acc = block.add_product(acc, s.copy_(p) if narrow else p, block.value(keys), seen)
+        acc = block.add_product(acc, _drop(block, p, tile.rows, keys), block.value(keys), seen)
     # Scores far above the reference have lost bits where the product rounded their distance to it;
     # those of a reference that is no number make a sum that is none, and fails the test too.
     assert row_sum is not None and acc is not None
     safe = row_sum.amax() < _SAFE_MEAN * sum(keys.width for keys in tile.key_tiles)
-    return (reference.to(block.stats_dtype), row_sum, acc) if safe else None
+    return (reference, row_sum, acc) if safe else None
 
 
 def _attend_online(
@@ -194,7 +192,7 @@ def _attend_online(
     state: tuple[Tensor, Tensor, Tensor] | None = None
     for keys in tile.key_tiles:
         s = block.scores(query, tile.rows, keys, None, by_key=block.few)[0]
-        s = s.to(block.stats_dtype).contiguous()
+        s = s.contiguous()
         seen = block.seen(s)
         row_max = s.amax(-1, keepdim=True)
         if state is not None:
@@ -209,7 +207,7 @@ def _attend_online(
         acc = block.add_product(acc, _drop(block, p, tile.rows, keys), block.value(keys), seen)
         state = row_max, row_sum, acc
     if state is None:
-        nothing = query.new_full((*query.shape[:2], 1), -math.inf, dtype=block.stats_dtype)
+        nothing = query.new_full((*query.shape[:2], 1), -math.inf, dtype=block.dtype)
         row_sum = torch.zeros_like(nothing)
         state = nothing, row_sum, row_sum.repeat(1, 1, block.value_blocks[0].shape[2])
     return state
@@ -240,17 +238,16 @@ def _differentiate(
         # a lone probability and that of equal ones. What this and its own rounding took from it
         # multiplies the whole row of P: hand it to the other factor.
         count = sum(keys.width for keys in tile.key_tiles)
-        rounded = (reference - math.log2(max(count, 1)) / 2).to(block.dtype)
-        correction = torch.exp2(rounded.to(block.stats_dtype) - reference)
+        rounded = reference - math.log2(max(count, 1)) / 2
+        correction = torch.exp2(rounded - reference)
         d_out, delta, reference = d_out * correction, delta * correction, rounded
     elif reference.abs().amax() > _FINE:
         reference, row_sum, _ = _softmax(block, tile)
         reference = reference.masked_fill(reference == -math.inf, 0)
         correction = row_sum.masked_fill(row_sum == 0, 1).reciprocal()
         d_out, delta = d_out * correction, delta * correction
-    d_out = d_out.to(block.dtype)
-    shift, d_shift = reference.neg(), delta.to(block.dtype).neg()
-    dq = torch.zeros(query.shape, dtype=block.stats_dtype, device=query.device)
+    shift, d_shift = reference.neg(), delta.neg()
+    dq = torch.zeros(query.shape, dtype=block.dtype, device=query.device)
     for keys in tile.key_tiles:
         key, value = block.key(keys), block.value(keys)
         s, capped = block.scores(query, rows, keys, shift, by_key=True)
@@ -258,12 +255,12 @@ def _differentiate(
         p = _where(seen, block.exp(s))
         if params.dropout_p:
             kept = block.kept(rows, keys.cols)
-            ds = block.product("ds", d_out, value, None, 1, by_key=True).to(block.stats_dtype)
+            ds = block.product("ds", d_out, value, None, 1, by_key=True)
             ds = ds.mul_(kept).sub_(delta).mul_(p)
             p = p * kept
         else:
             ds = block.product("ds", d_out, value, d_shift, 1, by_key=True)
-            ds = ds.to(s.dtype).mul_(p)
+            ds = ds.mul_(p)
         ds = _where(seen, ds)
         by_key = None if seen is None else seen.transpose(1, 2)
         block.add_product(dv_blocks[keys.block][:, keys.inside], p.transpose(1, 2), d_out, by_key)
@@ -272,7 +269,6 @@ def _differentiate(
             part += block.by_head(ds).sum_to_size(part.shape)
         if capped is not None:
             ds = _where(seen, ds.mul_(1 - capped.square()))
-        ds = ds.to(block.dtype)
         block.add_product(dk_blocks[keys.block][:, keys.inside], ds.transpose(1, 2), query, by_key)
         block.add_product(dq, ds, key, seen)
     return dq.mul_(params.scale)

@@ -61,10 +61,10 @@ def head_blocks(
         return
     call = _call(query, key, value, params, guarded)
     tile_bytes = (
-        heads // key_heads * call.block_q * call.block_k * _product_dtype(query.dtype).itemsize
+        heads // key_heads * call.block_q * call.block_k * statistics_dtype(query.dtype).itemsize
     )
     together = _TILE_BYTES // tile_bytes
-    if gradients or key_length > call.block_k or key.dtype != _product_dtype(key.dtype):
+    if gradients or key_length > call.block_k or key.dtype != statistics_dtype(key.dtype):
         # What a block copies of its keys and values, or adds up for them.
         row_bytes = (key.shape[3] + value.shape[3]) * statistics_dtype(key.dtype).itemsize
         together = min(together, _WORKSPACE_BYTES // max(1, key_length * row_bytes))
@@ -93,7 +93,7 @@ def _call(
     rows, block_k = query_length * group, _BLOCK_K
     if rows <= _FEW_ROWS:
         # All keys at once, or of one head: products copy blocks cut out of several.
-        block_k = _TILE_BYTES // max(1, rows * _product_dtype(query.dtype).itemsize)
+        block_k = _TILE_BYTES // max(1, rows * statistics_dtype(query.dtype).itemsize)
     block_q = max(1, _BLOCK_Q // group)
     return Call(
         query, key, value, params, guarded,
@@ -101,11 +101,6 @@ def _call(
         max(1, min(params.block_k or block_k, key_length)),
         Workspace(query.device),
     )  # fmt: skip
-
-
-def _product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float16 products are emulated or overflow on some devices: float32 is right on all."""
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 class Workspace:
@@ -131,8 +126,8 @@ class HeadBlock:
     batch, key_heads, heads: the batch rows, and the heads of each.
     query_tiles: what to compute.
     key_blocks, value_blocks: the block's keys and values, cut at every ``block_k`` keys.
-    dtype: of the products.
-    stats_dtype: of sums and statistics.
+    dtype: of products, sums and statistics. Rounded to half precision, scores would differ between
+        forward and backward by what large ones lose.
     few: there are so few queries that products are bound by reading the keys.
     plain: the scores are the scaled products and nothing else.
     unit: what a score of 1 is kept as. Plain ones are in base 2, whose power is the cheaper one and
@@ -149,10 +144,8 @@ class HeadBlock:
         self.heads = slice(key_heads.start * self.group_size, key_heads.stop * self.group_size)
         self.index = (batch, self.heads)
         self.device = call.query.device
-        self.dtype = _product_dtype(call.query.dtype)
-        self.stats_dtype = statistics_dtype(call.query.dtype)
+        self.dtype = statistics_dtype(call.query.dtype)
         self.few = call.query.shape[2] * self.group_size <= _FEW_ROWS
-        # On CPUs PyTorch leaves a bfloat16 product with a factor of 0 unwritten.
         self.plain = params.plain and params.scale != 0
         self.unit = LOG2E if self.plain else 1.0
         self.batch_size = batch.stop - batch.start
@@ -173,7 +166,7 @@ class HeadBlock:
         blocks = x[self.batch, self.key_heads].split(self.call.block_k, dim=2)
         if self._in_place(x):
             return [block[0].zero_() for block in blocks]
-        return [torch.zeros_like(block, dtype=self.stats_dtype).flatten(0, 1) for block in blocks]
+        return [torch.zeros_like(block, dtype=self.dtype).flatten(0, 1) for block in blocks]
 
     def store(self, x: Tensor, accumulators: list[Tensor], scale: float) -> None:
         """``x`` is ``scale`` times what was added up."""
@@ -184,7 +177,7 @@ class HeadBlock:
                 block.copy_(accumulated.unflatten(0, block.shape[:2]))
 
     def _in_place(self, x: Tensor) -> bool:
-        return x.dtype == self.stats_dtype and self.batch_size == 1
+        return x.dtype == self.dtype and self.batch_size == 1
 
     def query(self, rows: slice) -> Tensor:
         return self.group(self._query[:, rows].to(self.dtype))
@@ -268,11 +261,10 @@ class HeadBlock:
     ) -> tuple[Tensor, Tensor | None]:
         """Scores [heads, group * rows, cols] in `unit` plus ``shift``, and softcap's tanh.
 
-        Plain scores come in the dtype of the products, shifted inside the product before it rounds;
-        modified ones in the dtype of the statistics.
+        Plain scores are shifted inside the product, before it rounds.
 
         Args:
-            shift: [heads, group * rows, 1], in the dtype of the result.
+            shift: [heads, group * rows, 1].
             by_key: lay the result out in memory key by key.
         """
         params, cols = self.params, tile.cols
@@ -281,7 +273,7 @@ class HeadBlock:
             s = self.product("scores", query, key, shift, params.scale * self.unit, by_key)
         else:
             s = self.product("scores", query, key, None, 1, by_key)
-            s = s.to(self.stats_dtype).mul_(params.scale)
+            s = s.mul_(params.scale)
             if params.softcap:
                 capped = s.div_(params.softcap).tanh_()
                 s = capped * params.softcap
@@ -330,12 +322,11 @@ class HeadBlock:
     def add_product(
         self, acc: Tensor | None, a: Tensor, b: Tensor, seen: Tensor | None = None
     ) -> Tensor:
-        """acc + A B, added up in the dtype of the statistics; what A does not see counts nothing.
+        """acc + A B; what A does not see counts nothing.
 
         Args:
             seen: bool, as A; None if B is known to be finite.
         """
-        a, b = a.to(self.dtype), b.to(self.dtype)
         if seen is not None:
             finite = b.isfinite()
             start = None if acc is None else acc.clone()
@@ -344,8 +335,8 @@ class HeadBlock:
             acc = self.add_product(acc, a, b)
             return acc.copy_(torch.where(met, acc, clean))
         if acc is None:
-            return torch.bmm(a, b).to(self.stats_dtype)
-        return acc.baddbmm_(a, b) if self.dtype == self.stats_dtype else acc.add_(torch.bmm(a, b))
+            return torch.bmm(a, b)
+        return acc.baddbmm_(a, b)
 
     def kept(self, rows: slice, cols: slice) -> Tensor:
         """Dropout's multiplier of the probabilities, [heads, group * rows, cols]."""
@@ -355,4 +346,4 @@ class HeadBlock:
         row = torch.arange(rows.start, rows.stop, device=self.device)
         col = torch.arange(cols.start, cols.stop, device=self.device)
         keep = dropout.keep(params.seed, self.batch.start, heads, row, col, params.dropout_p)
-        return self.group(keep).to(self.stats_dtype).div_(1 - params.dropout_p)
+        return self.group(keep).to(self.dtype).div_(1 - params.dropout_p)
