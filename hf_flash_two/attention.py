@@ -75,7 +75,8 @@ def flash_attention(
             None. The bits depend on (seed, batch, head, query, key) only.
         return_lse: also return the log-sum-exp of each row's scores, sinks included;
             differentiable.
-        kernel: "auto", "blockwise" or "triton". One asked for by name never falls back to another.
+        kernel: "auto", "blockwise", "fused_cpu" or "triton". One asked for by name never falls back
+            to another.
         q_bucket_size, k_bucket_size: upper limits on the tiles of queries and keys.
 
     Returns:

@@ -21,10 +21,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from hf_flash_two.kernels import blockwise, triton
+from hf_flash_two.kernels import blockwise, fused_cpu, triton
 from hf_flash_two.kernels.params import AttentionParams
 
-_PACKAGES = {"triton": triton, "blockwise": blockwise}
+_PACKAGES = {"triton": triton, "fused_cpu": fused_cpu, "blockwise": blockwise}
 """The kernels, in the order in which "auto" asks them."""
 NAMES = ("auto", *sorted(_PACKAGES))
 

@@ -18,7 +18,7 @@ class KernelCall:
     """One run of a kernel.
 
     Attributes:
-        kernel: its name, "blockwise" or "triton".
+        kernel: its name, "blockwise", "fused_cpu" or "triton".
         direction: "forward" or "backward".
         query: [B, Hq, Tq, D]; key: [B, Hk, Tk, D]; value: [B, Hk, Tk, Dv]: the shapes.
         dtype, device: of all three.
