@@ -192,7 +192,13 @@ def test_families_that_are_silent_about_documents(family: HandWritten, said: str
         pytest.skip("takes no positions")
     if said == "numbers":
         given["attention_mask"] = Row(LENGTHS).numbers()[None]
-    assert_close(model(ids, **given).logits, expected)
+    module = sys.modules[type(model).__module__]
+    if family.name == "imagegpt" and not hasattr(module, "create_causal_mask"):
+        # Older ones make their masks by hand.
+        with pytest.raises(NotImplementedError, match="masks that cannot keep them apart"):
+            model(ids, **given)
+    else:
+        assert_close(model(ids, **given).logits, expected)
 
 
 @pytest.mark.parametrize("said", ["boundaries", "positions", "numbers"])
