@@ -453,7 +453,7 @@ def _runs(ids: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def check_zeros_and_ones(name: str, mask: Tensor) -> None:
-    """Added to scores, a mask means the opposite; numbers of documents mean something else again.
+    """Refuse a mask that is not 0 and 1: additive ones, and those that number documents.
 
     On a GPU the look at the values waits for the device, which a bool mask spares.
     """
@@ -470,7 +470,7 @@ def _group_bounds(first: Tensor, last: Tensor) -> Tensor:
     keys = first.shape[1]
     groups = (keys + KEY_GROUP - 1) // KEY_GROUP
     if torch.compiler.is_compiling():
-        # A size that may be 1 is a graph of its own. The op leaves the group too many out.
+        # torch.compile specialises on a size of 1: make one group more, which the op drops.
         groups += 1
     # The last key again and again: a repeated value changes neither minimum nor maximum.
     start = torch.arange(groups, device=first.device)[:, None] * KEY_GROUP

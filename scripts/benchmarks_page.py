@@ -44,7 +44,6 @@ _MODELS = {
     "sinks": "gpt-oss, sinks",
 }
 _MODES = ("forward", "backward", "both")
-_WORDS = {"both": "forward + backward"}
 _OURS = "flash_two"
 
 

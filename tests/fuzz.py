@@ -424,7 +424,7 @@ def compare(name: str, got: Tensor, right: Tensor, peer: Tensor, floor: float) -
 
 def dtypes_of(kernel: str, device: str) -> tuple[torch.dtype, ...]:
     """Triton has no float64; its interpreter multiplies bfloat16 as integers."""
-    lacking = [] if kernel == "blockwise" else [torch.float64]
+    lacking = [] if kernel in ("auto", "blockwise") else [torch.float64]
     lacking += [torch.bfloat16] if lacking and device == "cpu" else []
     return tuple(dtype for dtype in DTYPES if dtype not in lacking)
 
@@ -433,7 +433,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--first", type=int, default=None, help="first seed; a random one if unset")
     parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--kernel", default="blockwise")
+    parser.add_argument("--kernel", default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -22,3 +22,10 @@ def test_seed(seed: int, kernel: str, device: str) -> None:
     case = fuzz.make(seed, fuzz.dtypes_of(kernel, device))
     print(f"seed {seed}:", ", ".join(case.words))
     fuzz.run(case, kernel, device)
+
+
+@pytest.mark.parametrize("seed", range(2000, 2040))
+def test_seed_of_whatever_kernel_is_chosen(seed: int, device: str) -> None:
+    case = fuzz.make(seed, fuzz.dtypes_of("auto", device))
+    print(f"seed {seed}:", ", ".join(case.words))
+    fuzz.run(case, "auto", device)

@@ -16,7 +16,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 
 def name_of(path: Path) -> str:
-    """hf_flash_two/kernels/blockwise.py -> hf_flash_two.kernels.blockwise"""
+    """hf_flash_two/kernels/params.py -> hf_flash_two.kernels.params"""
     return ".".join([ROOT.name, *path.relative_to(ROOT).with_suffix("").parts])
 
 

@@ -42,8 +42,8 @@ def op_arguments(monkeypatch: pytest.MonkeyPatch, tensors: list[Tensor], **argum
     """What `flash_attention` passes to the forward op."""
     seen = []
 
-    def record(query, key, value, problem, kernel):
-        seen.extend([query, key, value, *problem, kernel])
+    def record(query, key, value, params, kernel):
+        seen.extend([query, key, value, *params, kernel])
         return query, key
 
     with monkeypatch.context() as patch:

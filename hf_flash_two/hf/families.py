@@ -174,7 +174,7 @@ HAND_WRITTEN = frozenset(
 """Tested to give what they give unpatched."""
 
 _SPARSE = "a fixed sparse pattern over blocks, whose probabilities are computed piece by piece"
-_WEIGHTS = "its result are the probabilities themselves"
+_WEIGHTS = "it returns the probabilities themselves"
 _ADDITIVE = "additive attention: no product of queries and keys"
 _CAPPED = "caps its scores after adding a bias that depends on the queries"
 NOT_POSSIBLE = {

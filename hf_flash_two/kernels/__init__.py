@@ -10,7 +10,7 @@ A kernel is a package here with two functions:
   ``backward(d_out, d_lse, query, key, value, out, lse, params, need_d_bias) -> (dq, dk, dv, d_bias,
   d_sinks)``.
 
-A new one is its package, its line in `_PACKAGES` and its place in the documentation.
+CONTRIBUTING.md says what a new one touches.
 """
 
 from __future__ import annotations
@@ -41,13 +41,17 @@ def select(name: str, query: Tensor, key: Tensor, value: Tensor, params: Attenti
     "auto" is the first that does not decline. One asked for by name is never replaced.
 
     Raises:
-        ValueError: the kernel asked for declines, for the reason given.
+        ValueError: the kernel asked for declines, or all do, for the reasons given.
     """
     if name == "auto":
+        reasons = []
         for found, package in _PACKAGES.items():
-            if package.declines(query, key, value, params, by_name=False) is None:
+            reason = package.declines(query, key, value, params, by_name=False)
+            if reason is None:
                 return _loaded(found)
-    elif reason := _PACKAGES[name].declines(query, key, value, params, by_name=True):
+            reasons.append(f"{found}: {reason}")
+        raise ValueError(f"kernel: none computes this call; {'; '.join(reasons)}")
+    if reason := _PACKAGES[name].declines(query, key, value, params, by_name=True):
         others = " or ".join(repr(other) for other in NAMES if other != name)
         raise ValueError(f"kernel: {name!r} cannot run, {reason}; use {others}")
     return _loaded(name)

@@ -20,10 +20,7 @@ class AttentionParams(NamedTuple):
     The op's schema, its rules for vmap and for DTensors and the cache of launches read the fields
     by name, tensors first.
 
-    A new term of the scores is a field here with its part in `plain`, an argument of
-    ``attention.flash_attention``, and a line each in ``blockwise/head_blocks.py`` (`scores`), in
-    ``triton/args.py`` (`ScoreTerms`, `score_terms`) and in ``triton/tile.py`` (`modify`); one with
-    a gradient also has its sum in the kernels' backwards and its place in ``op.DIFFERENTIABLE``.
+    CONTRIBUTING.md says what a new term of the scores touches.
 
     Attributes:
         query_start, query_stop, key_bounds, dense: see `masks.AttentionMask`; each may be None.

@@ -169,7 +169,7 @@ REFUSED = {
     "dropout": ({"dropout_p": 0.1}, "dropout"),
     "dense": ({"mask": torch.eye(9).bool()}, "dense mask"),
     "scale": ({"scale": 0.0}, "no scale of 0"),
-    "tiles": ({"q_bucket_size": 4}, "sizes of their own"),
+    "tiles": ({"q_bucket_size": 4}, "does not take q_bucket_size"),
 }
 
 

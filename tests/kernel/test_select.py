@@ -64,3 +64,28 @@ def test_the_ops_take_every_setting_by_its_name() -> None:
         assert arguments == list(names)
         start = arguments.index(AttentionParams._fields[0])
         assert arguments[start:][: len(SCHEMA)] == list(SCHEMA)
+
+
+def test_a_call_that_all_decline_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(reason: str) -> SimpleNamespace:
+        return SimpleNamespace(declines=lambda *call, by_name: reason)
+
+    packages = {"one": never("it is off"), "other": never("it is too old")}
+    monkeypatch.setattr(kernels, "_PACKAGES", packages)
+    with pytest.raises(ValueError, match="none computes .*one: it is off; other: it is too old"):
+        flash_attention(*inputs(9, 20))
+
+
+UNKNOWN = {"softcap", "dropout_p", *TENSORS} - {"query_start", "query_stop", "key_bounds"}
+
+
+@pytest.mark.parametrize("name", sorted(UNKNOWN))
+def test_the_fused_op_declines_fields_that_it_does_not_know(name: str) -> None:
+    """A field that is added is declined until it is said to be understood."""
+    tensors = inputs(99, 99)
+    params = AttentionParams(**dict.fromkeys(AttentionParams._fields))._replace(
+        query_offset=0, scale=1.0, softcap=0.0, dropout_p=0.0
+    )
+    assert kernels.select("auto", *tensors, params).name == "fused_cpu"
+    given = params._replace(**{name: torch.ones(1, 99) if name in TENSORS else 0.5})
+    assert kernels.select("auto", *tensors, given).name == "blockwise"

@@ -50,7 +50,7 @@ def forward(
 
 
 def _polluted(params: AttentionParams, *results: Tensor | None) -> bool:
-    """Whether something hidden that is not finite may stand behind what is not in the results."""
+    """Whether the results hold NaN or infinity that may come from hidden inputs."""
     hiding = (params.window_left, params.window_right, params.query_start, params.dense)
     if all(x is None for x in hiding):
         return False
@@ -179,7 +179,7 @@ def _attend_lazily(
         row_sum = part if row_sum is None else row_sum.add_(part)
         acc = block.add_product(acc, _drop(block, p, tile.rows, keys), block.value(keys), seen)
     # Scores far above the reference have lost bits where the product rounded their distance to it;
-    # those of a reference that is no number make a sum that is none, and fails the test too.
+    # if the reference is NaN, so is the row's sum, and the test fails as well.
     assert row_sum is not None and acc is not None
     safe = row_sum.amax() < _SAFE_MEAN * sum(keys.width for keys in tile.key_tiles)
     return (reference, row_sum, acc) if safe else None

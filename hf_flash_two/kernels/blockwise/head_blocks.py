@@ -298,8 +298,8 @@ class HeadBlock:
     def seen(self, scores: Tensor) -> Tensor | None:
         """Where queries see keys, from the scores; None unless the call is guarded.
 
-        Elsewhere weights are 0, which hides every number but NaN and infinity. A guarded call, made
-        if they are in the result of one that is not, passes what is hidden over in each product.
+        Elsewhere weights are 0, which hides every number but NaN and infinity. If the result of an
+        unguarded call holds those, the call is repeated guarded: products then skip hidden pairs.
         """
         return scores != -math.inf if self.call.guarded else None
 

@@ -31,6 +31,12 @@ once for all query heads that share them."""
 _LONG = 768
 """From so many rows on the op takes 256 of them at a time."""
 
+_SAYS = """
+query_start query_stop key_bounds query_offset window_left window_right scale block_q block_k
+""".split()
+_TERMS = [at for at, name in enumerate(AttentionParams._fields) if name not in _SAYS]
+"""Every other field, those to come included, changes scores in a way that the op does not know."""
+
 _OP = "_scaled_dot_product_flash_attention_for_cpu"
 
 
@@ -39,8 +45,7 @@ def declines(
 ) -> str | None:
     """Why PyTorch's op does not compute this call, or why it does not pay."""
     heads, rows = query.shape[1] // key.shape[1], query.shape[2]
-    terms = (params.bias, params.alibi_slopes, params.sinks, params.dense, params.seed)
-    has_terms = any(term is not None for term in terms) or bool(params.softcap)
+    has_terms = any([_is_on(params[at]) for at in _TERMS])
     reason = _declines(
         query.device.type, query.shape[3] == value.shape[3], has_terms, params.scale == 0,
         params.block_q is not None or params.block_k is not None,
@@ -50,6 +55,10 @@ def declines(
         plan = _plan(query, key, params)
         reason = plan if isinstance(plan, str) else None
     return reason
+
+
+def _is_on(field: Tensor | float | None) -> bool:
+    return field is not None and (isinstance(field, Tensor) or field != 0)
 
 
 @lru_cache
@@ -63,8 +72,8 @@ def _declines(
         "it has no bias, ALiBi, softcap, sinks, dropout or dense mask": terms,
         "it needs keys and values of the same head_dim": not one_dim,
         "it has no scale of 0": scale_0,
-        "its tiles have sizes of their own": sizes,
-        "tiles read the keys of so few queries faster": few,
+        "it does not take q_bucket_size or k_bucket_size": sizes,
+        "blockwise is faster for so few queries": few,
         "there are no keys": empty,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
