@@ -164,7 +164,7 @@ def own(tensor: Tensor) -> Tensor:
 
     What is kept goes when the tensor does.
     """
-    if not torch.compiler.is_compiling() and may_be_kept(tensor):
+    if may_be_kept(tensor):
         number = id(tensor)
         # Bound now: when the interpreter ends, modules lose their names before tensors go.
         forget = partial(_OWN.pop, number)

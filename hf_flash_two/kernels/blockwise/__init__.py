@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hf_flash_two.kernels.blockwise.head_blocks import HeadBlock, head_blocks
 from hf_flash_two.kernels.blockwise.tiles import KeyTile, QueryTile
+from hf_flash_two.kernels.hidden import hides
 from hf_flash_two.kernels.params import AttentionParams, empty_lse, empty_output, statistics_dtype
 
 _SAFE_MEAN = 2.0**4
@@ -44,18 +45,15 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] in the dtype of ``query`` and lse [B, Hq, Tq] in float32 (float64)."""
     result = _forward(query, key, value, params, guarded=False)
-    if _polluted(params, result[0]):
+    if hides(query, key, params) and not _is_finite(result[0]):
         result = _forward(query, key, value, params, guarded=True)
     return result
 
 
-def _polluted(params: AttentionParams, *results: Tensor | None) -> bool:
-    """Whether the results hold NaN or infinity that may come from hidden inputs."""
-    hiding = (params.window_left, params.window_right, params.query_start, params.dense)
-    if all(x is None for x in hiding):
-        return False
+def _is_finite(*results: Tensor | None) -> bool:
+    """Whether the results hold no NaN or infinity, which may come from hidden inputs."""
     sums = [x.sum(dtype=statistics_dtype(x.dtype)) for x in results if x is not None]
-    return not torch.stack(sums).isfinite().all()
+    return bool(torch.stack(sums).isfinite().all())
 
 
 def _forward(
@@ -85,7 +83,9 @@ def backward(
     """Gradients of query, key, value, bias, sinks; tiles in a fixed order: bitwise repeatable."""
     inputs = (d_out, d_lse, query, key, value, out, lse, params, need_d_bias)
     grads = _backward(*inputs, guarded=False)
-    return _backward(*inputs, guarded=True) if _polluted(params, *grads) else grads
+    if hides(query, key, params) and not _is_finite(*grads):
+        return _backward(*inputs, guarded=True)
+    return grads
 
 
 def _backward(

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hf_flash_two.kernels import dropout
 from hf_flash_two.kernels.blockwise.tiles import KeyTile, QueryTile, query_tiles
+from hf_flash_two.kernels.hidden import HiddenPairs
 from hf_flash_two.kernels.params import LOG2E, AttentionParams, statistics_dtype
 
 _BLOCK_Q = 256
@@ -38,7 +39,7 @@ class Call:
     block_q: int
     block_k: int
     workspace: Workspace
-    bands: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    hidden: HiddenPairs
 
 
 def head_blocks(
@@ -99,7 +100,7 @@ def _call(
         query, key, value, params, guarded,
         max(1, min(params.block_q or block_q, query_length)),
         max(1, min(params.block_k or block_k, key_length)),
-        Workspace(query.device),
+        Workspace(query.device), HiddenPairs(params, query.device),
     )  # fmt: skip
 
 
@@ -227,33 +228,13 @@ class HeadBlock:
 
     def hidden(self, rows: slice, cols: slice) -> Tensor:
         """bool, to broadcast against `by_head`: the pairs that do not see each other."""
-        if self.params.query_start is not None or self.params.dense is not None:
-            return self._hidden(rows, cols)
-        # A band hides the same of every tile at the same distance from it.
-        key = (rows.start - cols.start, rows.stop - rows.start, cols.stop - cols.start)
-        if key not in self.call.bands:
-            self.call.bands[key] = self._hidden(rows, cols)
-        return self.call.bands[key]
-
-    def _hidden(self, rows: slice, cols: slice) -> Tensor:
-        params = self.params
-        position, key = self.positions(rows, cols)
-        parts = []
-        if params.window_left is not None:
-            parts.append(position - key > params.window_left)
-        if params.window_right is not None:
-            parts.append(key - position > params.window_right)
-        if params.query_start is not None and params.query_stop is not None:
-            batch = self.batch if params.query_start.shape[0] > 1 else slice(0, 1)
-            start, stop = (
-                x[batch, None, None, None, cols] for x in (params.query_start, params.query_stop)
-            )
-            parts += [start > position, position >= stop]
-        if params.dense is not None:
-            parts.append(~self.part(params.dense, rows, cols))
-        hidden = parts[0]
-        for part in parts[1:]:
-            hidden = hidden | part
+        hidden = self.call.hidden(self.batch, rows, cols)
+        if hidden is not None:
+            hidden = hidden[:, None, None]
+        if self.params.dense is not None:
+            unseen = ~self.part(self.params.dense, rows, cols)
+            hidden = unseen if hidden is None else hidden | unseen
+        assert hidden is not None, "only masked tiles are asked for"
         return hidden
 
     def scores(

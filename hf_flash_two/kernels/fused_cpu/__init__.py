@@ -17,10 +17,12 @@ from torch import Tensor
 
 from hf_flash_two.kernels import blockwise
 from hf_flash_two.kernels.fused_cpu.pieces import Piece, Plan, plan_of
+from hf_flash_two.kernels.hidden import HiddenPairs, hides
 from hf_flash_two.kernels.params import (
     AttentionParams,
     empty_lse,
     empty_output,
+    output_layout,
     statistics_dtype,
 )
 
@@ -102,20 +104,20 @@ def forward(
     plan = _pieces_of(query, key, params)
     inputs = [_readable(x, query.dtype) for x in (query, key, value)]
     out, lse = empty_output(query, value.shape[3]), empty_lse(query)
-    masks = _Masks(params, query.dtype)
+    masks = _Masks(params, inputs[0])
     for piece in plan.pieces:
         out_part, lse_part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *_cut(piece, *inputs), 0.0, piece.causal, attn_mask=masks(piece), scale=params.scale
         )
         at = (piece.batch, slice(None), piece.rows)
         if plan.is_whole:
-            out, lse = _as(out, out_part), _as(lse, lse_part)
+            out, lse = _result(out_part, query), lse_part.contiguous()
         else:
             out[at], lse[at] = out_part, lse_part
     if plan.blind is not None:
         out.masked_fill_(plan.blind[..., None], 0)
         lse.masked_fill_(plan.blind, -torch.inf)
-    for row in _polluted(params, out):
+    for row in _polluted(out) if hides(query, key, params) else ():
         only = slice(row, row + 1)
         part = blockwise.forward(query[only], key[only], value[only], _rows(params, only))
         out[only], lse[only] = part
@@ -141,12 +143,12 @@ def backward(
     inputs = [_readable(x, dtype) for x in (query, key, value)]
     shown = lse.masked_fill(lse == -torch.inf, torch.inf)
     results = [_readable(d_out, dtype), _readable(out, dtype), shown]
-    grads = [empty_output(x, x.shape[3]) for x in (query, key, value)]
     # Sums of several pieces are rounded once.
-    sums = [
-        torch.zeros_like(x, dtype=statistics_dtype(x.dtype)) for x in grads if not plan.is_whole
-    ]
-    masks = _Masks(params, dtype)
+    wide, sums = statistics_dtype(query.dtype), ()
+    if not plan.is_whole:
+        layouts = [output_layout(x, x.shape[3]) for x in (query, key, value)]
+        sums = tuple(query.new_empty_strided(*at, dtype=wide).zero_() for at in layouts)
+    masks = _Masks(params, inputs[0])
     for piece in plan.pieces:
         at = (piece.batch, slice(None), piece.rows)
         d_out_part, out_part, lse_part = (x[at] for x in results)
@@ -159,8 +161,8 @@ def backward(
         else:
             for total, part in zip(_cut(piece, *sums), parts, strict=True):
                 total.add_(part)
-    grads = [_as(grad, total) for grad, total in zip(grads, sums, strict=True)]
-    for row in _polluted(params, *grads):
+    grads = [_result(total, x) for total, x in zip(sums, (query, key, value), strict=True)]
+    for row in _polluted(*grads) if hides(query, key, params) else ():
         only = slice(row, row + 1)
         dq, dk, dv, _, _ = blockwise.backward(
             d_out[only], None, query[only], key[only], value[only], out[only], lse[only],
@@ -171,9 +173,12 @@ def backward(
     return grads[0], grads[1], grads[2], None, None
 
 
-def _as(like: Tensor, x: Tensor) -> Tensor:
-    """``x`` in the dtype and layout of ``like``, which is overwritten unless ``x`` has both."""
-    return x if (x.dtype, x.stride()) == (like.dtype, like.stride()) else like.copy_(x)
+def _result(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` in the dtype and layout that a result has for the input ``like``."""
+    _, strides = output_layout(like, like.shape[3])
+    if (x.dtype, x.stride()) == (like.dtype, strides):
+        return x
+    return empty_output(like, like.shape[3]).copy_(x)
 
 
 def _backward_dtype(dtype: torch.dtype, plan: Plan) -> torch.dtype:
@@ -209,54 +214,31 @@ def _rows(params: AttentionParams, batch: slice) -> AttentionParams:
     return params._replace(**cut)
 
 
-def _polluted(params: AttentionParams, *results: Tensor) -> list[int]:
-    """The batch rows with numbers that are not finite, if the mask hides what may be theirs.
+def _polluted(*results: Tensor) -> list[int]:
+    """The batch rows with numbers that are not finite, which may come from hidden inputs.
 
     The op computes what is hidden and multiplies it by 0, which is no help against NaN.
     """
-    if all(x is None for x in (params.window_left, params.window_right, params.query_start)):
-        return []
     sums = torch.stack([x.sum((1, 2, 3), dtype=statistics_dtype(x.dtype)) for x in results])
     return (~sums.isfinite()).any(0).nonzero().flatten().tolist()
 
 
 class _Masks:
-    """Additive masks of pieces, [b, 1, rows, keys]: 0 or -inf."""
+    """Additive masks of pieces, [1, 1, rows, keys]: 0 or -inf."""
 
-    def __init__(self, params: AttentionParams, dtype: torch.dtype) -> None:
-        self._params, self._dtype = params, dtype
-        self._bands: dict[tuple[int, int, int], Tensor] = {}
+    def __init__(self, params: AttentionParams, like: Tensor) -> None:
+        self._hidden, self._dtype = HiddenPairs(params, like.device), like.dtype
+        self._last: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, piece: Piece) -> Tensor | None:
         if not piece.masked:
             return None
-        if self._params.query_start is not None:
-            return self._additive(piece)
-        # A band hides the same of every piece at the same distance from it.
-        rows, keys = piece.rows, piece.keys
-        key = (rows.start - keys.start, rows.stop - rows.start, keys.stop - keys.start)
-        if key not in self._bands:
-            self._bands[key] = self._additive(piece)
-        return self._bands[key]
-
-    def _additive(self, piece: Piece) -> Tensor:
-        params = self._params
-        position = torch.arange(piece.rows.start, piece.rows.stop)[:, None] + params.query_offset
-        if params.query_start is not None and params.query_stop is not None:
-            batch = piece.batch if params.query_start.shape[0] > 1 else slice(0, 1)
-            first, last = (
-                run[batch, None, None, piece.keys]
-                for run in (params.query_start, params.query_stop)
-            )
-            hidden = (position < first) | (position >= last)
-        else:
-            distance = position - torch.arange(piece.keys.start, piece.keys.stop)
-            hidden = torch.zeros_like(distance, dtype=torch.bool)
-            if params.window_left is not None:
-                hidden = hidden | (distance > params.window_left)
-            if params.window_right is not None:
-                hidden = hidden | (-distance > params.window_right)
-            hidden = hidden[None, None]
-        # Rows of one piece that are alike in the batch share a mask.
-        hidden = hidden[:1]
-        return torch.zeros(hidden.shape, dtype=self._dtype).masked_fill_(hidden, -torch.inf)
+        # The batch rows of a piece are alike.
+        row = slice(piece.batch.start, piece.batch.start + 1)
+        hidden = self._hidden(row, piece.rows, piece.keys)
+        assert hidden is not None, "nothing is hidden without a band or intervals"
+        # The blocks of a band hide the same, one after the other.
+        if self._last is None or self._last[0] is not hidden:
+            mask = torch.zeros(hidden.shape, dtype=self._dtype).masked_fill_(hidden, -torch.inf)
+            self._last = hidden, mask[None]
+        return self._last[1]

@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from hf_flash_two.kernels.hidden import hides
 from hf_flash_two.kernels.params import AttentionParams
 from hf_flash_two.kernels.triton.args import Flags
 from hf_flash_two.kernels.triton.tile import BAND, INTERVALS, NO_MASK
@@ -327,13 +328,3 @@ def launch_flags(query: Tensor, key: Tensor, params: AttentionParams) -> Flags:
         RESCUE=hides(query, key, params),
         PRECISION="tf32" if _tf32(query) else "ieee",
     )
-
-
-def hides(query: Tensor, key: Tensor, params: AttentionParams) -> bool:
-    """Whether a tile that is not empty may hold hidden pairs inside of the tensors."""
-    if params.query_start is not None or params.dense is not None:
-        return True
-    first, last = params.query_offset, params.query_offset + query.shape[2] - 1
-    left, right = params.window_left, params.window_right
-    behind = left is not None and last > left
-    return behind or right is not None and first + right < key.shape[2] - 1

@@ -1,0 +1,53 @@
+"""What the mask of a call hides: whether anything, and which pairs of a tile."""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from hf_flash_two.kernels.params import AttentionParams
+
+
+def hides(query: Tensor, key: Tensor, params: AttentionParams) -> bool:
+    """Whether there may be hidden pairs inside of the tensors."""
+    if params.query_start is not None or params.dense is not None:
+        return True
+    first, last = params.query_offset, params.query_offset + query.shape[2] - 1
+    left, right = params.window_left, params.window_right
+    behind = left is not None and last > left
+    return behind or right is not None and first + right < key.shape[2] - 1
+
+
+class HiddenPairs:
+    """The pairs that a band or intervals hide, tile by tile; a dense mask is not looked at."""
+
+    def __init__(self, params: AttentionParams, device: torch.device) -> None:
+        self._params, self._device = params, device
+        self._bands: dict[tuple[int, int, int], Tensor | None] = {}
+
+    def __call__(self, batch: slice, rows: slice, keys: slice) -> Tensor | None:
+        """bool [batch rows or 1, rows, keys]; None if there is neither band nor intervals."""
+        if self._params.query_start is not None:
+            return self._find(batch, rows, keys)
+        # A band hides the same of every tile at the same distance from it.
+        at = (rows.start - keys.start, rows.stop - rows.start, keys.stop - keys.start)
+        if at not in self._bands:
+            self._bands[at] = self._find(batch, rows, keys)
+        return self._bands[at]
+
+    def _find(self, batch: slice, rows: slice, keys: slice) -> Tensor | None:
+        params, parts = self._params, []
+        position = torch.arange(rows.start, rows.stop, device=self._device)[:, None]
+        position = position + params.query_offset
+        key = torch.arange(keys.start, keys.stop, device=self._device)
+        if params.window_left is not None:
+            parts.append((position - key > params.window_left)[None])
+        if params.window_right is not None:
+            parts.append((key - position > params.window_right)[None])
+        if params.query_start is not None and params.query_stop is not None:
+            batch = batch if params.query_start.shape[0] > 1 else slice(0, 1)
+            start, stop = (x[batch, None, keys] for x in (params.query_start, params.query_stop))
+            parts += [start > position, position >= stop]
+        return reduce(torch.logical_or, parts) if parts else None
