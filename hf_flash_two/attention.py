@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from numbers import Integral
 from typing import Never
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from hf_flash_two.kernels import NAMES as KERNELS
 from hf_flash_two.kernels.params import AttentionParams, statistics_dtype
 from hf_flash_two.masks import AttentionMask
-from hf_flash_two.op import flash_attn
+from hf_flash_two.op import flash_attn, is_eager
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 576
@@ -94,45 +95,67 @@ def flash_attention(
     """
     if unknown:
         _refuse(unknown)
-    _check_shapes(query, key, value)
+    eager = is_eager(query, key, value)
+    _check_inputs(query, key, value, eager)
     query, key, value = _resolve_dtype(query, key, value)
     batch, heads, query_length, head_dim = query.shape
     shape = (batch, heads, query_length, key.shape[2])
-    dropout_p = _number("dropout_p", dropout_p)
     mask = _as_mask(mask)
     mask.check(*shape)
-    if any(t is not None and t.device != query.device for t in (mask.query_start, mask.dense)):
-        mask = mask.to(query.device)
+    for tensor in (mask.query_start, mask.dense):
+        if tensor is not None and tensor.device != query.device:
+            mask = mask.to(query.device)
+    settings = (head_dim, scale, softcap, dropout_p, q_bucket_size, k_bucket_size, kernel)
+    constant = eager and all([type(x) in _CONSTANTS for x in settings])
+    check = _check_settings_once if constant else _check_settings
+    scale, softcap, dropout_p = check(*settings)
     params = AttentionParams(
-        query_start=mask.query_start,
-        query_stop=mask.query_stop,
-        key_bounds=mask.key_bounds(),
-        dense=mask.dense,
-        bias=_check_bias(bias, shape, query),
-        alibi_slopes=_check_per_head("alibi_slopes", alibi_slopes, query),
-        sinks=_check_per_head("sinks", sinks, query),
-        seed=_resolve_seed(dropout_p, dropout_seed, query.device),
-        query_offset=mask.resolve_offset(query_length, key.shape[2]),
-        window_left=mask.window_left,
-        window_right=mask.window_right,
-        scale=head_dim**-0.5 if scale is None else _check_scale(scale),
-        softcap=_check_softcap(softcap),
-        dropout_p=dropout_p,
-        block_q=_check_bucket("q_bucket_size", q_bucket_size),
-        block_k=_check_bucket("k_bucket_size", k_bucket_size),
+        mask.query_start,
+        mask.query_stop,
+        mask.key_bounds(),
+        mask.dense,
+        None if bias is None else _check_bias(bias, shape, query),
+        None if alibi_slopes is None else _check_per_head("alibi_slopes", alibi_slopes, query),
+        None if sinks is None else _check_per_head("sinks", sinks, query),
+        _resolve_seed(dropout_seed, query.device) if dropout_p else None,
+        mask.resolve_offset(query_length, key.shape[2]),
+        mask.window_left,
+        mask.window_right,
+        scale,
+        softcap,
+        dropout_p,
+        q_bucket_size,
+        k_bucket_size,
     )
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel: expected one of {KERNELS}, got {kernel!r}")
     if params.alibi_slopes is not None:
         _check_constant("alibi_slopes", params.alibi_slopes, "pass `bias`")
-    out, lse = flash_attn(query, key, value, params, kernel)
-    return (out, lse) if return_lse else out
+    return flash_attn(query, key, value, params, kernel, return_lse, eager)
 
 
 def _refuse(unknown: Mapping[str, object]) -> None:
     name = next(iter(unknown))
     hint = f"; here it is {_ELSEWHERE[name]}" if name in _ELSEWHERE else ""
     raise TypeError(f"flash_attention() got an unexpected keyword argument {name!r}{hint}")
+
+
+_CONSTANTS = (float, int, str, type(None))
+_MOST_KINDS = 4096
+_checked: set[tuple] = set()
+
+
+def _check_inputs(query: Tensor, key: Tensor, value: Tensor, eager: bool) -> None:
+    """Raise what `_check_shapes` raises, which looks at each kind of call once."""
+    if not eager:
+        return _check_shapes(query, key, value)
+    kind = (
+        query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype,
+        query.device, key.device, value.device,
+    )  # fmt: skip
+    if kind not in _checked:
+        _check_shapes(query, key, value)
+        if len(_checked) >= _MOST_KINDS:
+            _checked.clear()
+        _checked.add(kind)
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -185,8 +208,9 @@ def _resolve_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, T
     if autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     # Small calls notice a `to` that has nothing to do.
-    query, key, value = (x if x.dtype == dtype else x.to(dtype) for x in (query, key, value))
-    return query, key, value
+    if query.dtype == key.dtype == dtype == value.dtype:
+        return query, key, value
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def _as_mask(mask: AttentionMask | Tensor | None) -> AttentionMask:
@@ -211,9 +235,7 @@ def _as_mask(mask: AttentionMask | Tensor | None) -> AttentionMask:
     return mask
 
 
-def _check_bias(bias: Tensor | None, shape: tuple[int, ...], query: Tensor) -> Tensor | None:
-    if bias is None:
-        return None
+def _check_bias(bias: Tensor, shape: tuple[int, ...], query: Tensor) -> Tensor:
     _check_device("bias", bias, query)
     if not bias.is_floating_point():
         raise ValueError(f"bias: expected a float tensor, got {bias.dtype}; bool is `mask`")
@@ -227,9 +249,7 @@ def _check_bias(bias: Tensor | None, shape: tuple[int, ...], query: Tensor) -> T
     return bias[(None,) * (4 - bias.dim())]
 
 
-def _check_per_head(name: str, tensor: Tensor | None, query: Tensor) -> Tensor | None:
-    if tensor is None:
-        return None
+def _check_per_head(name: str, tensor: Tensor, query: Tensor) -> Tensor:
     _check_device(name, tensor, query)
     batch, heads = query.shape[:2]
     if tuple(tensor.shape) not in ((heads,), (1, heads), (batch, heads)):
@@ -252,35 +272,39 @@ def _number(name: str, given: float) -> float:
         raise ValueError(f"{name}: expected a number, got {given!r}") from error
 
 
-def _check_scale(scale: float) -> float:
+def _check_settings(
+    head_dim: int,
+    scale: float | None,
+    softcap: float | None,
+    dropout_p: float,
+    q_bucket_size: int | None,
+    k_bucket_size: int | None,
+    kernel: str,
+) -> tuple[float, float, float]:
+    """scale, softcap and dropout_p as numbers; softcap 0 is off."""
     _check_constant("scale", scale, "multiply query by it")
-    scale = _number("scale", scale)
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"scale: expected None or a finite number, got {scale}")
-    return scale
-
-
-def _check_softcap(softcap: float | None) -> float:
+    number = head_dim**-0.5 if scale is None else _number("scale", scale)
+    if not -math.inf < number < math.inf:
+        raise ValueError(f"scale: expected None or a finite number, got {number}")
     _check_constant("softcap", softcap, "cap the scores outside")
     softcap = 0.0 if softcap is None else _number("softcap", softcap)
     if not 0.0 <= softcap < math.inf:
         raise ValueError(f"softcap: expected None, 0 (off) or a positive number, got {softcap}")
-    return softcap
-
-
-def _check_bucket(name: str, size: int | None) -> int | None:
-    if size is not None and (not isinstance(size, Integral) or size < 1):
-        raise ValueError(f"{name}: expected None or an integer of at least 1, got {size!r}")
-    return size
-
-
-def _resolve_seed(
-    dropout_p: float, seed: int | Tensor | None, device: torch.device
-) -> Tensor | None:
+    dropout_p = _number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {dropout_p}")
-    if not dropout_p:
-        return None
+    for name, size in (("q_bucket_size", q_bucket_size), ("k_bucket_size", k_bucket_size)):
+        if size is not None and (not isinstance(size, Integral) or size < 1):
+            raise ValueError(f"{name}: expected None or an integer of at least 1, got {size!r}")
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel: expected one of {KERNELS}, got {kernel!r}")
+    return number, softcap, dropout_p
+
+
+_check_settings_once = lru_cache(_MOST_KINDS, typed=True)(_check_settings)
+
+
+def _resolve_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if seed is None:
         return torch.randint(2**62, (1,), device=device)
     if isinstance(seed, Tensor):

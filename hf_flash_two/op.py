@@ -1,19 +1,25 @@
-"""Two library ops, opaque to the compiler, with autograd kernels that hold no arithmetic.
+"""From validated settings to a kernel: through a library op, or straight in eager mode.
 
-The names contain ``flash_attn`` so that selective-checkpointing policies recognise them.
+Whatever traces, transforms or watches operations meets two library ops, opaque to the compiler,
+with autograd kernels that hold no arithmetic. Their names contain ``flash_attn`` so that policies
+of selective checkpointing recognise them. Where nobody does, one small autograd function calls the
+same kernels: small models are bound by what the host does before a kernel runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._ops import OpOverloadPacket
 from torch.autograd import forward_ad
 from torch.autograd.function import Function, _SingleLevelFunction
+from torch.nn import Parameter
 
 from hf_flash_two.kernels import Kernel, select
 from hf_flash_two.kernels.params import (
@@ -57,9 +63,32 @@ observers: list[Callable[[str, str, Tensor, Tensor, Tensor, AttentionParams], No
 """Called when a kernel is to run, with "forward" or "backward", its name and what it is given."""
 
 
-def _laid_out(fields: Sequence, keys: int) -> AttentionParams:
+def is_eager(*tensors: Tensor | None) -> bool:
+    """Whether these are plain tensors and what is done to them is run, and nothing else.
+
+    The compiler, functorch, modes, forward-mode derivatives and subclasses want to see operations.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if forward_ad._current_level >= 0 or torch._C._is_tracing():
+        return False
+    return are_plain(tensors)
+
+
+def are_plain(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether all have values, and none is of a subclass, which may do anything with operations."""
+    for x in tensors:
+        if x is not None and (type(x) is not Tensor and type(x) is not Parameter or x.is_meta):
+            return False
+    return True
+
+
+def _laid_out(params: AttentionParams, keys: int) -> AttentionParams:
     """The settings, as every kernel may rely on it: what is per key and per head without gaps."""
-    params = AttentionParams(*fields)
+    if params.query_start is None and params.alibi_slopes is None and params.sinks is None:
+        return params
     groups = -(-keys // KEY_GROUP)
     if params.key_bounds is not None and params.key_bounds.shape[1] != groups:
         params = params._replace(key_bounds=params.key_bounds[:, :groups])
@@ -81,10 +110,9 @@ def _select(
     return kernel
 
 
-# Gradients are on where the levels of torch.func are passed: nothing inside may be recorded.
-@torch.no_grad()
-def _forward(query, key, value, *settings):
-    *params, kernel = settings
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, kernel: str
+) -> tuple[Tensor, Tensor]:
     if not query.numel():
         return empty_output(query, value.shape[3]), empty_lse(query)
     params = _laid_out(params, key.shape[2])
@@ -92,19 +120,42 @@ def _forward(query, key, value, *settings):
     return chosen.forward(query, key, value, params)
 
 
-@torch.no_grad()
-def _backward(d_out, d_lse, query, key, value, out, lse, *settings):
-    *params, kernel, need_d_bias = settings
+def _backward(
+    d_out: Tensor | None,
+    d_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    params: AttentionParams,
+    kernel: str,
+    need_d_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     d_out = torch.zeros_like(out) if d_out is None else d_out
     params = _laid_out(params, key.shape[2])
     if query.numel():
         out = out if out.stride(3) == 1 else out.contiguous()
         chosen = _select("backward", kernel, query, key, value, params)
-        grads = chosen.backward(d_out, d_lse, query, key, value, out, lse, params, need_d_bias)
-    else:
-        d_inputs = (empty_output(x, x.shape[3]).zero_() for x in (query, key, value))
-        extras = (params.bias if need_d_bias else None, params.sinks)
-        grads = (*d_inputs, *(None if x is None else x.new_zeros(x.shape) for x in extras))
+        return chosen.backward(d_out, d_lse, query, key, value, out, lse, params, need_d_bias)
+    dq, dk, dv = (empty_output(x, x.shape[3]).zero_() for x in (query, key, value))
+    extras = (params.bias if need_d_bias else None, params.sinks)
+    d_bias, d_sinks = (None if x is None else x.new_zeros(x.shape) for x in extras)
+    return dq, dk, dv, d_bias, d_sinks
+
+
+# Gradients are on where the levels of torch.func are passed: nothing inside may be recorded.
+@torch.no_grad()
+def _forward_op(query, key, value, *settings):
+    *params, kernel = settings
+    return _forward(query, key, value, AttentionParams(*params), kernel)
+
+
+@torch.no_grad()
+def _backward_op(d_out, d_lse, query, key, value, out, lse, *settings):
+    *params, kernel, need_d_bias = settings
+    params = AttentionParams(*params)
+    grads = _backward(d_out, d_lse, query, key, value, out, lse, params, kernel, need_d_bias)
     return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -175,8 +226,8 @@ def _backward_vmap(info, in_dims, *args):
     return tuple(unfolded), tuple(0 if grad.numel() else None for grad in grads)
 
 
-_LIBRARY.impl("flash_attn_fwd", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("flash_attn_bwd", _backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("flash_attn_fwd", _forward_op, "CompositeExplicitAutograd")
+_LIBRARY.impl("flash_attn_bwd", _backward_op, "CompositeExplicitAutograd")
 torch.library.register_fake("hf_flash_two::flash_attn_fwd", _forward_fake)
 torch.library.register_fake("hf_flash_two::flash_attn_bwd", _backward_fake)
 torch.library.register_vmap("hf_flash_two::flash_attn_fwd", _forward_vmap)
@@ -257,12 +308,64 @@ _LIBRARY.impl("flash_attn_fwd", _Forward.call, "Autograd")
 _LIBRARY.impl("flash_attn_bwd", _Backward.call, "Autograd")
 
 
+class _Eager(_SingleLevelFunction):
+    """`_Forward` without the op."""
+
+    apply: ClassVar[Callable]
+    _compiled_autograd_key = Function._compiled_autograd_key
+
+    @staticmethod
+    def forward(ctx, query, key, value, bias, sinks, params, kernel, return_lse):
+        out, lse = _forward(query, key, value, params, kernel)
+        ctx.set_materialize_grads(False)
+        tensors = params.tensors
+        ctx.save_for_backward(query, key, value, out, lse, *[x for x in tensors if x is not None])
+        ctx.settings = [x is not None for x in tensors], params.numbers, kernel
+        return (out, lse) if return_lse else out
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        d_out, d_lse = (*grad_outputs, None)[:2]
+        query, key, value, out, lse, *saved = ctx.saved_tensors
+        are_saved, numbers, kernel = ctx.settings
+        tensors = iter(saved)
+        fields = ([next(tensors) if x else None for x in are_saved], numbers)
+        params = AttentionParams._make(chain(*fields))
+        need_d_bias = ctx.needs_input_grad[3]
+        args = (d_out, d_lse, query, key, value, out, lse)
+        batched = any([x is not None and is_legacy_batchedtensor(x) for x in grad_outputs])
+        if batched or torch.is_grad_enabled() or not is_eager(*args):
+            settings = (*params, kernel, need_d_bias)
+            grads = torch.ops.hf_flash_two.flash_attn_bwd(*args, *settings)
+        else:
+            grads = _backward(*args, params, kernel, need_d_bias)
+        dq, dk, dv, d_bias, d_sinks = grads
+        if not need_d_bias:
+            d_bias = None
+        if not ctx.needs_input_grad[4]:
+            d_sinks = None
+        return dq, dk, dv, d_bias, d_sinks, None, None, None
+
+
 def flash_attn(
-    query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, kernel: str
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) of validated settings, differentiable in query, key, value, bias and sinks."""
-    args = (query, key, value, *params, kernel)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return torch.ops.hf_flash_two.flash_attn_fwd(*args)
-    # What the dispatcher would come to, without its detour through Python.
-    return _Forward.apply(*args) if _recording() else _Forward.forward(*args)
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    params: AttentionParams,
+    kernel: str,
+    return_lse: bool,
+    eager: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """out or (out, lse) of validated settings, with gradients of query, key, value, bias and sinks.
+
+    Args:
+        eager: `is_eager` of query, key and value.
+    """
+    if eager and are_plain(params.tensors):
+        inputs = (query, key, value, params.bias, params.sinks)
+        if torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in inputs]):
+            return _Eager.apply(*inputs, params, kernel, return_lse)
+        result = _forward(query, key, value, params, kernel)
+    else:
+        result = torch.ops.hf_flash_two.flash_attn_fwd(query, key, value, *params, kernel)
+    return result if return_lse else result[0]

@@ -12,6 +12,10 @@ from machine import GPU, KERNELS
 from oracle import dense_attention
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -19,6 +23,7 @@ from torch.utils.checkpoint import (
 )
 
 from hf_flash_two import AttentionMask, attention, flash_attention
+from hf_flash_two.op import is_eager
 from hf_flash_two.testing import KernelCall, kernel_calls
 
 FORWARD = torch.ops.hf_flash_two.flash_attn_fwd
@@ -42,9 +47,9 @@ def op_arguments(monkeypatch: pytest.MonkeyPatch, tensors: list[Tensor], **argum
     """What `flash_attention` passes to the forward op."""
     seen = []
 
-    def record(query, key, value, params, kernel):
+    def record(query, key, value, params, kernel, return_lse, eager):
         seen.extend([query, key, value, *params, kernel])
-        return query, key
+        return query
 
     with monkeypatch.context() as patch:
         patch.setattr(attention, "flash_attn", record)
@@ -83,6 +88,121 @@ def test_opcheck(monkeypatch, make: Callable, dtype: torch.dtype, case: Callable
     torch.library.opcheck(BACKWARD, (d_out, d_lse, *backward), test_utils=checks)
     torch.library.opcheck(BACKWARD, (d_out, None, *backward), test_utils=CHECKS)
     torch.library.opcheck(BACKWARD, (None, d_lse, *backward), test_utils=CHECKS)
+
+
+# The thin path of eager mode
+
+
+class Watched(TorchDispatchMode):
+    """Sees every operation, and changes none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def with_gradients(tensors: list[Tensor], **arguments) -> tuple[str, list[Tensor]]:
+    """The name of the node that autograd recorded; out, lse and all gradients."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    extras = {
+        name: arguments[name].detach().requires_grad_()
+        for name in ("bias", "sinks")
+        if name in arguments
+    }
+    out, lse = flash_attention(*leaves, return_lse=True, **(arguments | extras))
+    torch.manual_seed(1)
+    upstream = [torch.randn_like(x) for x in (out, lse)]
+    grads = torch.autograd.grad((out, lse), [*leaves, *extras.values()], upstream)
+    return out.grad_fn.name(), [out.detach(), lse.detach(), *grads]
+
+
+@pytest.mark.parametrize("case", OP_CASES.values(), ids=OP_CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_eager_mode_equals_the_op(dtype: torch.dtype, case: Callable) -> None:
+    """Bit for bit; a mode that watches operations sees the ops, and nothing else does."""
+    tensors, arguments = inputs(9, 20, dtype=dtype), case()
+    node, thin = with_gradients(tensors, **arguments)
+    assert node == "_EagerBackward"
+    with Watched() as watched:
+        node, through_op = with_gradients(tensors, **arguments)
+    assert node == "_ForwardBackward"
+    calls = [name for name in watched.seen if "flash_attn" in name]
+    assert calls == ["hf_flash_two.flash_attn_fwd.default", "hf_flash_two.flash_attn_bwd.default"]
+    for got, want in zip(thin, through_op, strict=True):
+        assert torch.equal(got, want)
+    with torch.no_grad():
+        alone = flash_attention(*tensors, return_lse=True, **arguments)
+    for got, want in zip(alone, thin, strict=False):
+        assert torch.equal(got, want)
+
+
+class Subclass(Tensor):
+    pass
+
+
+WATCHERS = {
+    "dispatch mode": Watched,
+    "function mode": BaseTorchFunctionMode,
+    "fake tensors": FakeTensorMode,
+    "forward-mode derivatives": forward_ad.dual_level,
+}
+
+
+@pytest.mark.parametrize("watcher", WATCHERS.values(), ids=WATCHERS)
+def test_whoever_watches_meets_the_op(watcher: Callable) -> None:
+    tensors = inputs(9, 20)
+    assert is_eager(*tensors)
+    with watcher():
+        assert not is_eager(*tensors)
+
+
+def test_subclasses_and_transforms_meet_the_op() -> None:
+    tensors = inputs(9, 20)
+    found = []
+    assert is_eager(*map(torch.nn.Parameter, tensors), None)
+    assert not is_eager(tensors[0].as_subclass(Subclass))
+    assert not is_eager(tensors[0].to("meta"))
+    torch.vmap(lambda x: found.append(is_eager(x)) or x)(tensors[0])
+    torch.func.grad(lambda x: found.append(is_eager(x)) or x.sum())(tensors[0])
+    torch.jit.trace(lambda x: found.append(is_eager(x)) or x + 1, tensors[0], check_trace=False)
+    assert found == [False, False, False]
+
+
+def test_the_backward_alone_may_be_watched() -> None:
+    """The forward took the thin path; a mode around the backward sees the op, same bits."""
+    tensors = [x.requires_grad_() for x in inputs(9, 20)]
+    upstream = torch.randn(2, 6, 9, 16)
+    out = flash_attention(*tensors)
+    want = torch.autograd.grad(out, tensors, upstream[..., : out.shape[3]], retain_graph=True)
+    with Watched() as watched:
+        got = torch.autograd.grad(out, tensors, upstream[..., : out.shape[3]])
+    assert "hf_flash_two.flash_attn_bwd.default" in watched.seen
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_kind_of_call_is_checked_once_and_again_when_it_changes() -> None:
+    """What was checked for one call is not taken for another."""
+    query, key, value = inputs(9, 20)
+    for _ in range(2):
+        flash_attention(query, key, value, scale=1.0)
+        with pytest.raises(ValueError, match="key: expected"):
+            flash_attention(query, key[:1], value)
+        with pytest.raises(ValueError, match="dropout_p: expected"):
+            flash_attention(query, key, value, dropout_p=1)
+        with pytest.raises(ValueError, match="q_bucket_size: expected"):
+            flash_attention(query, key, value, q_bucket_size=64.0)
+        flash_attention(query, key, value, q_bucket_size=64)
+    scale = torch.tensor(0.5)
+    first = flash_attention(query, key, value, scale=scale)
+    scale.fill_(2.0)
+    second = flash_attention(query, key, value, scale=scale)
+    assert not torch.equal(first, second)
+    assert torch.equal(second, flash_attention(query, key, value, scale=2.0))
 
 
 # torch.compile

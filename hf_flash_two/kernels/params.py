@@ -53,6 +53,15 @@ class AttentionParams(NamedTuple):
     block_k: int | None
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[: len(TENSORS)]  # pyright: ignore[reportReturnType]
+
+    @property
+    def numbers(self) -> tuple[float | None, ...]:
+        """The fields that are not tensors."""
+        return self[len(TENSORS) :]  # pyright: ignore[reportReturnType]
+
+    @property
     def plain(self) -> bool:
         """Whether scores are the scaled products and nothing else."""
         return self.bias is None and self.alibi_slopes is None and not self.softcap

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -77,7 +78,6 @@ def test_tma_changes_nothing(
     if INTERPRETED:
         hopper = config.Device(8, 2**20, tma=True)
         monkeypatch.setattr(config, "device_of", lambda index: hopper)
-        monkeypatch.setattr(launch, "device_of", lambda index: hopper)
     copied = []
     for module in (forward, backward):
         monkeypatch.setattr(module, "tma_tiles", lambda *a: copied.append(make(*a)) or copied[-1])
@@ -93,7 +93,7 @@ def test_tma_changes_nothing(
         launch.plans.clear()
         copied.clear()
         found.append(results(tensors, upstream, mask=mask))
-        assert all((tiles is not None) == (least == 64) for tiles in copied)
+        assert copied and all(bool(tma.block) == (least == 64) for tma in copied)
     for by_tma, by_pointer in zip(*found, strict=True):
         assert torch.equal(by_tma, by_pointer)
 
@@ -205,7 +205,7 @@ def test_a_known_launch_skips_the_jit_unless_a_profiler_watches(
 
         def __getitem__(self, grid):
             def jit(x, y, scalar, **options):
-                assert isinstance(y, args.PerHead) and y == (x, 8, 9)
+                assert isinstance(y, args.PerHead) and y[1:] == (8, 9)
                 calls.append("jit")
                 return Compiled()
 
@@ -221,19 +221,42 @@ def test_a_known_launch_skips_the_jit_unless_a_profiler_watches(
     tiles = config.Tiles(16, 16, 16, 16, 4, 1)
     templates = {"y": args.PerHead(None, 8, 9)}
     run = launch.Launch(Kernel(), (7,), templates, (5,), {"SIZE": 3}, tiles)
-    for name in ("a", "b"):
-        run(name, name)
-    known = (7, 1, 1, 11, "function", "metadata", None, None, None, "b", ("b", 8, 9), 5, 3)
+    tensors = [torch.zeros(1) for _ in range(2)]
+    for tensor in tensors:
+        run(tensor, tensor)
+    address = tensors[1].data_ptr()
+    known = (7, 1, 1, 11, "function", "metadata", None, None, None, address, (address, 8, 9), 5, 3)
     assert calls == ["jit", known]
     hooks.launch_exit_hook.calls.append(print)
-    run("c", "c")
+    run(*tensors)
     assert calls == ["jit", known, "jit"]
     hooks.launch_exit_hook.calls.clear()
     monkeypatch.setattr(launch, "_DIRECT", False)
     run = launch.Launch(Kernel(), (7,), templates, (5,), {"SIZE": 3}, tiles)
-    for name in ("a", "b"):
-        run(name, name)
+    for tensor in tensors:
+        run(tensor, tensor)
     assert calls == ["jit", known, *["jit"] * 3]
+
+
+def test_descriptors_are_remembered_and_keep_no_tensor_alive() -> None:
+    """What a direct launch is given in place of a tensor that TMA copies."""
+    calls = []
+    tma = args.Tma((2, 3, 64, 32), (6144, 2048, 32, 1), (1, 1, 16, 32))
+    x = torch.zeros(2, 3, 64, 32, dtype=torch.float16)
+    template = {"x": tma, "y": args.Tma()}
+    run = launch._caller(
+        lambda *given: calls.append(given), (), (), (x, x), [*template.values()], ()
+    )
+    for _ in range(2):
+        run(0, x, x)
+    (_, first, no_tma), (_, second, _) = calls
+    assert first is second and no_tma is None
+    assert (first.base.data_ptr(), first.base.dtype) == (x.data_ptr(), x.dtype)
+    assert (first.shape, first.block_shape) == ([2, 3, 64, 32], [1, 1, 16, 32])
+    kept = weakref.ref(x)
+    del x
+    calls.clear()
+    assert kept() is None
 
 
 def test_a_missing_compiler_is_named() -> None:

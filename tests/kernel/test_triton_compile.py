@@ -64,7 +64,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list:
     for module, names in (
         (forward, ("_forward_kernel", "_merge_kernel")),
         (ranges, ("_ranges_kernel",)),
-        (backward, ("_dkdv_kernel", "_dq_kernel", "_dbias_kernel", "_preprocess_kernel")),
+        (backward, ("_dkdv_kernel", "_dq_kernel", "_dbias_kernel")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), launches))
@@ -96,8 +96,7 @@ def params(mask: AttentionMask, length: int, **changes) -> AttentionParams:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, device: config.Device) -> None:
-    for module in (config, launch):
-        monkeypatch.setattr(module, "device_of", lambda index: device)
+    monkeypatch.setattr(config, "device_of", lambda index: device)
 
 
 FEATURES = ("causal", "padded", "everything", "decode", "large")
@@ -158,7 +157,7 @@ def test_any_number_of_heads_fits_the_grid(launches):
     out, lse = forward.forward(query, key, value, described)
     backward.backward(out, None, query, key, value, out, lse, described, True)
     assert {kernel.__name__ for kernel, *_ in launches} == {
-        "_ranges_kernel", "_forward_kernel", "_preprocess_kernel", "_dkdv_kernel", "_dq_kernel",
+        "_ranges_kernel", "_forward_kernel", "_dkdv_kernel", "_dq_kernel",
         "_dbias_kernel",
     }  # fmt: skip
     for kernel, (_, *others), *_ in launches:

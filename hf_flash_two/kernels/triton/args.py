@@ -47,6 +47,17 @@ class PerHead(NamedTuple):
     stride_h: Any
 
 
+class Tma(NamedTuple):
+    """A tensor as the tensor memory accelerator (TMA) of Hopper and later GPUs copies its tiles.
+
+    All three are empty where it does not: kernels then load through pointers.
+    """
+
+    shape: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    block: tuple[int, ...] = ()
+
+
 class Intervals(NamedTuple):
     """Who sees each key, int32: key j is seen by the queries at positions [start[j], stop[j]).
 
@@ -78,12 +89,13 @@ class HeadTerms(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What the backward knows of each row, float32 [B, Hq, Tq rounded up].
+    """What the backward knows of each row, float32 [B, Hq, Tq].
 
     Attributes:
-        lse_ptr: its log-sum-exp in `tile.unit`; 0 of rows that see nothing.
-        delta_ptr: sum(dO * O) - d_lse.
+        lse_ptr: its log-sum-exp, sinks included; -inf of rows that see nothing.
+        delta_ptr: sum(dO * O) - d_lse; 0 of rows that see nothing. The dQ pass writes it.
         weight_ptr: makes the sum of its probabilities 1, where a bias makes lse too coarse for it.
+            The dQ pass writes it.
     """
 
     lse_ptr: Any

@@ -2,8 +2,9 @@
 
 Source: Dao 2023, arXiv:2307.08691, Algorithm 2, split in two: the dK/dV pass goes through the
 queries of a tile of keys (once for each of the two where registers would run out), the dQ pass
-through the keys of a tile of queries; each recomputes the probabilities from lse. The dbias pass
-sums the gradient of the bias over whatever axes it broadcasts.
+through the keys of a tile of queries; each recomputes the probabilities from lse. The dQ pass is
+the first: it also writes what the others need of each row. The dbias pass sums the gradient of the
+bias over whatever axes it broadcasts.
 """
 
 # What stands in a kernel is Triton's language, which its types do not describe.
@@ -25,7 +26,6 @@ from hf_flash_two.kernels.params import (
     LOG2E,
     AttentionParams,
     Layout,
-    empty_output,
     output_layout,
 )
 from hf_flash_two.kernels.triton.args import (
@@ -37,6 +37,7 @@ from hf_flash_two.kernels.triton.args import (
     PerPair,
     Rows,
     ScoreTerms,
+    Tma,
     broadcast_strides,
     dropout_of,
     intervals_of,
@@ -48,10 +49,9 @@ from hf_flash_two.kernels.triton.config import (
     backward_tiles,
     launch_flags,
     tma_run,
-    tma_strides,
     tma_tiles,
 )
-from hf_flash_two.kernels.triton.launch import Launch, planned
+from hf_flash_two.kernels.triton.launch import Launch, on_device, planned
 from hf_flash_two.kernels.triton.ranges import key_ranges
 from hf_flash_two.kernels.triton.tile import (
     INTERVALS,
@@ -78,9 +78,6 @@ from hf_flash_two.masks import KEY_GROUP
 
 _LOG2E = tl.constexpr(LOG2E)
 _KEY_GROUP = tl.constexpr(KEY_GROUP)
-# The rows of lse and delta are padded to multiples of this, so that no tile needs a bounds check.
-_ROW_MULTIPLE = 128
-_ROW_MULTIPLE_ = tl.constexpr(_ROW_MULTIPLE)
 
 
 def backward(
@@ -95,56 +92,38 @@ def backward(
     need_d_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key, value, bias and sinks."""
-    query, key, value, d_out = (
-        x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value, d_out)
-    )
+    inputs = (query, key, value, d_out)
+    query, key, value, d_out = [x if x.stride(3) == 1 else x.contiguous() for x in inputs]
     lse = lse.contiguous()
-    if query.numel() == 0:
-        dq, dk, dv = (empty_output(x, x.shape[3]).zero_() for x in (query, key, value))
-        extras = (params.bias if need_d_bias else None, params.sinks)
-        d_bias, d_sinks = (None if x is None else torch.zeros_like(x) for x in extras)
-        return dq, dk, dv, d_bias, d_sinks
-    with torch.cuda.device_of(query):
-        plan = planned(_plan, params, query, key, value, d_out, out, lse, d_lse)
-        dq, dk, dv = (query.new_empty_strided(*layout) for layout in plan.gradients)
-        row_lse, delta = (lse.new_empty(plan.rows_shape) for _ in range(2))
+    with on_device(query):
+        plan = planned(_plan, params, (query, key, value), (d_out, out, lse, d_lse))
+        dq, dk, dv = [query.new_empty_strided(*layout) for layout in plan.gradients]
+        delta = torch.empty_like(lse)
         weigh = params.bias is not None and params.sinks is None
-        rows = Rows(row_lse, delta, torch.empty_like(delta) if weigh else None)
-        inputs = (query, key, value, d_out, rows)
+        rows = Rows(lse, delta, torch.empty_like(lse) if weigh else None)
         terms = (params.dense, plan.terms(params), params.seed)
-        if delta.numel():
-            plan.preprocess(out, d_out, lse, d_lse, rows)
-        tiles = plan.tiles.dq
-        of_keys = intervals_of(params, key_ranges(params, tiles, query.shape[2], key.shape[2]))
-        if dq.numel():
-            plan.dq(
-                *inputs,
-                tma_tiles(key, plan.tma_key, tiles.block_k, tiles.block_d),
-                tma_tiles(value, plan.tma_value, tiles.block_k, tiles.block_v),
-                tma_run(params.query_start, plan.tma_key, tiles.block_k),
-                tma_run(params.query_stop, plan.tma_key, tiles.block_k),
-                of_keys, *terms, dq,
-            )  # fmt: skip
+        ranges = key_ranges(params, plan.tiles.dq, query.shape[2], key.shape[2])
+        of_keys = intervals_of(params, ranges)
+        plan.dq(
+            query, key, value, d_out, rows, out, d_lse,
+            key, value, params.query_start, params.query_stop, of_keys, *terms, dq,
+        )  # fmt: skip
         if dk.numel():
-            passes = [(plan.dkdv, plan.tiles.dkdv, dk, dv if plan.dv is None else None)]
-            if plan.dv is not None:
-                passes.append((plan.dv, plan.tiles.dv, None, dv))
-            for launch, tiles, *gradients in passes:
-                launch(
-                    *inputs,
-                    tma_tiles(query, plan.tma_query, tiles.block_q, tiles.block_d),
-                    tma_tiles(d_out, plan.tma_d_out, tiles.block_q, tiles.block_v),
-                    *(tma_run(x, plan.tma_query, tiles.block_q) for x in (row_lse, delta)),
-                    intervals_of(params, params.key_bounds), *terms, *gradients,
-                )  # fmt: skip
+            by_queries = (query, d_out, lse, delta, intervals_of(params, params.key_bounds))
+            args = (query, key, value, d_out, rows, *by_queries, *terms)
+            if plan.dv is None:
+                plan.dkdv(*args, dk, dv)
+            else:
+                plan.dkdv(*args, dk, None)
+                plan.dv(*args, None, dv)
         d_bias = d_sinks = None
         if need_d_bias and params.bias is not None:
             d_bias = torch.empty_like(params.bias, memory_format=torch.contiguous_format)
             if plan.dbias is not None and d_bias.numel():
-                plan.dbias(*inputs, of_keys, *terms, d_bias)
+                plan.dbias(query, key, value, d_out, rows, of_keys, *terms, d_bias)
     if params.sinks is not None:
         weight = torch.exp(params.sinks[:, :, None] - lse).nan_to_num_(nan=0.0)
-        d_sinks = -(weight * delta[:, :, : lse.shape[2]]).sum(2).sum_to_size(params.sinks.shape)
+        d_sinks = -(weight * delta).sum(2).sum_to_size(params.sinks.shape)
     return dq, dk, dv, d_bias, d_sinks
 
 
@@ -152,13 +131,7 @@ def backward(
 class _Plan:
     tiles: BackwardTiles
     gradients: tuple[Layout, Layout, Layout]
-    rows_shape: tuple[int, int, int]
     terms: Callable[[AttentionParams], ScoreTerms]
-    tma_query: list[int] | None
-    tma_key: list[int] | None
-    tma_value: list[int] | None
-    tma_d_out: list[int] | None
-    preprocess: Launch
     dkdv: Launch
     dv: Launch | None
     dq: Launch
@@ -191,36 +164,39 @@ def _plan(
     }
     templates["dense"] = PerPair(None, *broadcast_strides(params.dense, *shape))
     templates["dropout"] = dropout_of(params)
+    templates["out"] = Operand(None, *out.stride()[:3])
+    templates["d_lse"] = Operand(None, *((0, 0, 0) if d_lse is None else d_lse.stride()))
     scalars = (
         Heads(heads, heads // key_heads), query_length, key_length,
         params.query_offset, params.window_left or 0, params.window_right or 0,
         broadcast_strides(params.query_start, batch, key_length)[0],
     )  # fmt: skip
+    # A row is read in parts where it is wider than a tile.
+    block = tiles.dq
+    whole_rows = head_dim <= block.block_d and value_dim <= block.block_v
+
+    def tiles_of(tensor: Tensor, rows: int, columns: int) -> Tma:
+        return tma_tiles(tensor, params, rows, columns) if whole_rows else Tma()
 
     def launch(kernel, grid: tuple[int, ...], block: Tiles, *own_scalars: tuple) -> Launch:
+        by_key = tiles_of(key, block.block_k, block.block_d)
+        by_query = tiles_of(query, block.block_q, block.block_d)
+        of_row = tma_run(lse, by_query)
+        descriptors = {
+            "k_desc": by_key, "v_desc": tiles_of(value, block.block_k, block.block_v),
+            "start_desc": tma_run(params.query_start, by_key),
+            "stop_desc": tma_run(params.query_stop, by_key),
+            "q_desc": by_query, "do_desc": tiles_of(d_out, block.block_q, block.block_v),
+            "lse_desc": of_row, "delta_desc": of_row,
+        }  # fmt: skip
         constants = {
             "FLAGS": flags, "D": head_dim, "DV": value_dim,
             "BLOCK_Q": block.block_q, "BLOCK_K": block.block_k,
             "BLOCK_D": block.block_d, "BLOCK_V": block.block_v, "STAGES": block.stages,
         }  # fmt: skip
-        return Launch(kernel, grid, templates, (*scalars, *own_scalars), constants, block)
+        numbers = (*scalars, *own_scalars)
+        return Launch(kernel, grid, templates | descriptors, numbers, constants, block)
 
-    row_tiles = triton.cdiv(query_length, _ROW_MULTIPLE)
-    preprocess = Launch(
-        _preprocess_kernel,
-        (row_tiles * batch * heads,),
-        {
-            "out": Operand(None, *out.stride()[:3]),
-            "do": templates["do"],
-            "d_lse": Operand(None, *((0, 0, 0) if d_lse is None else d_lse.stride())),
-        },
-        (heads, query_length),
-        {
-            "PLAIN": flags.PLAIN, "DV": value_dim,
-            "BLOCK_V": triton.next_power_of_2(value_dim), "ROWS": _ROW_MULTIPLE,
-        },
-        tiles.dq,
-    )  # fmt: skip
     parts = max(
         triton.cdiv(head_dim, tiles.dkdv.block_d), triton.cdiv(value_dim, tiles.dkdv.block_v)
     )
@@ -231,7 +207,6 @@ def _plan(
         )
         for block in (tiles.dkdv, tiles.dv)
     )
-    block = tiles.dq
     parts = triton.cdiv(head_dim, block.block_d)
     dq = launch(
         _dq_kernel, (triton.cdiv(query_length, block.block_q) * batch * heads, parts), block
@@ -246,54 +221,13 @@ def _plan(
             * bias_heads
         )
         dbias = launch(_dbias_kernel, (programs,), block, BiasShape(batch, *params.bias.shape))
-    # A row is read in parts where it is wider than a tile.
-    whole_rows = head_dim <= block.block_d and value_dim <= block.block_v
-    return _Plan(
-        tiles, gradients, (batch, heads, row_tiles * _ROW_MULTIPLE), score_terms(params, *shape),
-        *(tma_strides(x, params) if whole_rows else None for x in (query, key, value, d_out)),
-        preprocess, dkdv, dv, dq, dbias,
-    )  # fmt: skip
+    return _Plan(tiles, gradients, score_terms(params, *shape), dkdv, dv, dq, dbias)
 
 
 @triton.jit
-def _first_row(batch, heads, head, length):
-    """Where the `Rows` of a head begin."""
-    return (batch * heads + head) * (tl.cdiv(length, _ROW_MULTIPLE_) * _ROW_MULTIPLE_)
-
-
-@triton.jit(do_not_specialize=["length"])
-def _preprocess_kernel(
-    out: Operand, do: Operand, lse_ptr, d_lse: Operand, rows: Rows, heads, length,
-    PLAIN: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """What the backward needs of each row: lse, times `unit`, and delta; 0 for empty rows.
-
-    Args:
-        out, do: [B, Hq, Tq, Dv].
-        lse_ptr: float32 [B, Hq, Tq].
-        d_lse: [B, Hq, Tq].
-    """
-    tiles = tl.cdiv(length, ROWS)
-    program = tl.program_id(0)
-    head = (program // tiles % heads).to(tl.int64)
-    batch = (program // tiles // heads).to(tl.int64)
-    row = (program % tiles * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    d_v = tl.arange(0, BLOCK_V)
-    inside = (row < length)[:, None] & (d_v < DV)[None, :]
-    out_at = head_ptr(out, batch, head) + row[:, None] * out.stride_t + d_v[None, :]
-    do_at = head_ptr(do, batch, head) + row[:, None] * do.stride_t + d_v[None, :]
-    out_tile = tl.load(out_at, inside, 0.0).to(tl.float32)
-    do_tile = tl.load(do_at, inside, 0.0).to(tl.float32)
-    # A row that sees sinks only is all 0, and what arrives for it, NaN perhaps, is of no account.
-    delta = tl.where(tl.sum(tl.abs(out_tile), 1) == 0, 0.0, tl.sum(out_tile * do_tile, 1))
-    if d_lse.ptr is not None:
-        d_lse_at = head_ptr(d_lse, batch, head) + row * d_lse.stride_t
-        delta -= tl.load(d_lse_at, row < length, 0.0)
-    lse = tl.load(lse_ptr + (batch * heads + head) * length + row, row < length, 0.0)
-    at = _first_row(batch, heads, head, length) + row
-    empty = lse == float("-inf")
-    tl.store(rows.lse_ptr + at, tl.where(empty, 0.0, lse * (_LOG2E / unit(PLAIN))))
-    tl.store(rows.delta_ptr + at, tl.where(empty, 0.0, delta))
+def _row_lse(lse, row_inside, PLAIN: tl.constexpr):
+    """Log-sum-exps in `unit`; 0 for rows that see nothing or are none."""
+    return tl.where(row_inside & (lse != float("-inf")), lse * (_LOG2E / unit(PLAIN)), 0.0)
 
 
 @triton.jit
@@ -309,6 +243,22 @@ def _product_in_parts(
         b = tl.load(b_at[:, None] + d[None, :], b_inside[:, None] & (d < D)[None, :], 0.0)
         product = tl.dot(a, tl.trans(b), product, input_precision=PRECISION)
     return product
+
+
+@triton.jit
+def _delta(out_at, do_at, row_inside, DV: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr):
+    """sum(dO * O) of each row."""
+    total = tl.zeros([ROWS], tl.float32)
+    size = tl.zeros([ROWS], tl.float32)
+    for part in tl.static_range((DV + BLOCK_V - 1) // BLOCK_V):
+        d_v = part * BLOCK_V + tl.arange(0, BLOCK_V)
+        inside = row_inside[:, None] & (d_v < DV)[None, :]
+        out_tile = tl.load(out_at[:, None] + d_v[None, :], inside, 0.0).to(tl.float32)
+        do_tile = tl.load(do_at[:, None] + d_v[None, :], inside, 0.0).to(tl.float32)
+        total += tl.sum(out_tile * do_tile, 1)
+        size += tl.sum(tl.abs(out_tile), 1)
+    # A row that sees sinks only is all 0, and what arrives for it, NaN perhaps, is of no account.
+    return tl.where(size == 0, 0.0, total)
 
 
 _PER_LENGTH = ["query_length", "key_length", "offset", "left", "right", "interval_stride_b"]
@@ -378,7 +328,7 @@ def _dkdv_kernel(
             head = key_head * heads.group + member
             q_head = head_ptr(q, batch, head)
             do_head = head_ptr(do, batch, head)
-            first_row = _first_row(batch, heads.count, head, query_length)
+            first_row = (batch * heads.count + head) * query_length
             dense_offset = pair_offset(dense, batch, head)
             of_head = head_terms(terms, batch, head)
             for phase in tl.static_range(2 * attempt, 2 + attempt):
@@ -411,7 +361,10 @@ def _dkdv_kernel(
                     if lse_desc is not None:
                         lse = lse_desc.load([rows_at.to(tl.int32)])
                     else:
-                        lse = tl.load(rows.lse_ptr + rows_at + tl.arange(0, BLOCK_Q))
+                        lse = tl.load(
+                            rows.lse_ptr + rows_at + tl.arange(0, BLOCK_Q), row_inside, 0.0
+                        )
+                    lse = _row_lse(lse, row_inside, FLAGS.PLAIN)
                     if IN_PARTS:
                         s = _product_in_parts(
                             k_at, q_at, col_inside, row_inside,
@@ -423,7 +376,10 @@ def _dkdv_kernel(
                         if delta_desc is not None:
                             delta = delta_desc.load([rows_at.to(tl.int32)])
                         else:
-                            delta = tl.load(rows.delta_ptr + rows_at + tl.arange(0, BLOCK_Q))
+                            delta = tl.load(
+                                rows.delta_ptr + rows_at + tl.arange(0, BLOCK_Q), row_inside, 0.0
+                            )
+                        delta = tl.where(row_inside, delta, 0.0)
                         if IN_PARTS:
                             dp = _product_in_parts(
                                 v_at, do_at, col_inside, row_inside,
@@ -441,7 +397,9 @@ def _dkdv_kernel(
                         )  # fmt: skip
                     weight = 1.0
                     if rows.weight_ptr is not None:
-                        weight = tl.load(rows.weight_ptr + rows_at + tl.arange(0, BLOCK_Q))[None, :]
+                        weight = tl.load(
+                            rows.weight_ptr + rows_at + tl.arange(0, BLOCK_Q), row_inside, 0.0
+                        )[None, :]
                     p, d_cap = probabilities(
                         s, lse[None, :], weight, row[None, :], position[None, :], col[:, None],
                         seen, terms, of_head, phase != 0, FLAGS,
@@ -501,6 +459,7 @@ def _dkdv_kernel(
 @triton.jit(do_not_specialize=_PER_LENGTH)
 def _dq_kernel(
     q: Operand, k: Operand, v: Operand, do: Operand, rows: Rows,
+    out: Operand, d_lse: Operand,
     k_desc, v_desc, start_desc, stop_desc,
     of_keys: Intervals, dense: PerPair, terms: ScoreTerms, dropout: Dropout,
     dq: Operand,
@@ -509,12 +468,13 @@ def _dq_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one tile of queries; and each row's weight, where there is a place for it.
+    """dQ of one tile of queries, and what `Rows` says of them.
 
     The grid is query tiles x batch rows x query heads, parts of a row of q.
 
     Args:
-        q: [B, Hq, Tq, D]. k: [B, Hk, Tk, D]. v: [B, Hk, Tk, Dv]. do: [B, Hq, Tq, Dv].
+        q: [B, Hq, Tq, D]. k: [B, Hk, Tk, D]. v: [B, Hk, Tk, Dv]. out, do: [B, Hq, Tq, Dv].
+        d_lse: [B, Hq, Tq].
         dq: [B, Hq, Tq, D].
         k_desc, v_desc, start_desc, stop_desc: TMA descriptors of k, v and the intervals, or None.
     """
@@ -540,9 +500,19 @@ def _dq_kernel(
         do_tile = tl.load(
             do_at[:, None] + d_v[None, :], row_inside[:, None] & (d_v < DV)[None, :], 0.0
         )
-    rows_at = _first_row(batch, heads.count, head, query_length) + row
-    lse = tl.load(rows.lse_ptr + rows_at)
-    delta = tl.load(rows.delta_ptr + rows_at)
+    delta = _delta(
+        head_ptr(out, batch, head) + row.to(tl.int64) * out.stride_t, do_at, row_inside,
+        DV, BLOCK_V, BLOCK_Q,
+    )  # fmt: skip
+    if d_lse.ptr is not None:
+        d_lse_at = head_ptr(d_lse, batch, head) + row.to(tl.int64) * d_lse.stride_t
+        delta -= tl.load(d_lse_at, row_inside, 0.0)
+    rows_at = (batch * heads.count + head) * query_length + row
+    lse = tl.load(rows.lse_ptr + rows_at, row_inside, 0.0)
+    delta = tl.where(lse == float("-inf"), 0.0, delta)
+    lse = _row_lse(lse, row_inside, FLAGS.PLAIN)
+    if tl.program_id(1) == 0:
+        tl.store(rows.delta_ptr + rows_at, delta, row_inside)
     ranges_at = of_keys.tiles_ptr
     if FLAGS.MASK == INTERVALS:
         ranges_at += batch_row(batch, query_tiles_all, interval_stride_b)
@@ -630,7 +600,7 @@ def _dq_kernel(
         weight = 1 / tl.where(row_sum == 0, 1.0, row_sum)
         dq_sum *= weight[:, None]
         if tl.program_id(1) == 0:
-            tl.store(rows.weight_ptr + rows_at, weight)
+            tl.store(rows.weight_ptr + rows_at, weight, row_inside)
     dq_at = head_ptr(dq, batch, head) + row.to(tl.int64) * dq.stride_t
     tl.store(
         dq_at[:, None] + d[None, :],
@@ -692,12 +662,13 @@ def _dbias_kernel(
                 row = row_tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
                 row_inside = row < query_length
                 position = row + offset
-                rows_at = _first_row(batch, heads.count, head, query_length) + row
-                lse = tl.load(rows.lse_ptr + rows_at)
-                delta = tl.load(rows.delta_ptr + rows_at)
+                rows_at = (batch * heads.count + head) * query_length + row
+                lse = tl.load(rows.lse_ptr + rows_at, row_inside, 0.0)
+                lse = _row_lse(lse, row_inside, FLAGS.PLAIN)
+                delta = tl.load(rows.delta_ptr + rows_at, row_inside, 0.0)
                 weight = 1.0
                 if rows.weight_ptr is not None:
-                    weight = tl.load(rows.weight_ptr + rows_at)[:, None]
+                    weight = tl.load(rows.weight_ptr + rows_at, row_inside, 0.0)[:, None]
                 start = row_tile * BLOCK_Q + offset
                 stop = tl.minimum(row_tile * BLOCK_Q + BLOCK_Q, query_length) + offset
                 tile_start, tile_stop, full_start, full_stop = key_tiles(

@@ -13,11 +13,10 @@ from functools import lru_cache
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_flash_two.kernels.hidden import hides
 from hf_flash_two.kernels.params import AttentionParams
-from hf_flash_two.kernels.triton.args import Flags
+from hf_flash_two.kernels.triton.args import Flags, Tma
 from hf_flash_two.kernels.triton.tile import BAND, INTERVALS, NO_MASK
 
 _MOST_COLUMNS = 256
@@ -262,11 +261,8 @@ def backward_tiles(
     return BackwardTiles(dkdv, dq, *dv or [None])
 
 
-def tma_strides(tensor: Tensor, params: AttentionParams) -> list[int] | None:
-    """Strides of [B, H, T, D] for the tensor memory accelerator (TMA) of Hopper and later GPUs.
-
-    None where it cannot copy the tensor, or would not pay: kernels then load through pointers.
-    """
+def tma_tiles(tensor: Tensor, params: AttentionParams, rows: int, columns: int) -> Tma:
+    """How TMA copies [rows, columns] tiles of a [B, H, T, D] tensor, where it can and that pays."""
     size = tensor.element_size()
     axes = list(zip(tensor.shape[:3], tensor.stride()[:3], strict=True))
     if (
@@ -277,34 +273,24 @@ def tma_strides(tensor: Tensor, params: AttentionParams) -> list[int] | None:
         or tensor.data_ptr() % 16
         or any(length > 1 and (stride == 0 or stride * size % 16) for length, stride in axes)
     ):
-        return None
+        return Tma()
     # An axis of one element is never stepped along, but its stride is checked.
-    return [*(stride if length > 1 else 16 for length, stride in axes), 1]
+    strides = (*(stride if length > 1 else 16 for length, stride in axes), 1)
+    return Tma(tuple(tensor.shape), strides, (1, 1, rows, columns))
 
 
-def tma_tiles(
-    tensor: Tensor, strides: list[int] | None, rows: int, columns: int
-) -> TensorDescriptor | None:
-    """A descriptor of [rows, columns] tiles of ``tensor``, None without ``strides``."""
-    if strides is None:
-        return None
-    return TensorDescriptor(tensor, list(tensor.shape), strides, [1, 1, rows, columns])
-
-
-def tma_run(
-    tensor: Tensor | None, strides: list[int] | None, length: int
-) -> TensorDescriptor | None:
-    """A descriptor of runs of ``length`` elements, where there are ``strides`` and they fit."""
+def tma_run(tensor: Tensor | None, tiles: Tma) -> Tma:
+    """How TMA copies what belongs to the rows of ``tiles``: runs of a tensor without gaps."""
     if (
-        strides is None
+        not tiles.block
         or tensor is None
         or not tensor.is_contiguous()
         or tensor.data_ptr() % 16
-        or (tensor.shape[0] > 1 and tensor.shape[-1] % 4)  # rows start on 16 bytes
+        or (tensor.numel() > tensor.shape[-1] and tensor.shape[-1] % 4)  # rows start on 16 bytes
         or tensor.numel() >= 2**31
     ):
-        return None
-    return TensorDescriptor(tensor, [tensor.numel()], [1], [length])
+        return Tma()
+    return Tma((tensor.numel(),), (1,), (tiles.block[2],))
 
 
 def _tf32(query: Tensor) -> bool:

@@ -25,8 +25,6 @@ from hf_flash_two.kernels.params import (
     LOG2E,
     AttentionParams,
     Layout,
-    empty_lse,
-    empty_output,
     output_layout,
 )
 from hf_flash_two.kernels.triton.args import (
@@ -37,6 +35,7 @@ from hf_flash_two.kernels.triton.args import (
     PerHead,
     PerPair,
     ScoreTerms,
+    Tma,
     broadcast_strides,
     dropout_of,
     intervals_of,
@@ -47,10 +46,9 @@ from hf_flash_two.kernels.triton.config import (
     forward_tiles,
     launch_flags,
     tma_run,
-    tma_strides,
     tma_tiles,
 )
-from hf_flash_two.kernels.triton.launch import Launch, planned
+from hf_flash_two.kernels.triton.launch import Launch, on_device, planned
 from hf_flash_two.kernels.triton.ranges import key_ranges
 from hf_flash_two.kernels.triton.tile import (
     INTERVALS,
@@ -82,8 +80,6 @@ class _Plan:
     tiles: Tiles
     out: Layout
     terms: Callable[[AttentionParams], ScoreTerms]
-    tma_key: list[int] | None
-    tma_value: list[int] | None
     attend: Launch
     merge: Launch | None
 
@@ -92,11 +88,9 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
 ) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] in the dtype of ``query`` and lse [B, Hq, Tq] in float32."""
-    if query.numel() == 0:
-        return empty_output(query, value.shape[3]), empty_lse(query)
-    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
-    with torch.cuda.device_of(query):
-        plan = planned(_plan, params, query, key, value)
+    query, key, value = [x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value)]
+    with on_device(query):
+        plan = planned(_plan, params, (query, key, value))
         tiles = plan.tiles
         out = query.new_empty_strided(*plan.out)
         lse = query.new_empty(plan.out[0][:3], dtype=torch.float32)
@@ -106,10 +100,7 @@ def forward(
             part_lse = query.new_empty(2, tiles.splits, *lse.shape, dtype=torch.float32)
         plan.attend(
             query, key, value, part_out, part_lse,
-            tma_tiles(key, plan.tma_key, tiles.block_k, tiles.block_d),
-            tma_tiles(value, plan.tma_value, tiles.block_k, tiles.block_v),
-            tma_run(params.query_start, plan.tma_key, tiles.block_k),
-            tma_run(params.query_stop, plan.tma_key, tiles.block_k),
+            key, value, params.query_start, params.query_stop,
             intervals_of(params, key_ranges(params, tiles, query.shape[2], key.shape[2])),
             params.dense, plan.terms(params), params.sinks, params.seed,
         )  # fmt: skip
@@ -134,6 +125,10 @@ def _plan(params: AttentionParams, query: Tensor, key: Tensor, value: Tensor) ->
         )
     sinks = PerHead(None, *broadcast_strides(params.sinks, batch, heads))
     flags = launch_flags(query, key, params)
+    tma_key = tma_value = Tma()
+    if head_dim <= tiles.block_d:
+        tma_key = tma_tiles(key, params, tiles.block_k, tiles.block_d)
+        tma_value = tma_tiles(value, params, tiles.block_k, tiles.block_v)
     attend = Launch(
         _forward_kernel,
         (
@@ -146,6 +141,10 @@ def _plan(params: AttentionParams, query: Tensor, key: Tensor, value: Tensor) ->
             "k": Operand(None, *key.stride()[:3]),
             "v": Operand(None, *value.stride()[:3]),
             "out": part,
+            "k_desc": tma_key,
+            "v_desc": tma_value,
+            "start_desc": tma_run(params.query_start, tma_key),
+            "stop_desc": tma_run(params.query_stop, tma_key),
             "dense": PerPair(None, *broadcast_strides(params.dense, *shape)),
             "sinks": sinks,
             "dropout": dropout_of(params),
@@ -177,16 +176,7 @@ def _plan(params: AttentionParams, query: Tensor, key: Tensor, value: Tensor) ->
             },
             tiles,
         )
-    whole_rows = head_dim <= tiles.block_d
-    return _Plan(
-        tiles,
-        out,
-        score_terms(params, *shape),
-        tma_strides(key, params) if whole_rows else None,
-        tma_strides(value, params) if whole_rows else None,
-        attend,
-        merge,
-    )
+    return _Plan(tiles, out, score_terms(params, *shape), attend, merge)
 
 
 @triton.jit(do_not_specialize=[

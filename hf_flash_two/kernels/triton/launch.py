@@ -7,8 +7,10 @@ and the compiled kernel is launched directly from then on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -18,8 +20,9 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hf_flash_two.kernels.params import TENSORS, AttentionParams
-from hf_flash_two.kernels.triton.config import Tiles, device_of
+from hf_flash_two.kernels.params import AttentionParams
+from hf_flash_two.kernels.triton.args import Tma
+from hf_flash_two.kernels.triton.config import Tiles
 
 Plan = TypeVar("Plan")
 _MOST_PLANS = 4096
@@ -27,31 +30,46 @@ plans: dict[tuple, Any] = {}
 _DIRECT = (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9)
 """Whether `CompiledKernel.run` is known to take a kernel's arguments as they are, tuples included;
 of other versions all launches go through the JIT."""
-_TENSORS, _NUMBERS = slice(0, len(TENSORS)), slice(len(TENSORS), None)
 
 
 def planned(
-    make: Callable[..., Plan], params: AttentionParams, query: Tensor, *tensors: Tensor | None
+    make: Callable[..., Plan],
+    params: AttentionParams,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    results: tuple[Tensor | None, ...] = (),
 ) -> Plan:
-    """What ``make`` makes of these, once for all calls that differ in tensors' values only."""
-    fields = cast(Sequence, params)
-    layouts = tuple(
-        [
-            None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % 16)
-            for x in (query, *tensors, *fields[_TENSORS])
-        ]
-    )
-    index = query.device.index
-    key = (
-        make, layouts, index, device_of(index), torch.backends.cuda.matmul.fp32_precision,
-        fields[_NUMBERS],
-    )  # fmt: skip
+    """What ``make`` makes of these, once for all calls that differ in tensors' values only.
+
+    Args:
+        inputs: query, key and value.
+        results: what was computed of them, whose shapes follow from theirs.
+    """
+    query = inputs[0]
+    parts: list = [make, query.device.index, params.numbers]
+    parts += [(x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for x in inputs]
+    parts += [x is not None and (x.dtype, x.stride(), x.data_ptr() % 16) for x in results]
+    parts += [
+        x is not None and (x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for x in params.tensors
+    ]
+    if query.dtype == torch.float32:
+        parts.append(torch.backends.cuda.matmul.fp32_precision)
+    key = tuple(parts)
     plan = plans.get(key)
     if plan is None:
         if len(plans) >= _MOST_PLANS:
             plans.clear()
-        plan = plans[key] = make(params, query, *tensors)
+        plan = plans[key] = make(params, *inputs, *results)
     return plan
+
+
+_HERE = nullcontext()
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager:
+    """Makes the GPU of ``tensor`` the current one, where it is not."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(tensor.device)
 
 
 class Launch:
@@ -60,8 +78,8 @@ class Launch:
     A kernel takes first what comes anew in every call, then ``scalars``, then ``constants``.
 
     Args:
-        templates: of parameters that are a named tuple of a pointer and numbers, that tuple; a call
-            gives the tensor to put into its first place.
+        templates: of parameters that are a named tuple of a pointer and numbers, that tuple, a call
+            gives the tensor to put into its first place; of TMA descriptors, a `Tma`.
         constants: of compile time, by name.
     """
 
@@ -81,12 +99,12 @@ class Launch:
         self._templates = [templates.get(name) for name in kernel.arg_names[:count]]
         self._run: Callable | None = None
 
-    def __call__(self, *given: Tensor | TensorDescriptor | tuple | None) -> None:
+    def __call__(self, *given: Tensor | tuple | None) -> None:
         if self._run is not None and not _watched():
             self._run(self._current_stream(self._device), *given)
             return
         arguments = [
-            x if template is None else type(template)(x, *template[1:])
+            x if template is None else _filled(template, x)
             for x, template in zip(given, self._templates, strict=True)
         ]
         try:
@@ -112,39 +130,77 @@ class Launch:
             self._device = active.get_current_device()
             self._current_stream = active.get_current_stream
             run: Any = compiled.run
-            self._run = _caller(run, self._grid, handles, self._templates, rest)
+            self._run = _caller(run, self._grid, handles, given, self._templates, rest)
 
 
-_LITERALS = (int, bool, type(None))
+def _filled(template: Any, tensor: Any) -> Any:
+    if not isinstance(template, Tma):
+        return type(template)(tensor, *template[1:])
+    shape, strides, block = map(list, template)
+    return TensorDescriptor(tensor, shape, strides, block) if template.block else None
 
 
-def _caller(run: Callable, grid: tuple, handles: tuple, templates: list, rest: tuple) -> Callable:
+class _Address(NamedTuple):
+    """What `TensorDescriptor` wants to know of a tensor; it keeps none alive."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@lru_cache(_MOST_PLANS)
+def _descriptor(address: int, dtype: torch.dtype, tma: Tma) -> TensorDescriptor:
+    shape, strides, block = map(list, tma)
+    return TensorDescriptor(_Address(address, dtype), shape, strides, block)
+
+
+def _caller(
+    run: Callable, grid: tuple, handles: tuple, given: tuple, templates: list, rest: tuple
+) -> Callable:
     """A function of the stream and of what a call gives, which puts ``run``'s arguments together.
 
-    It is written out: one expression with everything known in its place costs the least.
+    It is written out: one expression with everything known in its place costs the least. Tensors
+    become addresses, which the driver is not asked about again.
+
+    Args:
+        given: what the first call gave; which of it are tensors is the same in every call.
     """
-    known: dict[str, Any] = {"run": run}
+    known: dict[str, Any] = {"run": run, "descriptor": _descriptor}
 
-    def written(values: Iterable) -> list[str]:
-        names = []
-        for value in values:
-            if type(value) in _LITERALS:
-                names.append(repr(value))
-            else:
-                names.append(f"known_{len(known)}")
-                known[names[-1]] = value
-        return names
+    def constant(value: Any) -> str:
+        if type(value) in (int, bool, type(None)):
+            return repr(value)
+        known[name := f"known_{len(known)}"] = value
+        return name
 
-    given = [f"x_{index}" for index in range(len(templates))]
-    filled = [
-        x if template is None else f"({', '.join([x, *written(template[1:])])})"
-        for x, template in zip(given, templates, strict=True)
-    ]
-    arguments = [*written(grid), "stream", *written(handles), *filled, *written(rest)]
-    return eval(f"lambda {', '.join(['stream', *given])}: run({', '.join(arguments)})", known)
+    def varying(name: str, value: Any) -> str:
+        if isinstance(value, Tensor):
+            return f"{name}.data_ptr()"
+        if isinstance(value, tuple):
+            parts = [varying(f"{name}[{index}]", part) for index, part in enumerate(value)]
+            return f"({', '.join(parts)},)"
+        return constant(value)
+
+    def argument(name: str, value: Any, template: Any) -> str:
+        if template is None:
+            return varying(name, value)
+        if not isinstance(template, Tma):
+            return f"({', '.join([varying(name, value), *map(constant, template[1:])])})"
+        if not template.block:
+            return "None"
+        return f"descriptor({name}.data_ptr(), {constant(value.dtype)}, {constant(template)})"
+
+    names = [f"x_{index}" for index in range(len(given))]
+    filled = map(argument, names, given, templates)
+    arguments = [
+        *map(constant, grid), "stream", *map(constant, handles), *filled, *map(constant, rest)
+    ]  # fmt: skip
+    return eval(f"lambda {', '.join(['stream', *names])}: run({', '.join(arguments)})", known)
 
 
 def _watched() -> bool:
     """Whether a profiler is to be told of every launch."""
-    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-    return any([getattr(hook, "calls", hook) for hook in hooks])
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
