@@ -973,11 +973,11 @@ REFUSALS = {
     ),
     "mask-keys": (
         {"mask": AttentionMask.from_padding(torch.ones(2, 19))},
-        r"mask: expected one over 20 keys of 1 or 2 batch rows, .*over 19 keys of 2 batch rows",
+        r"mask: expected 20 keys and 1 or 2 batch rows, as in key, got 19 keys and 2 batch rows",
     ),
     "mask-batch": (
         {"mask": AttentionMask.from_padding(torch.ones(3, 20))},
-        r"mask: expected one over 20 keys of 1 or 2 batch rows, .*over 20 keys of 3 batch rows",
+        r"mask: expected 20 keys and 1 or 2 batch rows, as in key, got 20 keys and 3 batch rows",
     ),
     "swapped-lengths-and-heads": (
         {"query": torch.zeros(2, 1, 6, 16), "key": torch.zeros(2, 20, 2, 16),
