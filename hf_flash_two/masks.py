@@ -284,7 +284,7 @@ class AttentionMask:
         if visible.dtype != torch.bool:
             raise ValueError(
                 f"visible: expected bool (True may attend), got {visible.dtype}; "
-                "a float mask that is added to scores is `bias` of flash_attention"
+                "pass a float mask that is added to scores as `bias` of flash_attention"
             )
         if visible.dim() > 4:
             raise ValueError(f"visible: expected at most 4 dimensions, got {visible.dim()}")
@@ -486,8 +486,8 @@ def check_zeros_and_ones(name: str, mask: Tensor) -> None:
         return
     if not ((values == 0) | (values == 1)).all():
         raise ValueError(
-            f"{name}: expected 0 and 1 (1 may be seen), got {mask.dtype} with other values; what "
-            "is added to scores is `bias` of flash_attention, documents are "
+            f"{name}: expected 0 and 1 (1 may be seen), got {mask.dtype} with other values; pass "
+            "what is added to scores as `bias` of flash_attention, and documents by "
             "AttentionMask.from_documents"
         )
 

@@ -796,7 +796,7 @@ REFUSALS = {
     ),
     "padding-numbers-documents": (
         lambda: AttentionMask.from_padding(torch.tensor([1, 1, 2, 2, 0])),
-        r"keep: expected 0 and 1 .*got torch.int64 .*documents are AttentionMask.from_documents",
+        r"keep: expected 0 and 1 .*got torch.int64 .*documents by AttentionMask.from_documents",
     ),
     "documents-none": (
         lambda: AttentionMask.from_documents(),
