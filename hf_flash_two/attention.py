@@ -77,7 +77,8 @@ def flash_attention(
             differentiable.
         kernel: "auto", "blockwise", "fused_cpu" or "triton". One asked for by name raises where
             it cannot compute the call.
-        q_bucket_size, k_bucket_size: upper limits on the tiles of queries and keys.
+        q_bucket_size, k_bucket_size: upper limits on the tiles of queries and keys. Triton's have
+            at least 16 of each, and in decoding sizes of their own.
 
     Returns:
         out [B, Hq, Tq, Dv], laid out in memory as ``query`` is, and on request lse [B, Hq, Tq] in
@@ -88,7 +89,8 @@ def flash_attention(
 
     Raises:
         ValueError: an argument does not fit; the message names it, what was expected and what came.
-        TypeError: there is no such argument; the message names the one that does the same here.
+        TypeError: there is no such argument. For names of other libraries the message says what to
+            pass instead.
 
     Source: Dao 2023, arXiv:2307.08691, Algorithms 1 and 2.
     """
