@@ -401,11 +401,11 @@ def test_all_visible_devices_if_the_work_is_worth_it(monkeypatch: pytest.MonkeyP
 def test_one_device_computes_locally_and_says_so_once() -> None:
     model = FlashAttentionTwo(dim=16, heads=2, dim_head=8, parallel=True)
     assert model.parallel_plan() is None and "plan" not in repr(model)
-    with pytest.warns(UserWarning, match="computes locally: no other device beside cpu"):
+    with pytest.warns(UserWarning, match="computes locally: there is no device but cpu"):
         model(torch.randn(1, 4, 16))
     model(torch.randn(1, 4, 16))
     assert model.parallel_plan().kind == "local"
-    assert "plan=local (no other device beside cpu)" in repr(model)
+    assert "plan=local (there is no device but cpu)" in repr(model)
 
 
 def test_without_parallel_everything_is_local() -> None:
