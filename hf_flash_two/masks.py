@@ -52,6 +52,16 @@ class AttentionMask:
     query_stop: Tensor | None = None
     dense: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if (self.query_start is None) != (self.query_stop is None):
+            raise ValueError("query_start, query_stop: expected both or none, got one")
+        band = self.window_left, self.window_right
+        if self.query_start is not None and band != (None, None):
+            raise ValueError(
+                f"window_left, window_right: expected None beside intervals, got {band}; combine "
+                "the two masks with &"
+            )
+
     # Constructors
 
     @classmethod

@@ -868,6 +868,16 @@ REFUSALS = {
         lambda: AttentionMask.from_dense(torch.ones(1, 1, 1, 4, 4).bool()),
         r"visible: expected at most 4 dimensions, got 5",
     ),
+    "half-an-interval": (
+        lambda: AttentionMask(query_start=torch.zeros(1, 4).int()),
+        r"query_start, query_stop: expected both or none",
+    ),
+    "band-and-intervals": (
+        lambda: AttentionMask(
+            window_right=0, query_start=torch.zeros(1, 4).int(), query_stop=torch.ones(1, 4).int()
+        ),
+        r"window_left, window_right: expected None beside intervals, got \(None, 0\); combine .* &",
+    ),
     "and-offsets": (
         lambda: AttentionMask.causal(query_offset=1) & AttentionMask.full()
         & AttentionMask.causal(query_offset=2),
