@@ -1,4 +1,4 @@
-"""FlashAttention-2 for every attention model in Transformers, on every device PyTorch runs on."""
+"""FlashAttention-2 for the attention models of Transformers, on any device of PyTorch."""
 
 import torch
 

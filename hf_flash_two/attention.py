@@ -1,4 +1,4 @@
-"""The attention: one function that validates, resolves the dtype and calls the op."""
+"""`flash_attention`: validates its arguments, resolves the dtype and calls the op."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _ELSEWHERE = {
     "dropout": "dropout_p",
     "enable_gqa": "not needed",
 }
-"""What other attention functions call it, and what it is here."""
+"""Names of arguments in other attention functions, and what to pass here instead."""
 
 
 def flash_attention(
@@ -58,38 +58,40 @@ def flash_attention(
     """softmax(cap(scale * Q K^T) + bias) V in memory linear in the sequence, forward and backward.
 
     Args:
-        query: [B, Hq, Tq, D], any strides, float64, float32, bfloat16 or float16; D up to 576.
+        query: [B, Hq, Tq, D] in float64, float32, bfloat16 or float16; D up to 576, any strides.
         key: [B, Hk, Tk, D] with Hq a multiple of Hk; query head h uses key head h // (Hq / Hk).
         value: [B, Hk, Tk, Dv].
         mask: an `AttentionMask`, or a bool tensor broadcastable to [B, Hq, Tq, Tk], True may
-            attend. None: every query sees every key. ``AttentionMask.causal()`` puts the last query
-            on the last key (bottom-right).
+            attend. With None every query sees every key. ``AttentionMask.causal()`` aligns the last
+            query with the last key (bottom-right).
         scale: multiplies the scores; D ** -0.5 if None.
         bias: float, broadcastable to [B, Hq, Tq, Tk], added after scale and softcap; has a
             gradient.
         alibi_slopes: [Hq] or [B, Hq]; adds ``-slope * |position of query - key|``; no gradient.
         softcap: scores become ``softcap * tanh(score / softcap)``; None or 0 is off.
-        sinks: [Hq] or [B, Hq], a logit per head that joins every row's softmax but has no value;
+        sinks: [Hq] or [B, Hq], a logit per head that joins each row's softmax and has no value;
             has a gradient.
         dropout_p: chance that a probability is dropped. The caller passes 0 in evaluation.
-        dropout_seed: an int or an int64 tensor of one element; drawn from PyTorch's generator if
-            None. The bits depend on (seed, batch, head, query, key) only.
+        dropout_seed: an int or an integer tensor of one element; None draws one from PyTorch's
+            generator. Which pairs are dropped depends on (seed, batch, head, query, key) only.
         return_lse: also return the log-sum-exp of each row's scores, sinks included;
             differentiable.
-        kernel: "auto", "blockwise", "fused_cpu" or "triton". One asked for by name never falls back
-            to another.
-        q_bucket_size, k_bucket_size: upper limits on the tiles of queries and keys.
+        kernel: "auto", "blockwise", "fused_cpu" or "triton". One asked for by name raises where
+            it cannot compute the call.
+        q_bucket_size, k_bucket_size: upper limits on the tiles of queries and keys. Triton's have
+            at least 16 of each, and in decoding sizes of their own.
 
     Returns:
         out [B, Hq, Tq, Dv], laid out in memory as ``query`` is, and on request lse [B, Hq, Tq] in
         float32 (float64 for float64). A row that sees no key has out 0, lse -inf and gradients 0.
-        Under autocast tensors are computed and returned in its dtype. Otherwise in the dtype of
-        ``value``: rotary embeddings and norms may upcast queries and keys, nothing upcasts values.
-        Statistics and sums are float32 (float64) always; the same inputs give the same bits.
+        All is computed and returned in the dtype of ``value``, because rotary embeddings and norms
+        may upcast queries and keys; under autocast in autocast's dtype, unless ``value`` is
+        float64. Statistics and sums are float32 (float64). The same inputs give the same bits.
 
     Raises:
-        ValueError: an argument does not fit; names it, what was expected and what came.
-        TypeError: an argument has another name here; says which.
+        ValueError: an argument does not fit; the message names it, what was expected and what came.
+        TypeError: there is no such argument. For names of other libraries the message says what to
+            pass instead.
 
     Source: Dao 2023, arXiv:2307.08691, Algorithms 1 and 2.
     """
@@ -219,8 +221,8 @@ def _as_mask(mask: AttentionMask | Tensor | None) -> AttentionMask:
     if isinstance(mask, Tensor):
         if mask.dtype != torch.bool:
             raise ValueError(
-                f"mask: expected bool (True may attend), got {mask.dtype}; an additive float mask "
-                "is the argument `bias`, numbers of 0 and 1 are `mask != 0`"
+                f"mask: expected bool (True may attend), got {mask.dtype}; pass a float mask that "
+                "is added to scores as `bias`, and one of 0 and 1 as `mask != 0`"
             )
         if mask.dim() > 4:
             raise ValueError(
@@ -238,7 +240,7 @@ def _as_mask(mask: AttentionMask | Tensor | None) -> AttentionMask:
 def _check_bias(bias: Tensor, shape: tuple[int, ...], query: Tensor) -> Tensor:
     _check_device("bias", bias, query)
     if not bias.is_floating_point():
-        raise ValueError(f"bias: expected a float tensor, got {bias.dtype}; bool is `mask`")
+        raise ValueError(f"bias: expected a float tensor, got {bias.dtype}; pass bool as `mask`")
     if bias.dim() > 4 or any(
         got not in (1, want) for got, want in zip(bias.shape[::-1], shape[::-1], strict=False)
     ):

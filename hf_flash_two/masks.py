@@ -1,14 +1,14 @@
-"""Who may attend to whom: one small immutable value, made once and shared by every layer.
+"""Who may attend to whom: one small immutable value, made once and shared by all layers.
 
 Query i sits at position ``i + query_offset`` on the axis of the keys, key j at position j. A mask
-says for each pair whether the query may attend to the key; True always means "may attend". Three
-forms, from the cheapest to the dearest:
+says for each pair whether the query may attend to the key; True always means "may attend". It has
+one of three forms, from the cheapest to the most expensive:
 
 * a band: the key lies at most ``window_left`` positions behind the query, ``window_right`` ahead;
 * intervals: for each key the one run of positions ``query_start <= position < query_stop`` that may
   see it, two int32 per key. Padding, packed documents, chunks, prefixes, bidirectional blocks and
   trees are all of this form, and the intersection of two such masks is one again;
-* a dense boolean tensor, read tile by tile, for what has no such form.
+* a dense boolean tensor, which kernels read tile by tile, for what has no such form.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch import Tensor
 from hf_flash_two.tensor_cache import all_values, derive, is_own, own
 
 KEY_GROUP = 64
-"""Keys are summarised in groups of this many; every kernel's key tile is read off these groups."""
+"""Keys are summarised in groups of this many, from which kernels read which tiles to visit."""
 
 FAR = 2**30
-"""Beyond every position, yet an offset can be added without leaving int32."""
+"""Larger than every position, and small enough to add an offset to without leaving int32."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -52,6 +52,16 @@ class AttentionMask:
     query_stop: Tensor | None = None
     dense: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if (self.query_start is None) != (self.query_stop is None):
+            raise ValueError("query_start, query_stop: expected both or none, got one")
+        band = self.window_left, self.window_right
+        if self.query_start is not None and band != (None, None):
+            raise ValueError(
+                f"window_left, window_right: expected None beside intervals, got {band}; combine "
+                "the two masks with &"
+            )
+
     # Constructors
 
     @classmethod
@@ -67,8 +77,10 @@ class AttentionMask:
             window: how many keys a query sees, itself included; None is no limit.
             query_offset: position of query 0 among the keys; None aligns bottom-right.
         """
-        if window is not None and window < 1:
-            raise ValueError(f"window: expected at least 1 (the query itself), got {window}")
+        if window is not None and (isinstance(window, float) or window < 1):
+            raise ValueError(
+                f"window: expected an integer of at least 1 (the query itself), got {window}"
+            )
         left = None if window is None else min(window - 1, FAR)
         return cls(window_left=left, window_right=0, query_offset=query_offset)
 
@@ -78,8 +90,8 @@ class AttentionMask:
     ) -> AttentionMask:
         """A query sees ``left`` keys behind its own position, its own, and ``right`` ahead."""
         for name, size in (("left", left), ("right", right)):
-            if size is not None and size < 0:
-                raise ValueError(f"{name}: expected None or at least 0, got {size}")
+            if size is not None and (isinstance(size, float) or size < 0):
+                raise ValueError(f"{name}: expected None or an integer of at least 0, got {size}")
         left, right = (None if size is None else min(size, FAR) for size in (left, right))
         return cls(window_left=left, window_right=right, query_offset=query_offset)
 
@@ -113,15 +125,15 @@ class AttentionMask:
 
     @classmethod
     def from_padding(cls, keep: Tensor) -> AttentionMask:
-        """Keys marked False or 0 are seen by nobody; padding may stand anywhere.
+        """No query sees the keys marked False or 0; padding may stand anywhere.
 
         Args:
-            keep: [Tk] or [B, Tk], bool or 0/1 of any dtype.
+            keep: [Tk] or [B, Tk], bool or 0/1 of any dtype. Other numbers are refused: to see that
+                there are none, the check waits for a GPU, which a bool mask avoids.
         """
         if keep.dim() not in (1, 2):
             raise ValueError(f"keep: expected shape [Tk] or [B, Tk], got {list(keep.shape)}")
-        if keep.is_floating_point():
-            check_zeros_and_ones("keep", keep)
+        check_zeros_and_ones("keep", keep)
         keep = keep if keep.dtype == torch.bool else keep != 0
         first = torch.full_like(keep, -FAR, dtype=torch.int32)
         return cls.from_intervals(first, torch.where(keep, FAR, -FAR))
@@ -138,7 +150,7 @@ class AttentionMask:
         causal: bool = False,
         window: int | None = None,
     ) -> AttentionMask:
-        """Several documents laid end to end; none sees another. Give exactly one description.
+        """Several documents laid end to end; none sees another. Exactly one description is given.
 
         Args:
             cu_seqlens: [N + 1] boundaries 0, end of document 0, ...; keys past the last are
@@ -147,40 +159,51 @@ class AttentionMask:
             position_ids: [T] or [B, T]; a document starts wherever they do not go up by one.
             query_cu_seqlens: boundaries of the queries where they differ from those of the keys;
                 only with ``cu_seqlens``. Causal is then bottom-right within each document.
-            key_length: number of keys; read from ``cu_seqlens`` (a device sync) if None.
+            key_length: number of keys; None reads it from ``cu_seqlens``, which waits for a GPU.
             causal: a query sees only keys up to its own position in its document.
             window: with ``causal``, how many keys a query sees, itself included.
         """
         given = [x is not None for x in (cu_seqlens, segment_ids, position_ids)]
         if sum(given) != 1:
             raise ValueError(
-                "from_documents: give exactly one of cu_seqlens, segment_ids, position_ids"
+                "cu_seqlens, segment_ids, position_ids: expected exactly one of them, got "
+                f"{sum(given)}"
             )
         if window is not None and not causal:
-            raise ValueError("window: needs causal=True; use `& AttentionMask.window(...)`")
+            raise ValueError(
+                f"window: expected None without causal=True, got {window}; intersect with "
+                "AttentionMask.window(left, right) instead"
+            )
         if cu_seqlens is None:
             if query_cu_seqlens is not None:
-                raise ValueError("query_cu_seqlens: only together with cu_seqlens")
-            ids, step = (position_ids, 1) if segment_ids is None else (segment_ids, 0)
-            assert ids is not None
-            ids = ids[None] if ids.dim() == 1 else ids
-            begin, end = _runs(ids, step)
+                raise ValueError("query_cu_seqlens: expected cu_seqlens along with it, got none")
+            if segment_ids is None:
+                assert position_ids is not None
+                begin, end = _runs(_per_token("position_ids", position_ids), step=1)
+            else:
+                begin, end = _runs(_per_token("segment_ids", segment_ids))
             mask = cls.from_intervals(begin, end, query_offset=0)
             return mask & cls.causal(window) if causal else mask
-        key_cu = cu_seqlens.to(torch.int32)
-        query_cu = key_cu if query_cu_seqlens is None else query_cu_seqlens.to(torch.int32)
-        if key_cu.dim() != 1 or key_cu.shape != query_cu.shape or key_cu.shape[0] < 2:
+        key_cu, query_cu = cu_seqlens, cu_seqlens if query_cu_seqlens is None else query_cu_seqlens
+        if (
+            key_cu.dim() != 1
+            or key_cu.shape != query_cu.shape
+            or key_cu.shape[0] < 2
+            or key_cu.is_floating_point()
+            or query_cu.is_floating_point()
+        ):
             raise ValueError(
-                "cu_seqlens, query_cu_seqlens: expected one shape [N + 1], got "
-                f"{list(key_cu.shape)} and {list(query_cu.shape)}"
+                "cu_seqlens, query_cu_seqlens: expected integers of one shape [N + 1], got "
+                f"{key_cu.dtype} {list(key_cu.shape)} and {query_cu.dtype} {list(query_cu.shape)}"
             )
+        key_cu, query_cu = key_cu.to(torch.int32), query_cu.to(torch.int32)
         if key_length is None:
             try:
                 key_length = int(key_cu[-1])
             except RuntimeError as error:
                 raise ValueError(
-                    "key_length: expected the number of keys where cu_seqlens cannot be read, "
-                    "under vmap or without data"
+                    "key_length: expected the number of keys, got None; cu_seqlens, which gives it "
+                    "otherwise, cannot be read under vmap or without data"
                 ) from error
         key = torch.arange(key_length, device=key_cu.device, dtype=torch.int32)
         # Under vmap with the axes of the boundaries: searchsorted warns of expanded tensors.
@@ -199,7 +222,7 @@ class AttentionMask:
 
     @classmethod
     def from_prefix(cls, prefix_lengths: Tensor, key_length: int) -> AttentionMask:
-        """Prefix language model: causal, and all see the first ``prefix_lengths[b]`` keys."""
+        """Causal, and every query sees the first ``prefix_lengths[b]`` keys (a prefix LM)."""
         key = torch.arange(key_length, device=prefix_lengths.device)
         first = torch.where(key < prefix_lengths.reshape(-1, 1), -FAR, key)
         return cls.from_intervals(first, torch.full_like(first, FAR))
@@ -211,7 +234,7 @@ class AttentionMask:
         Args:
             block_ids: [T] or [B, T]; a block is a maximal run of one id, negative ids are no block.
         """
-        ids = block_ids[None] if block_ids.dim() == 1 else block_ids
+        ids = _per_token("block_ids", block_ids)
         begin, _ = _runs(ids)
         key = torch.arange(ids.shape[1], device=ids.device)
         first = torch.where(ids >= 0, begin, key)
@@ -237,7 +260,8 @@ class AttentionMask:
                 ends[path.pop()] = total
             if parent != -1 and not path:
                 raise ValueError(
-                    f"parents: segment {node} does not follow its parent {parent} depth-first"
+                    f"parents: expected segments in depth-first order, got segment {node} neither "
+                    f"right after its parent {parent} nor after that one's descendants"
                 )
             path.append(node)
             total += segment_lengths[node]
@@ -256,8 +280,8 @@ class AttentionMask:
         Args:
             starts: [B] position where chunk 0 begins (the left padding); 0 if None.
         """
-        if size < 1:
-            raise ValueError(f"size: expected at least 1, got {size}")
+        if isinstance(size, float) or size < 1:
+            raise ValueError(f"size: expected an integer of at least 1, got {size}")
         device = starts.device if starts is not None else device
         key = torch.arange(key_length, device=device)[None]
         start = 0 if starts is None else starts.reshape(-1, 1)
@@ -266,11 +290,11 @@ class AttentionMask:
 
     @classmethod
     def from_dense(cls, visible: Tensor) -> AttentionMask:
-        """A boolean tensor broadcastable to [B, H, Tq, Tk]; costs its own O(Tq * Tk) memory."""
+        """A bool tensor broadcastable to [B, H, Tq, Tk]; it takes O(Tq * Tk) memory itself."""
         if visible.dtype != torch.bool:
             raise ValueError(
                 f"visible: expected bool (True may attend), got {visible.dtype}; "
-                "an additive float mask is the argument `bias`"
+                "pass a float mask that is added to scores as `bias` of flash_attention"
             )
         if visible.dim() > 4:
             raise ValueError(f"visible: expected at most 4 dimensions, got {visible.dim()}")
@@ -279,13 +303,14 @@ class AttentionMask:
     # Combining and moving
 
     def __and__(self, other: AttentionMask) -> AttentionMask:
-        """Visible in both. An explicit query offset wins over a bottom-right one."""
+        """Visible in both masks. An explicit query offset takes precedence over bottom-right."""
         if not isinstance(other, AttentionMask):
             return NotImplemented
         offset = self.query_offset if other.query_offset is None else other.query_offset
         if self.query_offset is not None and offset != self.query_offset:
             raise ValueError(
-                f"query_offset: cannot intersect masks at {self.query_offset} and {offset}"
+                "query_offset: expected the same in both masks, got "
+                f"{self.query_offset} and {offset}"
             )
         dense = self.dense if other.dense is None else other.dense
         if self.dense is not None and other.dense is not None:
@@ -299,7 +324,8 @@ class AttentionMask:
         for other_first, other_last in more:
             if first.shape[1] != other_first.shape[1]:
                 raise ValueError(
-                    f"cannot intersect masks over {first.shape[1]} and {other_first.shape[1]} keys"
+                    "mask & mask: expected the same number of keys in both, got "
+                    f"{first.shape[1]} and {other_first.shape[1]}"
                 )
             first, last = torch.maximum(first, other_first), torch.minimum(last, other_last)
         key = torch.arange(first.shape[1], device=first.device, dtype=torch.int32)
@@ -390,13 +416,13 @@ class AttentionMask:
         return key_length - query_length if self.query_offset is None else self.query_offset
 
     def check(self, batch: int, heads: int, query_length: int, key_length: int) -> None:
-        """Raise ValueError unless the mask fits attention of this shape."""
+        """Raise a ValueError unless the mask fits attention of this shape."""
         if self.query_start is not None:
             got, keys = self.query_start.shape
             if keys != key_length or got not in (1, batch):
                 raise ValueError(
-                    f"mask: expected one over {key_length} keys of 1 or {batch} batch rows, as "
-                    f"key has, got one over {keys} keys of {got} batch rows"
+                    f"mask: expected {key_length} keys and 1 or {batch} batch rows, as in key, "
+                    f"got {keys} keys and {got} batch rows"
                 )
         if self.dense is not None:
             shape = (batch, heads, query_length, key_length)
@@ -407,7 +433,7 @@ class AttentionMask:
                 )
 
     def to_dense(self, query_length: int, key_length: int, device=None) -> Tensor:
-        """bool [B or 1, H or 1, Tq, Tk]. O(Tq * Tk) memory: for small sizes and debugging."""
+        """bool [B or 1, H or 1, Tq, Tk], in O(Tq * Tk) memory: for small sizes and debugging."""
         for tensor in (self.query_start, self.dense):
             device = tensor.device if tensor is not None else device
         offset = self.resolve_offset(query_length, key_length)
@@ -441,8 +467,17 @@ def _tighter(a: int | None, b: int | None) -> int | None:
     return a if b is None else b if a is None else min(a, b)
 
 
+def _per_token(name: str, ids: Tensor) -> Tensor:
+    if ids.dim() not in (1, 2):
+        raise ValueError(f"{name}: expected shape [T] or [B, T], got {list(ids.shape)}")
+    return ids[None] if ids.dim() == 1 else ids
+
+
 def _runs(ids: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
-    """First index, and index past the last, of each element's run; ids go up by ``step`` in one."""
+    """Of each element's run the first index and the one past the last.
+
+    In a run, ids go up by ``step``.
+    """
     index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     starts = ids[:, 1:] != ids[:, :-1] + step
     # Not written in place: under vmap ids may have an axis that the index has not.
@@ -453,16 +488,17 @@ def _runs(ids: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def check_zeros_and_ones(name: str, mask: Tensor) -> None:
-    """Refuse a mask that is not 0 and 1: additive ones, and those that number documents.
+    """Refuse a mask with other values: one that is added to scores, or that numbers documents.
 
-    On a GPU the look at the values waits for the device, which a bool mask spares.
+    On a GPU the check waits for the device; a bool mask is not checked.
     """
     if mask.dtype == torch.bool or (values := all_values(mask)) is None:
         return
     if not ((values == 0) | (values == 1)).all():
         raise ValueError(
-            f"{name}: expected zeros and ones (1 may be seen), got {mask.dtype} with other values; "
-            "documents are AttentionMask.from_documents"
+            f"{name}: expected 0 and 1 (1 may be seen), got {mask.dtype} with other values; pass "
+            "what is added to scores as `bias` of flash_attention, and documents by "
+            "AttentionMask.from_documents"
         )
 
 

@@ -26,33 +26,34 @@ class FlashAttentionTwo(nn.Module):
     """Multi-head attention over ``x``, or from ``x`` to ``context``, in linear memory.
 
     Args:
-        dim: size of the features of input and output.
+        dim: features of a token, in the input and in the output.
         heads: number of heads.
         dim_head: size of each head.
         causal: a token sees only itself and those before it; with a context of another length the
             last token stands at the context's end. A mask restricts this further.
         q_bucket_size, k_bucket_size: upper limits on the tiles of queries and keys. Larger tiles
-            are faster and take more memory, up to sizes that a measurement in docs/module.md shows;
-            the result is the same up to rounding.
-        parallel: compute on several devices: over ``mesh`` if given, else ``devices``, else, in a
-            distributed run (DDP, FSDP, DeepSpeed), locally, because its ranks already are the
-            parallelism, else all accelerators this process sees. `parallel_plan` tells.
-        mixed_precision: False or "no" never casts. True computes float32 inputs in bfloat16, on
-            CUDA GPUs without it in float16; "bf16" and "fp16" say which. Parameters stay as they
-            are, sums are float32, the output has the dtype of ``x``; float64 is left alone. An
-            autocast region around the call wins: its dtype is used and returned.
+            are faster and take more memory, within limits that docs/module.md gives; the result is
+            the same up to rounding.
+        parallel: compute on several devices: over ``mesh`` if given, else over ``devices``; else
+            locally in a distributed run (DDP, FSDP, DeepSpeed), whose ranks already are the
+            parallelism; else over all accelerators that this process sees. `parallel_plan` tells
+            which it was.
+        mixed_precision: False or "no" casts nothing. True computes float32 inputs in bfloat16, on
+            CUDA GPUs without it in float16; "bf16" and "fp16" say which. Parameters keep their
+            dtype, sums are float32, the output has the dtype of ``x``; float64 is left alone. An
+            autocast region around the call takes precedence: its dtype is used and returned.
         mesh: a `DeviceMesh` of one dimension. Every rank passes its shard of the sequence, all
-            shards of one length, and receives its rows of the result; gradients of the parameters
-            are the rank's own share, to be summed over the mesh.
-        layout: of those shards: "contiguous", or "head_tail" (rank r of W holds parts r and
-            2 W - 1 - r of 2 W), which gives each rank the same work under ``causal``.
-        devices: of this process, to split heads or else batch rows over.
+            shards of one length, and receives its rows of the result. Gradients of the parameters
+            are those of the rank's own tokens; sum them over the mesh.
+        layout: how the mesh shards the sequence: "contiguous", or "head_tail" (rank r of W holds
+            parts r and 2 W - 1 - r of 2 W), which gives each rank the same work under ``causal``.
+        devices: those of this process to split heads, or else batch rows, over.
 
-    The parameters are ``to_q`` [heads * dim_head, dim], ``to_kv`` [2 * heads * dim_head, dim], keys
-    first, and ``to_out`` [dim, heads * dim_head], without biases.
+    The parameters are ``to_q`` [heads * dim_head, dim], ``to_kv`` [2 * heads * dim_head, dim] (keys
+    first) and ``to_out`` [dim, heads * dim_head], without biases.
 
     Raises:
-        ValueError: an argument does not fit; names it, what was expected and what came.
+        ValueError: an argument does not fit; the message names it, what was expected and what came.
     """
 
     def __init__(
@@ -86,9 +87,9 @@ class FlashAttentionTwo(nn.Module):
                 f"mixed_precision: expected a bool, 'bf16', 'fp16' or 'no', got {mixed_precision!r}"
             )
         if not parallel and (mesh is not None or devices is not None):
-            raise ValueError("mesh, devices: have a meaning only with parallel=True")
+            raise ValueError("mesh, devices: expected None without parallel=True")
         if mesh is not None and devices is not None:
-            raise ValueError("mesh, devices: expected at most one of them")
+            raise ValueError("mesh, devices: expected at most one of them, got both")
         if mesh is not None and getattr(mesh, "ndim", None) != 1:
             raise ValueError(
                 f"mesh: expected a DeviceMesh of one dimension, got {mesh!r}; mesh['name'] takes "
@@ -102,11 +103,13 @@ class FlashAttentionTwo(nn.Module):
             raise ValueError("devices: expected at least one, got none")
         if layout not in LAYOUTS:
             raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
+        if layout != LAYOUTS[0] and mesh is None:
+            raise ValueError(f"layout: expected {LAYOUTS[0]!r} without a mesh, got {layout!r}")
         self.heads, self.causal = heads, causal
         self.q_bucket_size, self.k_bucket_size = q_bucket_size, k_bucket_size
         self.parallel, self.mixed_precision = parallel, mixed_precision
         self.mesh, self.layout = mesh, layout
-        self.devices = None if devices is None else tuple(torch.device(d) for d in devices)
+        self.devices = None if devices is None else tuple(_as_device(d) for d in devices)
         inner = heads * dim_head
         self.to_q = nn.Linear(dim, inner, bias=False)
         self.to_kv = nn.Linear(dim, 2 * inner, bias=False)
@@ -122,7 +125,7 @@ class FlashAttentionTwo(nn.Module):
         q_bucket_size: int | None = None,
         k_bucket_size: int | None = None,
     ) -> Tensor:
-        """Attend from every token of ``x`` to the tokens of ``context`` that ``mask`` allows.
+        """Attend from each token of ``x`` to the tokens of ``context`` that ``mask`` allows.
 
         Args:
             x: [B, Tq, dim].
@@ -130,7 +133,7 @@ class FlashAttentionTwo(nn.Module):
             mask: [B or 1, Tk], bool or 0/1 of any dtype, the tokens of the context to see; or bool
                 [B or 1, H or 1, Tq or 1, Tk or 1], True may attend; or an `AttentionMask`. Over a
                 mesh the first is a shard like ``context``, the others are of the whole sequence.
-            q_bucket_size, k_bucket_size: instead of the module's, for this call.
+            q_bucket_size, k_bucket_size: replace the module's in this call.
 
         Returns:
             [B, Tq, dim]; a token that may see nothing gets zeros.
@@ -159,9 +162,9 @@ class FlashAttentionTwo(nn.Module):
         return out.to(x.dtype) if dtype else out
 
     def parallel_plan(self) -> ParallelPlan | None:
-        """Where the last call computed its attention, and why; None before the first.
+        """Where the last call computed its attention, and why; None before the first call.
 
-        Calls under `torch.compile` leave no trace here.
+        Calls under `torch.compile` are not recorded.
         """
         return self._plan
 
@@ -173,6 +176,8 @@ class FlashAttentionTwo(nn.Module):
         )
 
     def _check_input(self, name: str, tensor: Tensor, x: Tensor) -> None:
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         dim = self.to_q.in_features
         batch = "batch" if tensor is x else x.shape[0]
         if tensor.dim() != 3 or tensor.shape[0] != x.shape[0] or tensor.shape[2] != dim:
@@ -203,7 +208,7 @@ class FlashAttentionTwo(nn.Module):
         )
 
     def _lower_dtype(self, x: Tensor) -> torch.dtype | None:
-        """What to compute ``x`` in; None if that is left to the caller."""
+        """The dtype to compute ``x`` in; None if that is left to the caller."""
         device = x.device.type
         if self.mixed_precision in (False, "no") or x.dtype == torch.float64 or x.is_meta:
             return None
@@ -238,6 +243,13 @@ class FlashAttentionTwo(nn.Module):
         if not torch.compiler.is_compiling() and message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=6)
+
+
+def _as_device(given: torch.device | str | int) -> torch.device:
+    try:
+        return torch.device(given)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"devices: expected devices such as 'cuda:0', got {given!r}") from error
 
 
 def _has_bfloat16(device: torch.device) -> bool:

@@ -950,6 +950,9 @@ REFUSALS = {
     "key-3d": ({"key": torch.zeros(K[1:])}, r"key: expected 4 dimensions"),
     "value-5d": ({"value": torch.zeros(1, *K)}, r"value: expected 4 dimensions"),
     "query-int": ({"query": torch.zeros(Q).long()}, r"query: expected float64, .*got torch.int64"),
+    "key-fp8": (
+        {"key": torch.zeros(K).to(torch.float8_e4m3fn)}, r"key: expected float64, .*float8_e4m3fn"
+    ),
     "value-bool": ({"value": torch.zeros(K).bool()}, r"value: expected float64, .*torch.bool"),
     "key-elsewhere": ({"key": torch.zeros(K, device="meta")}, r"key: expected device .*got meta"),
     "dim-0": ({"query": torch.zeros(2, 6, 9, 0)}, r"query: expected head_dim from 1 to 576, got 0"),
@@ -973,11 +976,11 @@ REFUSALS = {
     ),
     "mask-keys": (
         {"mask": AttentionMask.from_padding(torch.ones(2, 19))},
-        r"mask: expected one over 20 keys of 1 or 2 batch rows, .*over 19 keys of 2 batch rows",
+        r"mask: expected 20 keys and 1 or 2 batch rows, as in key, got 19 keys and 2 batch rows",
     ),
     "mask-batch": (
         {"mask": AttentionMask.from_padding(torch.ones(3, 20))},
-        r"mask: expected one over 20 keys of 1 or 2 batch rows, .*over 20 keys of 3 batch rows",
+        r"mask: expected 20 keys and 1 or 2 batch rows, as in key, got 20 keys and 3 batch rows",
     ),
     "swapped-lengths-and-heads": (
         {"query": torch.zeros(2, 1, 6, 16), "key": torch.zeros(2, 20, 2, 16),

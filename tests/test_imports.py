@@ -46,8 +46,9 @@ MAY_IMPORT = {
     "op": ["kernels", "masks"],
     "attention": ["op", "kernels", "masks"],
     "module": ["attention", "masks", "parallel"],
-    "parallel": ["attention", "op", "kernels", "masks", "parallel"],
-    "hf": ["attention", "kernels", "masks", "tensor_cache", "hf", "parallel"],
+    # Of the kernels the settings alone, for the ops on DTensors.
+    "parallel": ["attention", "kernels", "masks", "parallel"],
+    "hf": ["attention", "masks", "tensor_cache", "hf"],
     "testing": ["hf", "kernels", "op", "testing"],
     "__init__": ["attention", "masks", "module", "parallel", "hf", "testing"],
 }

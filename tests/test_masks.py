@@ -727,7 +727,7 @@ def test_made_under_vmap(make: Callable, given: Tensor) -> None:
 def test_values_are_looked_at_under_vmap() -> None:
     """A mask that is added to scores is refused there, too."""
     added = torch.tensor([[1.0, 0.0], [0.0, -1e9]])
-    with pytest.raises(ValueError, match="keep: expected zeros and ones"):
+    with pytest.raises(ValueError, match="keep: expected 0 and 1"):
         torch.vmap(lambda keep: AttentionMask.from_padding(keep).query_start)(added)
 
 
@@ -771,7 +771,11 @@ def test_check_accepts_what_fits() -> None:
 
 
 REFUSALS = {
-    "causal-window": (lambda: AttentionMask.causal(0), r"window: expected at least 1 .*got 0"),
+    "causal-window": (lambda: AttentionMask.causal(0), r"window: expected .*at least 1 .*got 0"),
+    "causal-window-float": (
+        lambda: AttentionMask.causal(2.0), r"window: expected an integer of .*got 2.0"
+    ),
+    "window-float": (lambda: AttentionMask.window(1, 1.5), r"right: expected .*integer .*got 1.5"),
     "window-left": (lambda: AttentionMask.window(-1, 2), r"left: expected None or .*got -1"),
     "window-right": (lambda: AttentionMask.window(1, -2), r"right: expected None or .*got -2"),
     "intervals-float": (
@@ -788,34 +792,57 @@ REFUSALS = {
     ),
     "padding-added": (
         lambda: AttentionMask.from_padding(torch.tensor([0.0, -1e9])),
-        r"keep: expected zeros and ones \(1 may be seen\), got torch.float32 with other values",
+        r"keep: expected 0 and 1 \(1 may be seen\), got torch.float32 with other values",
     ),
-    "documents-none": (lambda: AttentionMask.from_documents(), r"give exactly one of cu_seqlens"),
+    "padding-numbers-documents": (
+        lambda: AttentionMask.from_padding(torch.tensor([1, 1, 2, 2, 0])),
+        r"keep: expected 0 and 1 .*got torch.int64 .*documents by AttentionMask.from_documents",
+    ),
+    "documents-none": (
+        lambda: AttentionMask.from_documents(),
+        r"cu_seqlens, segment_ids, position_ids: expected exactly one of them, got 0",
+    ),
     "documents-two": (
         lambda: AttentionMask.from_documents(
             torch.tensor([0, 4]), segment_ids=torch.zeros(4).long()
         ),
-        r"give exactly one of cu_seqlens",
+        r"segment_ids, position_ids: expected exactly one of them, got 2",
     ),
     "documents-window": (
         lambda: AttentionMask.from_documents(torch.tensor([0, 4]), window=2),
-        r"window: needs causal=True",
+        r"window: expected None without causal=True, got 2; .*AttentionMask.window",
     ),
     "documents-query-cu": (
         lambda: AttentionMask.from_documents(
             segment_ids=torch.zeros(4).long(), query_cu_seqlens=torch.tensor([0, 4])
         ),
-        r"query_cu_seqlens: only together with cu_seqlens",
+        r"query_cu_seqlens: expected cu_seqlens along with it",
     ),
     "documents-shapes": (
         lambda: AttentionMask.from_documents(
             torch.tensor([0, 2, 4]), query_cu_seqlens=torch.tensor([0, 4])
         ),
-        r"cu_seqlens, query_cu_seqlens: expected one shape \[N \+ 1\], got \[3\] and \[2\]",
+        r"cu_seqlens, query_cu_seqlens: expected .*\[N \+ 1\], got .*\[3\] and torch.int64 \[2\]",
     ),
     "documents-empty": (
         lambda: AttentionMask.from_documents(torch.tensor([0])),
-        r"cu_seqlens, query_cu_seqlens: expected one shape",
+        r"cu_seqlens, query_cu_seqlens: expected integers of one shape",
+    ),
+    "documents-float": (
+        lambda: AttentionMask.from_documents(torch.tensor([0.0, 2.5, 5.0])),
+        r"cu_seqlens, query_cu_seqlens: expected integers .*got torch.float32 \[3\]",
+    ),
+    "documents-segments-3d": (
+        lambda: AttentionMask.from_documents(segment_ids=torch.zeros(1, 2, 3).long()),
+        r"segment_ids: expected shape \[T\] or \[B, T\], got \[1, 2, 3\]",
+    ),
+    "documents-positions-0d": (
+        lambda: AttentionMask.from_documents(position_ids=torch.tensor(3)),
+        r"position_ids: expected shape \[T\] or \[B, T\], got \[\]",
+    ),
+    "blocks-3d": (
+        lambda: AttentionMask.from_blocks(torch.zeros(1, 2, 3).long()),
+        r"block_ids: expected shape \[T\] or \[B, T\], got \[1, 2, 3\]",
     ),
     "tree-lengths": (
         lambda: AttentionMask.from_tree([2, 2], [-1]),
@@ -823,35 +850,48 @@ REFUSALS = {
     ),
     "tree-order": (
         lambda: AttentionMask.from_tree([1, 1, 1, 1], [-1, 0, 0, 1]),
-        r"parents: segment 3 does not follow its parent 1 depth-first",
+        r"parents: expected .*depth-first order, got segment 3 neither right after its parent 1",
     ),
     "tree-forward": (
         lambda: AttentionMask.from_tree([1, 1], [1, -1]),
-        r"parents: segment 0 does not follow its parent 1",
+        r"parents: expected .*depth-first order, got segment 0 neither right after its parent 1",
     ),
-    "chunk-size": (lambda: AttentionMask.chunked(0, 8), r"size: expected at least 1, got 0"),
+    "chunk-size": (lambda: AttentionMask.chunked(0, 8), r"size: expected an integer of .*1, got 0"),
+    "chunk-size-float": (
+        lambda: AttentionMask.chunked(2.5, 8), r"size: expected an integer of .*got 2.5"
+    ),
     "dense-float": (
         lambda: AttentionMask.from_dense(torch.zeros(4, 4)),
-        r"visible: expected bool .*got torch.float32; .*argument `bias`",
+        r"visible: expected bool .*got torch.float32; .*`bias` of flash_attention",
     ),
     "dense-5d": (
         lambda: AttentionMask.from_dense(torch.ones(1, 1, 1, 4, 4).bool()),
         r"visible: expected at most 4 dimensions, got 5",
     ),
+    "half-an-interval": (
+        lambda: AttentionMask(query_start=torch.zeros(1, 4).int()),
+        r"query_start, query_stop: expected both or none",
+    ),
+    "band-and-intervals": (
+        lambda: AttentionMask(
+            window_right=0, query_start=torch.zeros(1, 4).int(), query_stop=torch.ones(1, 4).int()
+        ),
+        r"window_left, window_right: expected None beside intervals, got \(None, 0\); combine .* &",
+    ),
     "and-offsets": (
         lambda: AttentionMask.causal(query_offset=1) & AttentionMask.full()
         & AttentionMask.causal(query_offset=2),
-        r"query_offset: cannot intersect masks at 1 and 2",
+        r"query_offset: expected the same in both masks, got 1 and 2",
     ),
     "and-lengths": (
         lambda: (
             AttentionMask.from_padding(torch.ones(4)) & AttentionMask.from_padding(torch.ones(5))
         ),
-        r"cannot intersect masks over 4 and 5 keys",
+        r"expected the same number of keys in both, got 4 and 5",
     ),
     "check-batch": (
         lambda: AttentionMask.from_padding(torch.ones(2, 4)).check(3, 1, 4, 4),
-        r"mask: expected one over 4 keys of 1 or 3 batch rows, .*over 4 keys of 2 batch rows",
+        r"mask: expected 4 keys and 1 or 3 batch rows, .*got 4 keys and 2 batch rows",
     ),
     "check-dense": (
         lambda: AttentionMask.from_dense(torch.ones(3, 4).bool()).check(1, 1, 4, 4),

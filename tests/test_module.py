@@ -401,11 +401,11 @@ def test_all_visible_devices_if_the_work_is_worth_it(monkeypatch: pytest.MonkeyP
 def test_one_device_computes_locally_and_says_so_once() -> None:
     model = FlashAttentionTwo(dim=16, heads=2, dim_head=8, parallel=True)
     assert model.parallel_plan() is None and "plan" not in repr(model)
-    with pytest.warns(UserWarning, match="computes locally: no other device beside cpu"):
+    with pytest.warns(UserWarning, match="computes locally: there is no device but cpu"):
         model(torch.randn(1, 4, 16))
     model(torch.randn(1, 4, 16))
     assert model.parallel_plan().kind == "local"
-    assert "plan=local (no other device beside cpu)" in repr(model)
+    assert "plan=local (there is no device but cpu)" in repr(model)
 
 
 def test_without_parallel_everything_is_local() -> None:
@@ -430,7 +430,7 @@ def test_without_parallel_everything_is_local() -> None:
         ({"mixed_precision": "fp8"}, "^mixed_precision: expected a bool.*got 'fp8'"),
         ({"mixed_precision": torch.bfloat16}, "^mixed_precision: .*got torch.bfloat16"),
         ({"parallel": True, "layout": "zigzag"}, "^layout: expected one of.*got 'zigzag'"),
-        ({"devices": ["cpu"]}, "only with parallel=True"),
+        ({"devices": ["cpu"]}, "^mesh, devices: expected None without parallel=True"),
         ({"parallel": True, "devices": []}, "^devices: expected at least one"),
         ({"parallel": True, "devices": "cuda"}, r"^devices: expected several.*got 'cuda'"),
         ({"parallel": True, "devices": 2}, r"^devices: expected several.*got 2"),
@@ -439,6 +439,8 @@ def test_without_parallel_everything_is_local() -> None:
         ({"dim_head": 600}, "^dim_head: expected at most 576, got 600"),
         ({"parallel": True, "mesh": object()}, "^mesh: expected a DeviceMesh.*from_group"),
         ({"parallel": True, "mesh": object(), "devices": ["cpu"]}, "at most one"),
+        ({"parallel": True, "devices": ["nonsense"]}, "^devices: expected .*got 'nonsense'"),
+        ({"layout": "head_tail"}, "^layout: expected 'contiguous' without a mesh, got 'head_tail'"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -450,6 +452,8 @@ def test_constructor_refuses(settings: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"x": [[1.0]]}, "^x: expected a tensor, got list"),
+        ({"context": [[1.0]]}, "^context: expected a tensor, got list"),
         ({"x": torch.randn(4, 16)}, r"^x: expected shape \[batch, length, 16\].*got \[4, 16\]"),
         ({"x": torch.randn(())}, r"^x: expected shape \[batch, length, 16\].*got \[\]"),
         ({"x": torch.randn(1, 4, 8)}, r"^x: expected .*got \[1, 4, 8\]"),
@@ -459,9 +463,9 @@ def test_constructor_refuses(settings: dict, message: str) -> None:
         ({"mask": torch.ones(2, 4, 4, dtype=torch.bool)}, "^mask: expected"),
         ({"mask": torch.ones(2, 1, 4, 4)}, "^mask: expected .*got torch.float32"),
         ({"mask": torch.ones(2, 3, 4, 4, dtype=torch.bool)}, "^mask: expected a tensor broadcast"),
-        ({"mask": torch.tensor([[0.0, 0.0, 0.0, -1e9]])}, "^mask: expected zeros and ones"),
+        ({"mask": torch.tensor([[0.0, 0.0, 0.0, -1e9]])}, "^mask: expected 0 and 1"),
         ({"mask": torch.tensor([[1, 1, 2, 2]])}, "^mask: .*from_documents"),
-        ({"mask": torch.tensor([[1.0, 1.0, torch.nan, 1.0]])}, "^mask: expected zeros and ones"),
+        ({"mask": torch.tensor([[1.0, 1.0, torch.nan, 1.0]])}, "^mask: expected 0 and 1"),
         ({"mask": [[1, 1, 1, 1]]}, "^mask: expected a tensor.*got list"),
         ({"q_bucket_size": 0}, "^q_bucket_size: expected None or an integer of at least 1, got 0"),
         (

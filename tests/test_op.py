@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Callable, Iterator
 
@@ -562,6 +563,32 @@ def test_second_derivatives_raise(twice: Callable, name: str) -> None:
     """For each input, also where nothing but that input needs a gradient."""
     with pytest.raises(NotImplementedError, match="can be differentiated once, not twice"):
         twice(*attention_of(name))
+
+
+def test_nothing_but_inputs_and_results_waits_for_the_backward() -> None:
+    """Probabilities are computed again."""
+    query, key, value = (x.requires_grad_() for x in inputs(30, 40))
+    bias, sinks = torch.randn(1, 6, 1, 40, requires_grad=True), torch.randn(1, 6)
+    seed = torch.tensor([3])
+    mask = AttentionMask.causal() & AttentionMask.from_padding(torch.rand(2, 40) > 0.3)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        results = flash_attention(
+            query, key, value, mask=mask, bias=bias, sinks=sinks.requires_grad_(), return_lse=True,
+            dropout_p=0.1, dropout_seed=seed,
+        )  # fmt: skip
+    given = (query, key, value, bias, sinks, seed, *mask.tensors(), mask.key_bounds(), *results)
+    assert {x.data_ptr() for x in kept} == {x.data_ptr() for x in given}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_export_raises() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return flash_attention(x, x, x)
+
+    with pytest.raises(RuntimeError, match="_Forward|flash_attn_fwd"):
+        torch.onnx.export(Model(), (torch.randn(1, 2, 9, 8),), io.BytesIO(), dynamo=False)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

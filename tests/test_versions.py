@@ -1,16 +1,26 @@
-"""scripts/versions.py: a run is entered once, with what it counted; the page is that record."""
+"""scripts/versions.py: a run is entered once, with what it counted; the page is that record.
+
+And the versions that pages name are those of the constraints.
+"""
 
 from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
+from hf_flash_two.hf import compat
+
 ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import versions  # noqa: E402
@@ -59,3 +69,43 @@ def test_a_missing_report_is_told(monkeypatch, tmp_path, capsys) -> None:
 def test_the_page_in_the_documentation_is_the_record() -> None:
     runs = json.loads((ROOT / "docs" / "versions.json").read_text())
     assert (ROOT / "docs" / "versions.md").read_text() == versions.page(runs)
+
+
+def pinned(name: str, constraints: str) -> str:
+    """Its version up to the minor one."""
+    text = (ROOT / constraints).read_text()
+    found = re.search(rf"^{name}==(\d+\.\d+)", text, re.M)
+    assert found, f"{name} is not in {constraints}"
+    return found[1]
+
+
+def test_the_lowest_versions_are_those_that_are_tested() -> None:
+    lowest = dict(re.fullmatch(r"(\w+)>=([\d.]+).*", x).groups() for x in PROJECT["dependencies"])
+    assert lowest == {name: pinned(name, "constraints-lowest.txt") for name in lowest}
+    python = PROJECT["requires-python"].removeprefix(">=")
+    needed = (
+        f"You need Python {python}, PyTorch {lowest['torch']}, Transformers "
+        f"{lowest['transformers']} and Accelerate {lowest['accelerate']}, or newer"
+    )
+    assert needed in (ROOT / "README.md").read_text().replace("\n", " ")
+
+
+def test_the_range_of_transformers_is_that_of_the_constraints() -> None:
+    ends = (pinned("transformers", f"constraints{x}.txt") for x in ("-lowest", ""))
+    supported = " to ".join(ends)
+    assert f"Transformers {supported}:" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"transformers {supported};" in (compat.__doc__ or "")
+
+
+def test_extras_bring_what_the_readme_says() -> None:
+    shown = re.findall(r"'\.\[(.*)\]' +# for [^:]*: (.*)", (ROOT / "README.md").read_text())
+    assert len(shown) == 3
+    for extras, packages in shown:
+        brought = [re.split("[>=]", x)[0] for name in extras.split(",") for x in EXTRAS[name]]
+        assert brought == packages.split(" and ")
+
+
+def test_extras_named_in_pages_exist() -> None:
+    for page in PAGES:
+        for extras in re.findall(r"'\.\[(.*?)\]'", page.read_text()):
+            assert set(extras.split(",")) <= EXTRAS.keys(), page.name

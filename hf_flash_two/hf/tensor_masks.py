@@ -43,7 +43,7 @@ def from_tensor(
                 f"attention_mask: expected [batch, keys] = [{batch}, {keys}], got "
                 f"{list(mask.shape)}"
             )
-        padding = once(mask, "padding", lambda: AttentionMask.from_padding(mask))
+        padding = once(mask, "padding", lambda: _from_padding(mask))
         return (padding & AttentionMask.causal() if causal and queries > 1 else padding), None
     if mask.dim() != 4 or any(
         got not in (1, want) for got, want in zip(mask.shape, shape, strict=True)
@@ -64,6 +64,11 @@ def from_tensor(
         key = ("additive", queries, keys)
         visible = once(mask, key, lambda: _from_additive(mask, queries, keys))
     return (AttentionMask.full(), mask) if visible is None else (visible, None)
+
+
+def _from_padding(mask: Tensor) -> AttentionMask:
+    # Integers may number documents, which others keep apart.
+    return AttentionMask.from_padding(mask if mask.is_floating_point() else mask != 0)
 
 
 def from_dense(visible: Tensor, queries: int, keys: int) -> AttentionMask:

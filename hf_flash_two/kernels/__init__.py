@@ -1,10 +1,10 @@
-"""Interchangeable kernels over one `AttentionParams`, and the choice between them.
+"""Interchangeable kernels that take one `AttentionParams`, and the choice between them.
 
 A kernel is a package here with two functions:
 
 - ``declines(query, key, value, params, by_name) -> str | None``: why it does not compute this call,
-  or None. It may look at everything but the tensors' values, runs in every call, and so remembers
-  its answers by what they depend on.
+  or None. It may look at everything but the tensors' values. It runs in each call, so it remembers
+  its answers.
 - ``load() -> (forward, backward)``, imported on first use:
   ``forward(query, key, value, params) -> (out, lse)`` and
   ``backward(d_out, d_lse, query, key, value, out, lse, params, need_d_bias) -> (dq, dk, dv, d_bias,
@@ -38,10 +38,10 @@ class Kernel(NamedTuple):
 def select(name: str, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Kernel:
     """The kernel that computes this call.
 
-    "auto" is the first that does not decline. One asked for by name is never replaced.
+    "auto" is the first that does not decline.
 
     Raises:
-        ValueError: the kernel asked for declines, or all do, for the reasons given.
+        ValueError: the kernel asked for by name declines, or all do; the message has the reasons.
     """
     if name == "auto":
         reasons = []

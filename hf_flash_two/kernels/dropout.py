@@ -1,8 +1,8 @@
 """Dropout whose bits are a pure function of (seed, batch, head, query, key).
 
-Every kernel computes the same bits, whatever its tiles, so a forward is repeated exactly under
-recomputation and a small run on a CPU proves the large one on a GPU. The generator is a counter run
-through the 32-bit mixer ``lowbias32`` (https://nullprogram.com/blog/2018/07/31/).
+All kernels compute the same bits, whatever their tiles: recomputation drops the same pairs, and a
+test on a CPU knows those of a GPU. The generator is a counter run through the 32-bit mixer
+``lowbias32`` (https://nullprogram.com/blog/2018/07/31/).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def mix(x: Tensor) -> Tensor:
 def keep(
     seed: Tensor, batch: int, heads: Tensor, rows: Tensor, cols: Tensor, dropout_p: float
 ) -> Tensor:
-    """bool [heads, rows, cols]: True where the probability survives, with chance 1 - dropout_p."""
+    """bool [heads, rows, cols]: True where a probability is kept, with chance 1 - dropout_p."""
     low, high = seed & _MASK, (seed >> 32) & _MASK
     # Both halves go into the stream: were low met by the row alone, neighbouring seeds would only
     # permute the rows. Batches count from 1 because mix(0) is 0: seed 0 would be a degenerate one.

@@ -1,4 +1,4 @@
-"""What the mask of a call hides: whether anything, and which pairs of a tile."""
+"""What the mask of a call hides: whether it hides anything, and which pairs of a tile."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hf_flash_two.kernels.params import AttentionParams
 
 
 def hides(query: Tensor, key: Tensor, params: AttentionParams) -> bool:
-    """Whether there may be hidden pairs inside of the tensors."""
+    """Whether the mask may hide pairs of these queries and keys."""
     if params.query_start is not None or params.dense is not None:
         return True
     first, last = params.query_offset, params.query_offset + query.shape[2] - 1
@@ -21,7 +21,7 @@ def hides(query: Tensor, key: Tensor, params: AttentionParams) -> bool:
 
 
 class HiddenPairs:
-    """The pairs that a band or intervals hide, tile by tile; a dense mask is not looked at."""
+    """The pairs that a band or intervals hide, tile by tile; a dense mask is not included."""
 
     def __init__(self, params: AttentionParams, device: torch.device) -> None:
         self._params, self._device = params, device

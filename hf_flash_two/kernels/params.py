@@ -1,4 +1,4 @@
-"""Everything about one attention call besides query, key and value, as every kernel receives it."""
+"""The settings of one attention call, all but query, key and value, as kernels receive them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ Layout = tuple[tuple[int, ...], tuple[int, ...]]
 class AttentionParams(NamedTuple):
     """Settings of one call, already validated.
 
-    The op's schema, its rules for vmap and for DTensors and the cache of launches read the fields
-    by name, tensors first.
-
-    CONTRIBUTING.md says what a new term of the scores touches.
+    The op's schema, its rules for vmap and for DTensors, and the cache of launches read the fields
+    by name; tensors come first. CONTRIBUTING.md says what a new term of the scores touches.
 
     Attributes:
         query_start, query_stop, key_bounds, dense: see `masks.AttentionMask`; each may be None.
@@ -28,10 +26,10 @@ class AttentionParams(NamedTuple):
         alibi_slopes: [B or 1, H] in `statistics_dtype`; adds ``-slope * |position - key|``.
         sinks: [B or 1, H] in `statistics_dtype`; a logit that joins each row's softmax and has no
             value.
-        seed: int64 [1]; dropout's bits are a function of (seed, batch, head, query, key).
+        seed: int64 [1]; the pairs dropped are a function of (seed, batch, head, query, key).
         query_offset: position of query 0 among the keys.
-        window_left, window_right: the band; None is unbounded.
-        scale, softcap, dropout_p: softcap 0 and dropout_p 0 are off.
+        window_left, window_right: how far a query sees behind and ahead; None is unbounded.
+        scale, softcap, dropout_p: 0 turns softcap and dropout_p off.
         block_q, block_k: the caller's limit on tile sizes, or None.
     """
 
@@ -73,10 +71,10 @@ SCHEMA_TYPES = {
 SCHEMA = {
     name: SCHEMA_TYPES[annotation] for name, annotation in get_type_hints(AttentionParams).items()
 }
-"""The fields' types in the language of PyTorch's op schemas."""
+"""The fields' types as PyTorch's op schemas write them."""
 
 TENSORS = tuple(name for name, kind in SCHEMA.items() if kind == "Tensor?")
-"""The fields that are tensors; no other stands before any of them."""
+"""The fields that are tensors; they come before all others."""
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -21,8 +21,11 @@ def attend_over_devices(
 ) -> Tensor:
     """`flash_attention` with key heads (and their query heads), or else batch rows, spread out.
 
+    Args:
+        settings: arguments of `flash_attention` that are the same for all heads and batch rows.
+
     Returns:
-        [B, Hq, Tq, Dv] on the device of ``query``; up to rounding, the numbers of one device.
+        [B, Hq, Tq, Dv] on the device of ``query``, equal to that of one device up to rounding.
     """
     dim = 1 if key.shape[1] >= min(len(devices), key.shape[0]) else 0
     parts, count = [], key.shape[dim]

@@ -1,8 +1,8 @@
 """The op on DTensors: each device computes its own batch rows or its own heads.
 
-A tensor sharded in any other way, along the sequence for one, is gathered first. Masks and slopes
-that are plain tensors need ``torch.distributed.tensor.experimental.implicit_replication()`` around
-the call.
+A tensor that is sharded in another way, such as along the sequence, is gathered first. Masks and
+slopes that are plain tensors need a call inside of
+``torch.distributed.tensor.experimental.implicit_replication()``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hf_flash_two.kernels.params import TENSORS, AttentionParams
 
 
 def register() -> None:
-    """Tell DTensor how the forward and the backward op may be sharded. Idempotent."""
+    """Tell DTensor how the forward and the backward op may be sharded; may be called again."""
     register_sharding(torch.ops.hf_flash_two.flash_attn_fwd.default)(_shard_forward)
     register_sharding(torch.ops.hf_flash_two.flash_attn_bwd.default)(_shard_backward)
 
@@ -72,7 +72,7 @@ def _place(tensor, split: Placement) -> Placement | None:
 
 
 def _place_params(params: AttentionParams, split: Placement) -> list[Placement | None]:
-    """The placement of each field, None for what is no tensor."""
+    """The placement of each field, None for fields that are no tensors."""
     splits: dict[str, Placement] = {name: split for name in TENSORS}
     if split.is_shard(1):
         splits |= {name: Replicate() for name in ("query_start", "query_stop", "key_bounds")}
@@ -84,5 +84,5 @@ def _place_params(params: AttentionParams, split: Placement) -> list[Placement |
 
 
 def _gradient(split: Placement, placement: Placement) -> Placement:
-    """What stays whole where the queries are split gets a part of its gradient from each device."""
+    """The placement of a gradient: each device adds a part where only the queries are split."""
     return Partial() if split.is_shard() and placement.is_replicate() else placement

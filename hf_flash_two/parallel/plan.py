@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 LAYOUTS = ("contiguous", "head_tail")
 _WORTH_SPLITTING = 2**34
-"""Multiplications of Q with K: the 0.2 ms or so that a large GPU takes for them and those with V
-is about what it costs to send tensors to another and start kernels there."""
+"""Multiplications in Q K^T. For them and those with V a large GPU takes about 0.2 ms, which is what
+sending tensors to another GPU and starting kernels there costs."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class ParallelPlan:
     Attributes:
         kind: "local", "devices" (split over the devices of this process) or "sequence" (each rank
             of ``mesh`` holds a shard of the sequence).
-        reason: one clause.
-        expected: False where the caller, who asked for parallel computation, gets none.
+        reason: why, in one clause.
+        expected: False if the caller asked for parallel computation and there is none.
     """
 
     kind: str
@@ -70,12 +70,12 @@ def make_plan(
     layout: str = "contiguous",
     devices: Sequence[torch.device] | None = None,
 ) -> ParallelPlan:
-    """The first that applies: a mesh, given devices, a distributed run, all devices, local.
+    """The first plan that applies: a mesh, given devices, a distributed run, all devices, local.
 
     Args:
-        query, key: what will be attended with; only shapes and device are read.
-        mesh: of one dimension; every rank passes its shard of the sequence.
-        devices: to split over; all accelerators this process sees if None.
+        query, key: the tensors of the call; only shapes and device are read.
+        mesh: a `DeviceMesh` of one dimension; every rank passes its shard of the sequence.
+        devices: those to split over; all accelerators that this process sees if None.
     """
     if mesh is not None:
         return ParallelPlan("sequence", f"over {mesh.size()} ranks", mesh=mesh, layout=layout)
@@ -85,7 +85,7 @@ def make_plan(
         return ParallelPlan("local", "the ranks of the distributed run are the parallelism")
     devices = _visible_devices(query.device)
     if len(devices) == 1:
-        return ParallelPlan("local", f"no other device beside {query.device}", expected=False)
+        return ParallelPlan("local", f"there is no device but {query.device}", expected=False)
     if query.numel() * key.shape[2] < _WORTH_SPLITTING:
         return ParallelPlan("local", "too little work to send to other devices")
     return _split(devices)

@@ -1,9 +1,9 @@
 """Attention over a sequence that is sharded over the ranks of a mesh.
 
-Each rank holds the queries, keys and values of its part of the sequence. Keys and values are
-gathered from all ranks, queries stay: one collective forward, its reverse backward. A shard is one
-run of the sequence ("contiguous"), or a run from its head and the mirrored run from its tail
-("head_tail"), which gives every rank the same work under a causal mask.
+Each rank holds the queries, keys and values of its part of the sequence. The forward gathers keys
+and values from all ranks in one collective, and the backward sends their gradients back in another;
+queries stay. A shard is one run of the sequence ("contiguous"), or a run from its head and the
+mirrored run from its tail ("head_tail"), which gives each rank the same work under a causal mask.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ def attend_over_mesh(
     """This rank's rows of `flash_attention` over the whole sequence.
 
     Args:
-        query: [B, Hq, Tq / W, D] for W ranks; key, value: [B, Hk, Tk / W, D or Dv]; every rank's
-            shard has the same length, an even one with "head_tail".
-        mask: of the whole sequence, with its keys in their true order.
+        query: [B, Hq, Tq / W, D] for W ranks; key, value: [B, Hk, Tk / W, D or Dv]. The shards of
+            all ranks have one length, an even one with "head_tail".
+        mask: the mask of the whole sequence, its keys in the order of the sequence.
     """
     ranks, rows, cols = mesh.size(), query.shape[2], key.shape[2]
     if layout == "head_tail" and (rows % 2 or cols % 2):
         raise ValueError(
-            f"layout: 'head_tail' needs shards of even length, got {rows} queries and {cols} keys"
+            f"layout: expected shards of even length with 'head_tail', got {rows} queries and "
+            f"{cols} keys"
         )
-    # Every rank must refuse what one refuses, or the others wait for it.
+    # All ranks must refuse what one refuses, or the others wait for it.
     mask.check(query.shape[0], query.shape[1], rows * ranks, cols * ranks)
     both = gather_sequence(torch.cat([key, value], dim=3), mesh, layout)
     key, value = both.split([key.shape[3], value.shape[3]], dim=3)

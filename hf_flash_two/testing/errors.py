@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 FLOOR = 1e-3
-"""A gradient that is 0 but for rounding, as a key bias has it, is measured by this share of the
-largest gradient."""
+"""A gradient that is 0 up to rounding, such as that of a key bias, is measured by this share of
+the largest gradient."""
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """The largest difference over the largest entry of ``expected``.
 
-    Entries that are not finite in both do not count. Infinity where the shapes differ, or where an
-    entry is finite in one tensor only.
+    Entries that are finite in neither do not count. It is infinite if the shapes differ or an entry
+    is finite in one tensor only.
     """
     if actual.shape != expected.shape:
         return torch.inf
@@ -39,8 +39,8 @@ def gradient_errors(
     """The largest difference in each gradient, over the largest entry of it in ``expected``.
 
     Args:
-        actual, expected: gradients by the names of their parameters. Infinitely far off are those
-            that only one of them has, and NaN.
+        actual, expected: gradients by the names of their parameters. The error of one that is NaN,
+            or that only one of the two has, is infinite.
         floor: a gradient's largest entry counts as at least this share of the largest of all.
         group: parameters for which this gives the same name share their largest entry.
     """

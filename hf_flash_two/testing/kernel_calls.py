@@ -1,4 +1,4 @@
-"""`kernel_calls`: which kernels of flash_two ran, on tensors of which shapes, under which mask."""
+"""`kernel_calls` records which kernels of flash_two ran, for which shapes and with which mask."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class KernelCall:
     Attributes:
         kernel: its name, "blockwise", "fused_cpu" or "triton".
         direction: "forward" or "backward".
-        query: [B, Hq, Tq, D]; key: [B, Hk, Tk, D]; value: [B, Hk, Tk, Dv]: the shapes.
-        dtype, device: of all three.
-        mask: what the kernel reads of it, any of "band", "intervals" and "dense", joined by "+";
+        query, key, value: their shapes, [B, Hq, Tq, D], [B, Hk, Tk, D] and [B, Hk, Tk, Dv].
+        dtype, device: those of all three.
+        mask: the parts that the kernel reads, of "band", "intervals" and "dense", joined by "+";
             "full" if every query sees every key.
     """
 
@@ -44,9 +44,9 @@ def kernel_calls(*, backward: bool = False) -> Iterator[list[KernelCall]]:
             model(**batch)
         print({(call.kernel, call.mask) for call in calls})
 
-    All runs in this process count: in eager mode, inside compiled graphs, under autograd and its
-    checkpoints, which run forward kernels again. Two do not: a CUDA graph that is replayed runs
-    kernels that were recorded when it was captured, and a call without queries runs none.
+    It records all runs in this process: in eager mode, inside compiled graphs, and under gradient
+    checkpointing, which runs forward kernels again. It does not see a CUDA graph that is replayed,
+    whose kernels it recorded when the graph was captured. A call without queries runs no kernel.
 
     Args:
         backward: also record the runs of backward kernels.

@@ -1,12 +1,13 @@
 """Layer-wise runs: one model under one implementation, as a whole and each layer by itself.
 
-An error of one attention layer moves the inputs of all layers behind it, so in a run of the whole
-model nobody can tell whose error it is. A layer-wise run therefore has two passes. The first
-captures: the model runs forward and backward, while hooks on its attention layers keep what goes
-into each and the gradient that arrives at its output. The second isolates: the model, which makes
-the masks, runs again, and the hooks put captured inputs into each layer; its output is kept and the
-captured gradient is sent back through this layer alone. If every implementation is given the inputs
-and gradients that one of them captured, then what a layer returns differs by its own error only.
+An error of one attention layer moves the inputs of all layers behind it, so a run of the whole
+model does not show which layer it comes from. A layer-wise run therefore has two passes. The first
+captures: the model runs forward and backward, while hooks on its attention layers keep the inputs
+of each and the gradient that arrives at its output. The second isolates: the model, which makes the
+masks, runs again, and the hooks replace the inputs of each layer by captured ones; they keep its
+output and send the captured gradient back through this layer alone. If all implementations are
+given the inputs and gradients that one of them captured, what a layer returns differs by its own
+error only.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from hf_flash_two.hf.packing import document_ids, may_be_packed
 from hf_flash_two.testing.kernel_calls import kernel_calls
 
 Slot = tuple[str, int, str | int]
-"""An attention layer's name (the whole model's is ""), which of its calls it is, a tensor of it."""
+"""An attention layer's name ("" for the whole model), the number of its call, a tensor's name."""
 
 Parts = dict[Slot, list[Tensor]]
-"""Of each tensor what each batch gave."""
+"""For each tensor the values from each batch."""
 
 OUTPUT, GRADIENT = "output", "gradient at the first attention layer"
 # What patching puts on a module.
@@ -51,7 +52,7 @@ _BOUNDARIES = (
 
 @contextmanager
 def as_it_was(model: nn.Module, configs: list[PreTrainedConfig]) -> Iterator[None]:
-    """Unpatched, in evaluation mode, all weights trained; at the end everything as it was."""
+    """The model unpatched, in evaluation mode, all weights trained; at the end as it was before."""
     modules = [
         (
             module,
@@ -82,7 +83,7 @@ def as_it_was(model: nn.Module, configs: list[PreTrainedConfig]) -> Iterator[Non
 
 @contextmanager
 def _implementations(configs: list[PreTrainedConfig]) -> Iterator[None]:
-    """Those of ``configs`` at the end are those of the beginning."""
+    """At the end ``configs`` have the implementations that they had at the beginning."""
     before = [compat.implementation(config) for config in configs]
     try:
         yield
@@ -102,7 +103,7 @@ def eagerly(configs: list[PreTrainedConfig]) -> Iterator[None]:
 
 @contextmanager
 def raised(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Weights and buffers in ``dtype``; at the end in the very memory they were in."""
+    """Weights and buffers in ``dtype``; at the end in the same memory as before."""
     tensors = [x for x in (*model.parameters(), *model.buffers()) if has_precision(x)]
     before = [x.data for x in tensors]
     try:
@@ -116,9 +117,9 @@ def raised(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 class _NoFloat32(TorchFunctionMode):
-    """Leaves float64 as it is where a model asks for float32, in softmax and norms.
+    """Keeps float64 where a model asks for float32, as in softmax and norms.
 
-    Only what has a gradient: rotary angles are to be rounded as they always are.
+    Tensors without a gradient are converted: rotary angles are to be rounded as usual.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -142,7 +143,7 @@ def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
 
 
 def has_precision(x: Tensor) -> bool:
-    """Not so quantised weights, which only their own modules can compute with."""
+    """False for quantised weights, with which only their own modules can compute."""
     return x.is_floating_point() and x.dtype.itemsize > 1
 
 
@@ -153,11 +154,11 @@ _DIMENSIONS = {"input_ids": 2, "inputs_embeds": 3, "attention_mask": 2, "positio
 
 
 def check_batch(batch: object) -> None:
-    """Refuse what is not the arguments of a model's forward by name.
+    """Refuse a ``batch`` that does not hold the arguments of a model's forward by name.
 
     Raises:
-        TypeError: no mapping, or an entry that must be a tensor is none.
-        ValueError: tokens without a batch dimension.
+        TypeError: ``batch`` is no mapping, or an entry that must be a tensor is none.
+        ValueError: tokens have no batch dimension.
     """
     if not isinstance(batch, Mapping):
         raise TypeError(
@@ -181,12 +182,12 @@ def check_batch(batch: object) -> None:
 class Batch:
     """The user's batch, whole and with each packed document by itself.
 
-    What has one entry per token, [B, T, ...], is compared and handed on as [tokens, ...]: without
-    padding, and in the same order whether documents are together or apart.
+    Tensors with one entry per token, [B, T, ...], are compared and handed on as [tokens, ...]:
+    without padding, and in the same order whether documents are together or apart.
 
     Attributes:
-        whole: on the device of the model.
-        documents: [B, T], to which document each token belongs; None if there is one per row.
+        whole: the batch on the device of the model.
+        documents: [B, T], the document of each token; None if each row holds one.
         apart: the batch alone, or one batch for each of its packed documents.
     """
 
@@ -240,7 +241,7 @@ class Batch:
         return tokens.new_zeros(like.shape).index_put_((mask,), tokens)
 
     def with_other_tokens(self, prefix: str, where: Tensor, *, special_too: bool) -> dict:
-        """The input, changed where bool [B, T] says; empty if there is none to change.
+        """The input with other tokens at ``where``, bool [B, T]; empty if there is no such input.
 
         Special tokens stay unless ``special_too``: some of them stand for images and sounds.
         """
@@ -301,7 +302,7 @@ def _documents(batch: dict) -> Tensor | None:
         numbers[0, ends[1:-1].long()] = 1
         numbers = numbers.cumsum(1)
     elif mask is not None and (not isinstance(mask, Tensor) or mask.shape != shape):
-        return None  # it says itself who sees whom
+        return None  # the mask says itself who sees whom
     elif positions is None and mask is None:
         return None
     else:
@@ -320,8 +321,8 @@ class Captured:
 
     Attributes:
         model: the whole model's output, and the gradient at its first attention layer.
-        given: what each layer got in the model: its inputs, and as `OUTPUT` the cotangent of that.
-        kernels: by layer, those of flash_two that ran in it.
+        given: what each layer got in the model: its inputs, and as `OUTPUT` its output's gradient.
+        kernels: for each layer the kernels of flash_two that ran in it.
     """
 
     model: Parts
@@ -336,7 +337,7 @@ class Measured:
     Attributes:
         tensors: outputs and gradients.
         given, kernels: as in `Captured`.
-        not_finite: of the tensors, padding included.
+        not_finite: the tensors that hold NaN or infinity, padding included.
     """
 
     tensors: dict[Slot, Tensor]
@@ -362,8 +363,8 @@ class LayerwiseRuns:
         """Run ``batches`` forward and backward, as a whole and then layer by layer.
 
         Args:
-            given: what each layer gets when it is by itself; None: what it gets in the model.
-            dtype: to which the numbers in the batch are converted, if at all.
+            given: what each layer gets when it runs by itself; None: what it got in the model.
+            dtype: what floating-point tensors of the batch are converted to; None: nothing.
         """
         documents = range(len(batches)) if len(batches) > 1 else [None]
         runs = list(zip(documents, batches, strict=True))
@@ -382,7 +383,7 @@ class LayerwiseRuns:
     def _capture(
         self, found: Captured, document: int | None, batch: dict, dtype: torch.dtype | None
     ) -> None:
-        """Add what one pass through the whole model gives."""
+        """Run one batch through the whole model and add to ``found`` what that gives."""
         with _LayerHooks(self.layers) as hooks:
             output = self._output(batch, dtype)
         for layer, kernels in hooks.kernels.items():
@@ -413,7 +414,7 @@ class LayerwiseRuns:
         batch: dict,
         dtype: torch.dtype | None,
     ) -> None:
-        """Add each layer's output and gradients where its inputs and cotangent are ``given``."""
+        """Add each layer's output and gradients for the inputs and output gradient ``given``."""
 
         def replace(slot: Slot, like: Tensor) -> Tensor:
             tokens = given.get(slot)
@@ -437,13 +438,13 @@ class LayerwiseRuns:
                 found[leaf].append(gradient)
 
     def _joined(self, slot: Slot, parts: list[Tensor]) -> Tensor:
-        """Of all documents: the sum of a weight's gradients, else the tokens of each."""
+        """Those of all documents: a weight's gradients summed, other tensors one after another."""
         if slot[2] in self._weights(slot[0]):
             return torch.stack([part.double() for part in parts]).sum(0)
         return self.data.tokens(slot[0], parts)
 
     def moved_by_padding(self) -> float | None:
-        """How far other tokens in the padding move real ones at most; None without padding."""
+        """The furthest that other tokens in the padding move real ones; None without padding."""
         changed = {}
         for prefix in ("", "decoder_"):
             mask = self.data.mask(prefix)
@@ -454,10 +455,10 @@ class LayerwiseRuns:
         return self.data.tokens("", [self._movement(changed)]).max().item()
 
     def moved_by_documents(self) -> tuple[float, float, int] | None:
-        """How far other tokens in a packed document move other documents at most, itself at least.
+        """How far new tokens move other documents at most, their own at least; how many there are.
 
-        Documents are told apart by the bits of their numbers: those that have a bit change and
-        those that do not must stay, then the other way round. Any two of them differ in a bit.
+        For each bit of the documents' numbers, those that have it change and those that do not must
+        stay, then the other way round. Any two documents differ in a bit.
         """
         documents = self.data.documents
         if documents is None:
@@ -493,7 +494,7 @@ class LayerwiseRuns:
         raise ValueError(f"model: {type(self.model).__name__} returns nothing to compare")
 
     def _random(self, layer: str, like: Tensor, document: int | None) -> Tensor:
-        """A cotangent of ``like``, the same whatever the dtype and whether documents are apart."""
+        """A gradient for ``like``, the same for all dtypes and whether documents are apart."""
         if document is None:
             shape = self.data.tokens(layer, [like]).shape
         else:
@@ -515,9 +516,9 @@ class _LayerHooks:
     """Hooks on attention layers, for the length of a block.
 
     Attributes:
-        inputs: tensors with a gradient that went into a layer, so neither masks nor positions.
-        outputs: what came out, as `OUTPUT`.
-        kernels: by layer, those of flash_two that ran in it.
+        inputs: the tensors with a gradient that a layer got: neither masks nor positions.
+        outputs: what layers returned, as `OUTPUT`.
+        kernels: for each layer the kernels of flash_two that ran in it.
     """
 
     def __init__(
@@ -525,7 +526,7 @@ class _LayerHooks:
     ):
         """
         Args:
-            replace: gives what is put in instead of an input.
+            replace: gives the tensor that takes the place of an input.
         """
         self.layers, self._replace = layers, replace
         self.inputs: dict[Slot, Tensor] = {}
@@ -567,7 +568,7 @@ class _LayerHooks:
         self.outputs[self._running.pop()] = output[0] if isinstance(output, tuple) else output
 
     def _note_kernels(self) -> None:
-        """Those since the last hook ran in the innermost of the layers that are running."""
+        """Kernels that ran since the last hook ran in the innermost layer that is running."""
         if self._running:
             self.kernels[self._running[-1][0]] |= {call.kernel for call in self._calls}
         self._calls.clear()

@@ -1,8 +1,8 @@
 """`check_parity`: a user's own model and batch under flash_two, against eager in higher precision.
 
-The model itself runs (see `layerwise`): under flash_two, under eager, and under eager with every
-weight in higher precision, which is the reference. Packed documents run together under flash_two
-but one by one under eager, so that no mask that separates them is in the reference.
+The model itself runs (see `layerwise`): under flash_two, under eager, and under eager with all
+weights in higher precision, which is the reference. Packed documents run together under flash_two
+but one by one under eager, so that the reference needs no mask that separates them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from hf_flash_two.testing.layerwise import (
 
 # FlashAttention's own tests allow its gradients three times the error, too: they recompute.
 _OUTPUT_FACTOR, _GRADIENT_FACTOR = 2, 3
-# In epsilons of the sums, float32 or float64: what recomputing probabilities of large scores costs.
+# What recomputing probabilities of large scores costs, in epsilons of the sums' float32 or float64.
 _ROUNDING = 32
 
 
@@ -42,10 +42,10 @@ class Error:
     """Root mean square error of one tensor, relative to the tensor's own root mean square.
 
     Attributes:
-        of: which tensor.
+        of: the name of the tensor.
         flash_two, eager: the errors of both in the working precision, against the reference.
         allowed: twice eager's for outputs and three times for gradients, plus the epsilon of
-            the working precision; at least what the rounding of sums may come to.
+            the working precision; at least what rounding of sums may amount to.
     """
 
     of: str
@@ -59,7 +59,7 @@ class Error:
 
     @property
     def share(self) -> float:
-        """How much of what is allowed is used; NaN is beyond everything."""
+        """The error as a share of what is allowed; infinite for NaN."""
         share = self.flash_two / self.allowed
         return share if share == share else torch.inf
 
@@ -73,11 +73,11 @@ class Parity:
     """The errors of an attention layer by itself, or of the whole model.
 
     Attributes:
-        name: of the layer in the model.
+        name: the layer's name in the model.
         uses: the kernel that ran in it; or what it uses instead, and why.
-        output: None where there is nothing to compare.
-        gradient: of all inputs and parameters of a layer the one that comes off worst; of the
-            model the gradient that arrives at its first attention layer.
+        output: its error; None where there is nothing to compare.
+        gradient: of a layer the worst among all inputs and parameters; of the model the gradient
+            that arrives at its first attention layer.
     """
 
     name: str
@@ -145,9 +145,10 @@ class ParityReport:
 def check_parity(model: nn.Module, batch: Mapping[str, Any]) -> ParityReport:
     """Whether ``model`` computes under flash_two what it should, on a batch of the user's own.
 
-    For each attention layer by itself and for the whole model: the errors of output and gradients
-    against eager in higher precision, next to eager's own. Then: what changes in one packed
-    document, or in padding, must move nothing else; all must be finite; the kernel must have run.
+    The report has the errors of output and gradients against eager in higher precision, next to
+    eager's own, for each attention layer by itself and for the whole model. It also says whether a
+    change in one packed document, or in padding, moves anything else, whether all results are
+    finite, and whether the kernels ran.
 
     Args:
         model: a Transformers model on one device, bare or inside PEFT or another module, under any
@@ -157,10 +158,10 @@ def check_parity(model: nn.Module, batch: Mapping[str, Any]) -> ParityReport:
         batch: the arguments of its forward, as a collator returns them.
 
     Returns:
-        A `ParityReport`; its ``ok`` says it in one word and its ``str`` in a table.
+        A `ParityReport`; its ``ok`` is the verdict and its ``str`` a table.
 
     Raises:
-        TypeError: not a model, or not a batch.
+        TypeError: ``model`` is no model, or ``batch`` no batch.
         ValueError: the model cannot run under flash_two or eager, or the batch holds packed
             documents that cannot be taken apart.
     """
@@ -168,7 +169,9 @@ def check_parity(model: nn.Module, batch: Mapping[str, Any]) -> ParityReport:
     check_batch(batch)
     weights = [p for p in model.parameters() if has_precision(p)]
     if not weights:
-        raise ValueError(f"model: {type(model).__name__} has no floating-point parameters")
+        raise ValueError(
+            f"model: expected floating-point parameters, got {type(model).__name__} without any"
+        )
     device = weights[0].device
     working = max((p.dtype for p in weights), key=lambda dtype: torch.finfo(dtype).eps)
     if torch.is_autocast_enabled(device.type):
@@ -184,7 +187,9 @@ def check_parity(model: nn.Module, batch: Mapping[str, Any]) -> ParityReport:
         with eagerly(configs):
             eager = runs.measure(data.apart)
             if any(eager.kernels.values()):
-                raise ValueError(f"model: {type(model).__name__} cannot be switched to eager")
+                raise ValueError(
+                    f"model: expected one that can be switched to eager, got {type(model).__name__}"
+                )
             eager_moved = runs.moved_by_padding()
         with patching.patched(model):
             ours = runs.measure([data.whole], eager.given)
@@ -230,16 +235,16 @@ def check_parity(model: nn.Module, batch: Mapping[str, Any]) -> ParityReport:
 def _compare(
     layer: str, uses: str, runs: tuple[dict, dict, dict], epsilon: float, rounding: float
 ) -> Parity:
-    """The errors of a layer: of its output, and of that gradient which comes off worst."""
+    """The errors of a layer: of its output, and of its worst gradient."""
     true = {slot: x for slot, x in runs[2].items() if slot[0] == layer}
     sizes = {slot: rms(x) for slot, x in true.items()}
     errors = {s: [rms(run[s].to(x.dtype) - x) for run in runs[:2]] for s, x in true.items()}
     for slot, x in true.items():
-        # What is zero but for rounding, as a key's bias has it: measured by others of its kind.
+        # A gradient that is zero up to rounding, as that of a key's bias: measured by others.
         if errors[slot][1] >= sizes[slot] / 2:
             sizes[slot] = max(sizes[other] for other, y in true.items() if y.dim() == x.dim())
         errors[slot] = [error / (sizes[slot] or 1.0) for error in errors[slot]]
-    # Of few numbers, eager's may be right by luck: then its usual error counts.
+    # Where there are few numbers eager may be right by luck: then its usual error counts.
     usual = statistics.median(e for _, e in errors.values()) if errors else 0.0
     found: dict[bool, list[Error]] = {True: [], False: []}
     for (_, call, name), (own, of_eager) in errors.items():

@@ -97,6 +97,34 @@ def test_the_readme_is_short_and_quotes_the_benchmarks() -> None:
     assert len(quoted) == 6 and all(re.search(rf"\b{x}\b", benchmarks) for x in quoted)
 
 
+def test_the_readme_counts_families_as_the_coverage_does() -> None:
+    table = (DOCS / "coverage.md").read_text()
+    rows = re.findall(r"^\| Families .* \| (\d+) \| (\d+) \| \d+ \| \d+ \|$", table, re.M)
+    # Those without attention of their own come last.
+    families, equal = (sum(map(int, column)) for column in zip(*rows[:-1], strict=True))
+    assert f"{equal} of {families} families" in (ROOT / "README.md").read_text()
+
+
+def test_scripts_in_the_design_are_all_there_are() -> None:
+    line = re.search(r"^scripts/ +(.*)$", (DOCS / "design.md").read_text(), re.M)
+    scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"__init__"}
+    assert line and {*line[1].split(", ")} == scripts
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "CONTRIBUTING.md", DOCS / "design.md"], ids=lambda x: x.name
+)
+def test_names_in_recipes_exist(path: Path) -> None:
+    """Constants, and functions of more than one word."""
+    folders = (ROOT / name for name in ("hf_flash_two", "scripts", "tests"))
+    files = (file for folder in folders for file in folder.rglob("*.py") if file != Path(__file__))
+    code = "".join(file.read_text() for file in files)
+    names = {*re.findall(r"`(_?[A-Z][A-Z_]+|\w+_\w+)[`(]", path.read_text())}
+    assert len(names) > 9
+    names.discard("score_mod")  # FlexAttention's
+    assert not [name for name in names if not re.search(rf"\b{name}\b", code)]
+
+
 def test_messages_are_quoted_as_they_are_raised() -> None:
     page = (DOCS / "troubleshooting.md").read_text().partition("## Errors")[2].partition("\n## ")[0]
     package = "".join(path.read_text() for path in (ROOT / "hf_flash_two").rglob("*.py"))

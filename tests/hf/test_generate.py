@@ -32,6 +32,7 @@ from transformers import (
     cache_utils,
     masking_utils,
 )
+from transformers.generation import configuration_utils
 
 from hf_flash_two import patch
 
@@ -214,6 +215,15 @@ def test_decoding(family: Family, decoding: str, cache: str | None) -> None:
 )
 def test_every_decoding(family: Family, decoding: str, cache: str | None, name: str) -> None:
     check_decoding(family, decoding, cache, name)
+
+
+def test_every_cache_implementation_has_a_test() -> None:
+    """Paged ones are those of continuous batching, in test_serving.py."""
+    known = configuration_utils.ALL_CACHE_IMPLEMENTATIONS
+    known = {*known} - {*configuration_utils.DEPRECATED_STATIC_CACHE_IMPLEMENTATIONS, "paged"}
+    tested = {"dynamic", "static", "offloaded", "offloaded_static", "quantized"}
+    # 5.4 has a name for a dynamic cache that keeps what has left its windows.
+    assert known - {"dynamic_full"} == tested
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading moves a cache off a GPU")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from checks import assert_close, backward, error
-from helpers import assert_same_gradients
+from helpers import LargestTensor, assert_same_gradients
 from models import (
     DECODERS,
     ENCODERS,
@@ -44,6 +44,16 @@ def test_decoder_equals_eager(family: Family, padding: str, kernel_calls) -> Non
 @pytest.mark.parametrize("family", named(DECODERS))
 def test_decoder_equals_eager_without_the_shim(family: Family, kernel_calls) -> None:
     check_decoder(family, "fa_two", left_padded(2, LENGTH, 6), kernel_calls)
+
+
+@pytest.mark.parametrize("family", named(DECODERS))
+def test_memory_is_linear(family: Family) -> None:
+    """In a step with padding nothing is made that has an entry for each pair of tokens."""
+    flash = family.build("flash_two")
+    length = 1200
+    with LargestTensor() as largest:
+        flash(tokens(2, length), attention_mask=left_padded(2, length, 500)).logits.sum().backward()
+    assert largest.elements < length * length
 
 
 def check_decoder(family: Family, implementation: str, mask, kernel_calls) -> None:

@@ -46,6 +46,28 @@ def test_from_pretrained(name: str, tmp_path, kernel_calls) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_flags_of_a_model_do_not_matter(name: str, monkeypatch, kernel_calls) -> None:
+    for flag in ("flash_attn", "sdpa", "flex_attn", "attention_backend"):
+        monkeypatch.setattr(transformers.LlamaPreTrainedModel, f"_supports_{flag}", False)
+    model = FAMILIES["llama"].build(name)
+    assert model.config._attn_implementation == name
+    model(tokens(2, 12))
+    assert len(kernel_calls) == 2
+
+
+def test_a_pipeline_hands_an_argument_of_its_own_to_generate(tmp_path) -> None:
+    """As docs/serving.md says: the name belongs into model_kwargs."""
+    tokenizer = transformers.ByT5Tokenizer()
+    FAMILIES["qwen3"].build("eager", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    writer = transformers.pipeline(
+        "text-generation", model=str(tmp_path), tokenizer=tokenizer, attn_implementation="flash_two"
+    )
+    assert writer.model.config._attn_implementation != "flash_two"
+    with pytest.raises(ValueError, match="attn_implementation"):
+        writer("abc", max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_set_attn_implementation(name: str, kernel_calls) -> None:
     model = FAMILIES["gpt-oss"].build("eager")
     expected = model(tokens(2, 12)).logits

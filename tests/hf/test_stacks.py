@@ -293,7 +293,8 @@ def test_sft_trainer_keeps_documents_apart(packing: bool, adapters: bool, tmp_pa
 )
 def test_documents_stay_apart_where_others_mix_them(options, extra, eager_is_right, tmp_path):
     collator = DataCollatorWithFlattening(**options)
-    for name, right in (("flash_two", True), ("fa_two", True), ("eager", eager_is_right)):
+    others = {"eager": eager_is_right, "sdpa": eager_is_right}
+    for name, right in {"flash_two": True, "fa_two": True, **others}.items():
         model = build(LLAMA, name, use_cache=False)
         assert moves(plain(model, tmp_path, collator), **extra) is not right, name
 

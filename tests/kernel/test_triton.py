@@ -165,8 +165,10 @@ def precision(request: pytest.FixtureRequest) -> Iterator[Callable[[str], None]]
     owner.fp32_precision = "none"
 
 
-def test_tf32_is_used_where_pytorch_uses_it(device: str, precision: Callable[[str], None]) -> None:
-    """One of the two ways makes PyTorch's older switch raise when it is read."""
+def test_tf32_is_used_where_pytorch_uses_it(
+    monkeypatch: pytest.MonkeyPatch, device: str, precision: Callable[[str], None]
+) -> None:
+    """Not on ROCm. One of the two ways makes PyTorch's older switch raise when it is read."""
     tensors = inputs(20, 70, device=device)
     upstream = torch.ones_like(tensors[0])
     query = SimpleNamespace(dtype=torch.float32, is_cuda=True)
@@ -178,6 +180,8 @@ def test_tf32_is_used_where_pytorch_uses_it(device: str, precision: Callable[[st
     assert config.launch_flags(query, query, params).PRECISION == wanted
     for got, want in zip(results(tensors, upstream), exact, strict=True):
         torch.testing.assert_close(got, want, rtol=2**-8, atol=2**-8)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert config.launch_flags(query, query, params).PRECISION == "ieee"
 
 
 def test_few_launches_are_remembered(monkeypatch: pytest.MonkeyPatch, device: str) -> None:

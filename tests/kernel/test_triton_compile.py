@@ -145,6 +145,29 @@ def test_compiles(monkeypatch, launches, target, feature):
     for kernel, _, args, kwargs in launches:
         compiled = compile_launch(kernel, args, kwargs, gpu)
         assert compiled.metadata.shared <= device.shared_memory, kernel.__name__
+        assert "atomic" not in compiled.asm["ttir"], kernel.__name__
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("query_length", [1, 512])
+def test_only_small_buckets_change_tiles(monkeypatch, target: str, query_length: int) -> None:
+    """They limit tiles of the forward and the backward, to 16 at least, and not in decoding."""
+    pretend(monkeypatch, TARGETS[target][1])
+    tensors = [torch.empty(1, 4, length, 64).half() for length in (query_length, 512, 512)]
+
+    def tiles(bucket: int | None) -> list[config.Tiles]:
+        described = params(AttentionMask.causal(), 512, block_q=bucket, block_k=bucket)
+        both = config.backward_tiles(*tensors, described)
+        of_forward = config.forward_tiles(*tensors, described)
+        return [of_forward, *(x for x in (both.dkdv, both.dq, both.dv) if x is not None)]
+
+    assert tiles(10_000) == tiles(None)
+    of_forward, *others = tiles(1)
+    assert {(x.block_q, x.block_k) for x in others} == {(16, 16)}
+    if query_length > 1:
+        assert (of_forward.block_q, of_forward.block_k) == (16, 16)
+    else:
+        assert of_forward == tiles(None)[0]
 
 
 def test_any_number_of_heads_fits_the_grid(launches):
