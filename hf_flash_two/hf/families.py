@@ -27,9 +27,8 @@ INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 
 # Facts by model_type
 
-# Families that ask whether the mask is a tensor, by model_type: bool where they know it.
-WANTS_BOOL_TENSOR = frozenset({"doge"})
-WANTS_FLOAT_TENSOR = frozenset({"deepseek_v4", "gemma4_audio", "glm_moe_dsa", "informer"})
+# Families that ask whether the mask is a tensor.
+WANTS_TENSOR = frozenset({"deepseek_v4", "doge", "gemma4_audio", "glm_moe_dsa", "informer"})
 # Families that read the mask as additive, without a look at its dtype: to route tokens to experts.
 READS_ADDITIVE = frozenset({"nllb-moe"})
 # Families that are causal though their configs do not say so. Some make masks without our mask
@@ -40,12 +39,7 @@ CAUSAL = frozenset({"coarse_acoustics", "falcon", "imagegpt", "openai-gpt", "sem
 WITHOUT_POSITIONS = frozenset({"decision_transformer"})
 # Families with bidirectional layers that say is_causal, or nothing, which no mask bears out.
 NOT_CAUSAL_WITHOUT_MASK = frozenset(
-    {
-        "bridgetower",
-        "bridgetower_text_model",
-        "chinese_clip_vision_model",
-        "kosmos_2_text_model",
-    }
+    {"bridgetower", "bridgetower_text_model", "chinese_clip_vision_model", "kosmos_2_text_model"}
 )
 # Families whose causal layers say is_causal=False where a mask came, which holds causality.
 CAUSALITY_IN_MASK = frozenset({"moonshine", "moonshine_streaming"})
@@ -363,11 +357,6 @@ def has_cross_attention(model: PreTrainedModel) -> bool:
     return any(getattr(model.config, name, False) for name in names)
 
 
-def has_positions(model: PreTrainedModel) -> bool:
-    """Whether the ``position_ids`` that a model is given tell where its tokens stand."""
-    return model.config.model_type not in WITHOUT_POSITIONS
-
-
 def is_causal_model(model: PreTrainedModel) -> bool:
     """Whether a model that makes its own masks makes causal ones."""
     config = model.config
@@ -381,32 +370,8 @@ def hides_future(model: PreTrainedModel) -> bool:
     return model.config.model_type in CAUSAL and not has_cross_attention(model)
 
 
-def is_causal_without_mask(module: nn.Module) -> bool:
-    """Whether ``module.is_causal`` may be believed where no mask came."""
-    return _family(module) not in NOT_CAUSAL_WITHOUT_MASK
-
-
-def leaves_causality_to_mask(module: nn.Module) -> bool:
-    """Whether ``is_causal=False`` says nothing once there is a mask."""
-    return _family(module) in CAUSALITY_IN_MASK
-
-
-def has_window_without_mask(module: nn.Module) -> bool:
-    """Whether a bidirectional layer that names a window hides keys where no mask came."""
-    return _family(module) not in NO_WINDOW_WITHOUT_MASK
-
-
-def returns_weights(module: nn.Module) -> bool:
-    """Whether the model returns the weights of this layer whoever calls it."""
-    return _family(module) in RETURNS_WEIGHTS and not getattr(module, "is_decoder", True)
-
-
-def weights_without_sinks(module: nn.Module) -> bool:
-    """Whether eager weights of this layer sum to 1, though it has sinks."""
-    return _family(module) in WEIGHTS_WITHOUT_SINKS
-
-
-def _family(module: nn.Module) -> str | None:
+def family_of(module: nn.Module) -> str | None:
+    """The ``model_type`` of the layer's config."""
     return getattr(getattr(module, "config", None), "model_type", None)
 
 

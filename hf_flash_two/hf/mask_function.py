@@ -126,7 +126,7 @@ def make_mask(
     hand_written = config is not None and families.is_hand_written(config)
     family = getattr(config, "model_type", None)
     # Through the interface it is not left out: layers without one may take themselves for causal.
-    adds_it = hand_written or family in families.WANTS_FLOAT_TENSOR
+    adds_it = hand_written or family in families.WANTS_TENSOR
     if allow_is_bidirectional_skip and adds_it and mask.hides_nothing:
         return None
     shape = (batch_size, 1, q_length, kv_length)
@@ -139,9 +139,7 @@ def make_mask(
         packed=packed,
         padding=attention_mask,
     )
-    if family in families.WANTS_BOOL_TENSOR:
-        return proxy.as_bool()
-    return proxy.as_additive(dtype) if family in families.WANTS_FLOAT_TENSOR else proxy
+    return proxy.as_additive(dtype) if family in families.WANTS_TENSOR else proxy
 
 
 def _padding(attention_mask: Tensor | None, axes: _Axes, q_length: int) -> Tensor | None:

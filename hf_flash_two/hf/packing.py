@@ -171,8 +171,9 @@ def _said_documents(
         return ids_of_boundaries(said.cu_seq_lens_q, queries)
     running.apart = True
     mask = _padding(said.attention_mask, batch, queries, offset)
-    positions = said.position_ids if causal and families.has_positions(running.model) else None
-    if not may_be_packed(positions, batch, queries):
+    positions = said.position_ids
+    stand = causal and running.model.config.model_type not in families.WITHOUT_POSITIONS
+    if not (stand and may_be_packed(positions, batch, queries)):
         positions = None
     if mask is not None and positions is None and not numbers_documents(mask):
         mask = None

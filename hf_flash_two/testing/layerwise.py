@@ -95,8 +95,7 @@ def _implementations(configs: list[PreTrainedConfig]) -> Iterator[None]:
 def eagerly(configs: list[PreTrainedConfig]) -> Iterator[None]:
     with _implementations(configs):
         for config in configs:
-            name = "sdpa" if families.needs_its_sdpa(config) else "eager"
-            compat.set_implementation(config, name)
+            compat.set_implementation(config, families.default_implementation(config))
         yield
 
 
