@@ -82,7 +82,10 @@ def attention_forward(
     _refuse_what_others_use(module, kwargs)
     bias = None
     if cache is not None or kwargs.get("write_index") is not None:
-        _check_paged(module, attention_mask)
+        compat.require("serving")
+        if isinstance(attention_mask, Tensor):
+            reason = "makes a mask of this step's tokens, not of those in the cache"
+            compat.refuse_serving(module, reason)
         paged = dict(kwargs, cu_seq_lens_k=cu_seq_lens_k)
         key, value, mask = _from_paged_cache(module, key, value, cache, cu_seq_lens_q, paged)
     else:
@@ -233,24 +236,12 @@ def _without_mask(
     return AttentionMask.causal(window=sliding_window)
 
 
-def _check_paged(module: torch.nn.Module, attention_mask) -> None:
-    """Refuse what pages of earlier tokens have no answer to."""
-    compat.require("serving")
-    reason = None
-    if isinstance(attention_mask, Tensor):
-        reason = "makes a mask of this step's tokens, not of those in the cache"
-    elif not getattr(module, "is_causal", True):
-        reason = "attends both ways, and the cache holds earlier tokens only"
-    if reason is not None:
-        raise NotImplementedError(
-            f"continuous batching: {type(module).__name__} {reason}; use `generate`"
-        )
-
-
 def _from_paged_cache(
     module: torch.nn.Module, key: Tensor, value: Tensor, cache, query_ends: Any, paged: dict
 ) -> tuple[Tensor, Tensor, AttentionMask]:
     """The keys and values of all requests end to end, and the mask that keeps these apart."""
+    if not getattr(module, "is_causal", True):
+        compat.refuse_serving(module, "attends both ways, and the cache holds earlier tokens only")
     key, value, key_ends, window = compat.update_paged_cache(cache, key, value, module, paged)
     keep_apart()
     keys = key.shape[2]
