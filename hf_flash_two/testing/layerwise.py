@@ -1,12 +1,11 @@
 """Layer-wise runs: one model under one implementation, as a whole and each layer by itself.
 
-An error of one attention layer moves the inputs of all layers behind it, so in a run of the whole
-model nobody can tell whose error it is. A layer-wise run therefore has two passes. The first
-captures: the model runs forward and backward, while hooks on its attention layers keep what goes
-into each and the gradient that arrives at its output. The second isolates: the model, which makes
-the masks, runs again, and the hooks put captured inputs into each layer; its output is kept and the
-captured gradient is sent back through this layer alone. If every implementation is given the inputs
-and gradients that one of them captured, then what a layer returns differs by its own error only.
+An error of one attention layer moves the inputs of all layers behind it, so a run of the whole
+model does not tell whose error it is. A layer-wise run has two passes. The first captures: the
+model runs forward and backward, and hooks keep what goes into each attention layer and the gradient
+that arrives at its output. The second isolates: the model, which makes the masks, runs again; the
+hooks put captured inputs into each layer and send the captured gradient back through this layer
+alone. Given what one implementation captured, every implementation shows its own errors only.
 """
 
 from __future__ import annotations
@@ -24,22 +23,18 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig
 
 from hf_flash_two.hf import compat, families, forward_pass, patching
-from hf_flash_two.hf.packing import document_ids, may_be_packed
+from hf_flash_two.hf.packing import document_ids, ids_of_boundaries, may_be_packed
 from hf_flash_two.testing.kernel_calls import kernel_calls
 
 Slot = tuple[str, int, str | int]
-"""An attention layer's name (the whole model's is ""), which of its calls it is, a tensor of it."""
+"""A tensor: its attention layer ("" is the whole model), which call of that, its own name."""
 
 Parts = dict[Slot, list[Tensor]]
-"""Of each tensor what each batch gave."""
+"""Each tensor's value in each batch."""
 
 OUTPUT, GRADIENT = "output", "gradient at the first attention layer"
-# What patching puts on a module.
-_PATCHED = ("forward", "_old_forward", patching._UNDO, forward_pass._HOOKS)
-_HOOKS = tuple(
-    f"_forward_{kind}"
-    for kind in ("pre_hooks", "pre_hooks_with_kwargs", "hooks", "hooks_always_called")
-)
+# What patching, unpatching and `eval` change on a module, but for hooks.
+_CHANGED = ("training", "forward", "_old_forward", patching._UNDO, forward_pass._HOOKS)
 # Describe packed documents, and are dropped where each document runs by itself.
 _BOUNDARIES = (
     "attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx",
@@ -51,13 +46,12 @@ _BOUNDARIES = (
 
 @contextmanager
 def as_it_was(model: nn.Module, configs: list[PreTrainedConfig]) -> Iterator[None]:
-    """Unpatched, in evaluation mode, all weights trained; at the end everything as it was."""
+    """Unpatch ``model``, in evaluation mode with all weights trained; put all back at the end."""
     modules = [
         (
-            module,
-            module.training,
-            {k: vars(module)[k] for k in _PATCHED if k in vars(module)},
-            {k: dict(vars(module)[k]) for k in _HOOKS},
+            vars(module),
+            {k: x for k, x in vars(module).items() if k in _CHANGED},
+            {k: dict(x) for k, x in vars(module).items() if k.startswith("_forward_")},
         )
         for module in model.modules()
     ]
@@ -72,17 +66,16 @@ def as_it_was(model: nn.Module, configs: list[PreTrainedConfig]) -> Iterator[Non
         finally:
             for parameter, was in trained.items():
                 parameter.requires_grad_(was)
-            for module, training, patch, hooks in modules:
-                module.training = training
-                vars(module).update(patch)
+            for now, changed, hooks in modules:
+                now.update(changed)
                 for kind, had in hooks.items():
-                    vars(module)[kind].clear()
-                    vars(module)[kind].update(had)
+                    now[kind].clear()
+                    now[kind].update(had)
 
 
 @contextmanager
 def _implementations(configs: list[PreTrainedConfig]) -> Iterator[None]:
-    """Those of ``configs`` at the end are those of the beginning."""
+    """Set the implementations of ``configs`` back at the end."""
     before = [compat.implementation(config) for config in configs]
     try:
         yield
@@ -101,7 +94,7 @@ def eagerly(configs: list[PreTrainedConfig]) -> Iterator[None]:
 
 @contextmanager
 def raised(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Weights and buffers in ``dtype``; at the end in the very memory they were in."""
+    """Hold weights and buffers in ``dtype``; put them back in the same memory at the end."""
     tensors = [x for x in (*model.parameters(), *model.buffers()) if has_precision(x)]
     before = [x.data for x in tensors]
     try:
@@ -115,9 +108,9 @@ def raised(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 class _NoFloat32(TorchFunctionMode):
-    """Leaves float64 as it is where a model asks for float32, in softmax and norms.
+    """Keeps float64 where a model asks for float32, in softmax and norms.
 
-    Only what has a gradient: rotary angles are to be rounded as they always are.
+    Only where there is a gradient: rotary angles are rounded as always.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -141,23 +134,18 @@ def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
 
 
 def has_precision(x: Tensor) -> bool:
-    """Not so quantised weights, which only their own modules can compute with."""
+    """Whether its dtype may be changed; only their own modules compute with quantised weights."""
     return x.is_floating_point() and x.dtype.itemsize > 1
 
 
 # The batch
 
-# What must be a tensor, and at least so many dimensions of it.
+# What must be a tensor, and its least number of dimensions.
 _DIMENSIONS = {"input_ids": 2, "inputs_embeds": 3, "attention_mask": 2, "position_ids": 1}
 
 
 def check_batch(batch: object) -> None:
-    """Refuse what is not the arguments of a model's forward by name.
-
-    Raises:
-        TypeError: no mapping, or an entry that must be a tensor is none.
-        ValueError: tokens without a batch dimension.
-    """
+    """Raise TypeError or ValueError unless these are arguments of a model's forward by name."""
     if not isinstance(batch, Mapping):
         raise TypeError(
             "batch: expected the arguments of the model's forward by name, as a tokenizer or a "
@@ -180,8 +168,8 @@ def check_batch(batch: object) -> None:
 class Batch:
     """The user's batch, whole and with each packed document by itself.
 
-    What has one entry per token, [B, T, ...], is compared and handed on as [tokens, ...]: without
-    padding, and in the same order whether documents are together or apart.
+    Tensors with one entry per token, [B, T, ...], are compared and handed on as [tokens, ...]:
+    without padding, and in the same order whether documents are together or apart.
 
     Attributes:
         whole: on the device of the model.
@@ -281,24 +269,17 @@ class Batch:
 
 
 def _documents(batch: dict) -> Tensor | None:
-    """[B, T], the number of the packed document that each token belongs to, -1 in padding.
-
-    None if no row holds several.
-    """
+    """[B, T], the number of each token's packed document, -1 in padding; None if rows hold one."""
     tokens = batch.get("input_ids", batch.get("inputs_embeds"))
     if tokens is None:
         return None
     shape = tokens.shape[:2]
-    ends, positions = batch.get("cu_seq_lens_q"), batch.get("position_ids")
-    mask = batch.get("attention_mask")
-    if isinstance(positions, Tensor) and positions.dim() == 3 and len(positions) == 4:
-        positions = positions[0]  # the text's, before those of the rotary embedding
+    ends, mask = batch.get("cu_seq_lens_q"), batch.get("attention_mask")
+    positions = forward_pass.text_positions(batch.get("position_ids"))
     if not may_be_packed(positions, *shape):
         positions = None
     if ends is not None:
-        numbers = torch.zeros(shape, dtype=torch.long, device=tokens.device)
-        numbers[0, ends[1:-1].long()] = 1
-        numbers = numbers.cumsum(1)
+        numbers = ids_of_boundaries(ends, shape[1])
     elif mask is not None and (not isinstance(mask, Tensor) or mask.shape != shape):
         return None  # it says itself who sees whom
     elif positions is None and mask is None:
@@ -314,28 +295,14 @@ def _documents(batch: dict) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class Captured:
-    """What a pass through the model found.
-
-    Attributes:
-        model: the whole model's output, and the gradient at its first attention layer.
-        given: what each layer got in the model: its inputs, and as `OUTPUT` the cotangent of that.
-        kernels: by layer, those of flash_two that ran in it.
-    """
-
-    model: Parts
-    given: Parts
-    kernels: dict[str, set[str]]
-
-
-@dataclass(frozen=True)
 class Measured:
     """What one implementation computed.
 
     Attributes:
-        tensors: outputs and gradients.
-        given, kernels: as in `Captured`.
-        not_finite: of the tensors, padding included.
+        tensors: outputs and gradients, of each layer by itself and of the model.
+        given: what each layer got in the model: its inputs, and as `OUTPUT` the cotangent of that.
+        kernels: by layer, those of flash_two that ran in it.
+        not_finite: those of ``tensors`` with NaN or infinity, padding included.
     """
 
     tensors: dict[Slot, Tensor]
@@ -344,13 +311,14 @@ class Measured:
     not_finite: list[Slot]
 
 
+@dataclass(frozen=True)
 class LayerwiseRuns:
     """A model and a batch, to be run as they are, document by document, and with other tokens."""
 
-    def __init__(
-        self, model: nn.Module, layers: dict[str, nn.Module], data: Batch, working: torch.dtype
-    ):
-        self.model, self.layers, self.data, self.working = model, layers, data, working
+    model: nn.Module
+    layers: dict[str, nn.Module]
+    data: Batch
+    working: torch.dtype
 
     def measure(
         self,
@@ -366,26 +334,32 @@ class LayerwiseRuns:
         """
         documents = range(len(batches)) if len(batches) > 1 else [None]
         runs = list(zip(documents, batches, strict=True))
-        captured = Captured(defaultdict(list), defaultdict(list), defaultdict(set))
+        found: Parts = defaultdict(list)
+        captured: Parts = defaultdict(list)
+        kernels: dict[str, set[str]] = defaultdict(set)
         for document, batch in runs:
-            self._capture(captured, document, batch, dtype)
-        own = {slot: self.data.tokens(slot[0], parts) for slot, parts in captured.given.items()}
-        isolated: Parts = defaultdict(list)
+            hooks = self._capture(found, captured, document, batch, dtype)
+            for layer, ran in hooks.kernels.items():
+                kernels[layer] |= ran
+        own = {slot: self.data.tokens(slot[0], parts) for slot, parts in captured.items()}
         for document, batch in runs:
-            self._isolate(isolated, own if given is None else given, document, batch, dtype)
-        found = captured.model | isolated
+            self._isolate(found, own if given is None else given, document, batch, dtype)
         not_finite = [s for s, parts in found.items() if not all(x.isfinite().all() for x in parts)]
         tensors = {slot: self._joined(slot, parts) for slot, parts in found.items()}
-        return Measured(tensors, own, captured.kernels, not_finite)
+        return Measured(tensors, own, kernels, not_finite)
 
     def _capture(
-        self, found: Captured, document: int | None, batch: dict, dtype: torch.dtype | None
-    ) -> None:
-        """Add what one pass through the whole model gives."""
-        with _LayerHooks(self.layers) as hooks:
+        self,
+        found: Parts,
+        given: Parts,
+        document: int | None,
+        batch: dict,
+        dtype: torch.dtype | None,
+    ) -> _LayerHooks:
+        """Add the model's output and gradient to ``found``, what its layers get to ``given``."""
+        hooks = _LayerHooks()
+        with hooks.on(self.layers):
             output = self._output(batch, dtype)
-        for layer, kernels in hooks.kernels.items():
-            found.kernels[layer] |= kernels
         ends = {slot: x for slot, x in hooks.outputs.items() if x.requires_grad}
         *cotangents, gradient = torch.autograd.grad(
             output,
@@ -397,12 +371,13 @@ class LayerwiseRuns:
             # None: the layer ran, as an image's pooling head may, but the output is without it.
             if cotangent is None:
                 cotangent = self._random(slot[0], ends[slot], document)
-            found.given[slot].append(cotangent)
+            given[slot].append(cotangent)
         for slot, x in hooks.inputs.items():
-            found.given[slot].append(x.detach())
-        found.model["", 0, OUTPUT].append(output.detach())
+            given[slot].append(x.detach())
+        found["", 0, OUTPUT].append(output.detach())
         if gradient is not None:
-            found.model["", 0, GRADIENT].append(gradient)
+            found["", 0, GRADIENT].append(gradient)
+        return hooks
 
     def _isolate(
         self,
@@ -420,7 +395,8 @@ class LayerwiseRuns:
                 return like
             return self.data.scatter(slot[0], tokens, like, document).to(like.dtype)
 
-        with _LayerHooks(self.layers, replace) as hooks:
+        hooks = _LayerHooks(replace)
+        with hooks.on(self.layers):
             self._output(batch, dtype)
         for slot, output in hooks.outputs.items():
             if slot not in given:
@@ -455,8 +431,8 @@ class LayerwiseRuns:
     def moved_by_documents(self) -> tuple[float, float, int] | None:
         """How far other tokens in a packed document move other documents at most, itself at least.
 
-        Documents are told apart by the bits of their numbers: those that have a bit change and
-        those that do not must stay, then the other way round. Any two of them differ in a bit.
+        For each bit of the documents' numbers, those that have it change while the rest must stay,
+        then the other way round. Any two documents differ in a bit.
         """
         documents = self.data.documents
         if documents is None:
@@ -511,7 +487,7 @@ class LayerwiseRuns:
 
 
 class _LayerHooks:
-    """Hooks on attention layers, for the length of a block.
+    """Hooks on attention layers.
 
     Attributes:
         inputs: tensors with a gradient that went into a layer, so neither masks nor positions.
@@ -519,33 +495,24 @@ class _LayerHooks:
         kernels: by layer, those of flash_two that ran in it.
     """
 
-    def __init__(
-        self, layers: dict[str, nn.Module], replace: Callable[[Slot, Tensor], Tensor] | None = None
-    ):
-        """
-        Args:
-            replace: gives what is put in instead of an input.
-        """
-        self.layers, self._replace = layers, replace
+    def __init__(self, replace: Callable[[Slot, Tensor], Tensor] | None = None):
+        self._replace = replace
         self.inputs: dict[Slot, Tensor] = {}
         self.outputs: dict[Slot, Tensor] = {}
         self.kernels: dict[str, set[str]] = defaultdict(set)
         self._running: list[Slot] = []
         self._count: dict[str, int] = defaultdict(int)
 
-    def __enter__(self) -> _LayerHooks:
-        with ExitStack() as stack:
-            self._calls = stack.enter_context(kernel_calls())
-            for name, layer in self.layers.items():
+    @contextmanager
+    def on(self, layers: dict[str, nn.Module]) -> Iterator[None]:
+        """Hook ``layers``, by name, for the length of a block."""
+        with kernel_calls() as self._calls, ExitStack() as stack:
+            for name, layer in layers.items():
                 before = partial(self._before, name)
                 hook = layer.register_forward_pre_hook(before, with_kwargs=True)
                 stack.callback(hook.remove)
                 stack.callback(layer.register_forward_hook(self._after).remove)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._stack.close()
+            yield
 
     def _before(self, name: str, layer: nn.Module, args: tuple, kwargs: dict):
         self._note_kernels()

@@ -1,8 +1,8 @@
 """`check_parity`: a user's own model and batch under flash_two, against eager in higher precision.
 
-The model itself runs (see `layerwise`): under flash_two, under eager, and under eager with every
-weight in higher precision, which is the reference. Packed documents run together under flash_two
-but one by one under eager, so that no mask that separates them is in the reference.
+The model runs (see `layerwise`) under flash_two, under eager, and under eager with every weight in
+higher precision, the reference. Packed documents run together under flash_two but one by one under
+eager, so that no mask that separates them is in the reference.
 """
 
 from __future__ import annotations
@@ -143,21 +143,18 @@ class ParityReport:
 
 
 def check_parity(model: nn.Module, batch: Mapping[str, Any]) -> ParityReport:
-    """Whether ``model`` computes under flash_two what it should, on a batch of the user's own.
+    """Check what ``model`` computes under flash_two, on a batch of the user's own.
 
-    For each attention layer by itself and for the whole model: the errors of output and gradients
-    against eager in higher precision, next to eager's own. Then: what changes in one packed
+    For each attention layer by itself and for the whole model, it compares the errors of output and
+    gradients with eager's own, both against eager in higher precision. Also, a change in one packed
     document, or in padding, must move nothing else; all must be finite; the kernel must have run.
 
     Args:
         model: a Transformers model on one device, bare or inside PEFT or another module, under any
             implementation, `patch`-ed or not. It runs in evaluation mode and in its own dtype, or
-            in that of an enclosing ``torch.autocast``, and is afterwards what it was before. Until
-            then its weights exist twice, the second time in higher precision.
+            in that of an enclosing ``torch.autocast``, and is put back as it was. Its weights exist
+            twice meanwhile, the second time in higher precision.
         batch: the arguments of its forward, as a collator returns them.
-
-    Returns:
-        A `ParityReport`; its ``ok`` says it in one word and its ``str`` in a table.
 
     Raises:
         TypeError: not a model, or not a batch.
