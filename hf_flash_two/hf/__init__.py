@@ -16,10 +16,10 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Register attention and mask function under ``flash_two`` and ``fa_two``; again is no harm.
+    """Register attention and mask function as ``flash_two`` and ``fa_two``; again does nothing.
 
-    What the installed Transformers makes impossible is noted; it raises `NotImplementedError` where
-    it is asked for, and the rest works.
+    What the installed Transformers makes impossible raises `NotImplementedError` where it is asked
+    for; the rest works.
     """
     compat.check_names()
     compat.install_hooks(

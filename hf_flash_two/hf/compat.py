@@ -1,30 +1,29 @@
-"""Every name of Transformers that is no public interface, in one place, and checked before use.
+"""Every name of Transformers that is not public, in one place, and checked before use.
 
-Nothing here fails at import. `NAMES` lists what each feature needs; what a missing or changed name
-makes impossible is noted, and whoever needs it calls `require`, which then refuses by name. `HOOKS`
-lists what is replaced in Transformers.
+Nothing here fails at import. `NAMES` lists what each feature needs. A missing or changed name is
+noted, and `require` refuses the feature when somebody asks for it. `HOOKS` lists what is replaced
+in Transformers.
 
-Tested with transformers 5.4 to 5.24; what differs there:
+Tested with transformers 5.4 to 5.24. They differ:
 
 * 5.4 alone: assisted decoding and prompt lookup fail without an end token.
 * up to 5.12 caches with windows take no tokens back, which those two need.
-* up to 5.13 encoders of the T5 line take no ``position_bias`` through the interface, and a static
-  cache with a window tells its place as a number (seen up to 5.12), later as a tensor: compiled, it
-  makes one graph more.
+* up to 5.13 encoders of the T5 line take no ``position_bias`` through the interface; a static cache
+  with a window tells its place as a number (seen up to 5.12), later as a tensor, which costs the
+  compiler one graph more.
 * up to 5.15 the paged cache of continuous batching is wrong for sliding windows.
 * up to 5.18 continuous batching calls the implementation ``paged|NAME``, and its cache takes and
   gives other shapes; from 5.19 it calls the ordinary one, if that has "flash" in its name.
 * up to 5.22 masks of packed documents come without their positions: chunks count from the start of
   the row.
 * up to 5.23 the attention function writes to the paged cache, and caches are ``past_key_values``;
-  from 5.24 the layers do, and caches are ``cache``. GPT-J, CodeGen and LayoutLMv3 compute attention
-  themselves, from 5.24 they use the interface.
+  from 5.24 the layers do, and caches are ``cache``. GPT-J, CodeGen and LayoutLMv3 use the interface
+  only from 5.24.
 
-"flash" in a name makes Transformers take it for Tri Dao's package: three library modules then load
+Transformers takes a name with "flash" in it for Tri Dao's package: three library modules then load
 a kernel, re-route models that list the kernels they like, and refuse chunked attention and
-fullgraph compilation. Models, on the other hand, hand over ``cu_seq_lens`` only to such names. So
-the three modules, each through its own reference to the test, are told that ``flash_two`` is no
-such name, while models go on believing it.
+fullgraph compilation. But models hand over ``cu_seq_lens`` only to such names. So the reference of
+each of the three modules to the test is replaced, and that of the models is not.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import pkgutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import partial
-from types import ModuleType
-from typing import Any, NamedTuple
+from types import FrameType, ModuleType
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import transformers
@@ -47,10 +46,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_flash_two.hf import families
 
 
-def _module(name: str) -> ModuleType | None:
+def _find(path: str) -> Any:
+    """The module, class or function of this name, an instance of the class if it ends in "()".
+
+    None if there is none.
+    """
+    path, makes, _ = path.partition("()")
     try:
-        return importlib.import_module(name)
-    except ImportError:
+        found = pkgutil.resolve_name(path)
+        return found() if makes else found
+    except Exception:
         return None
 
 
@@ -67,13 +72,13 @@ _FLASH_TEST_MODULES = (
 )
 _FLASH_TEST = "is_flash_attention_requested"
 
-masking_utils: Any = _module(_MASKING)
-output_capturing = _module("transformers.utils.output_capturing")
+masking_utils = _find(_MASKING)
+output_capturing = _find("transformers.utils.output_capturing")
 # None stands for no function that a model may hand over.
 causal_mask_function: Any = getattr(masking_utils, "causal_mask_function", None)
 bidirectional_mask_function = getattr(masking_utils, "bidirectional_mask_function", None)
 # The class of the cache of continuous batching.
-PagedCache: type = getattr(_module(_SERVING), "PagedAttentionCache", object)
+PagedCache: type = getattr(_find(_SERVING), "PagedAttentionCache", object)
 
 FLASH_TWO = "flash_two"
 FA_TWO = "fa_two"
@@ -81,9 +86,9 @@ PAGED = "paged|"
 RIGHT_PAGED_WINDOWS = Version("5.16.0")
 
 _DESCRIPTION = "flash_two_description"
-# Those of Transformers that need nothing installed.
+# Attention functions of Transformers that need nothing installed.
 _IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flex_attention")
-# The functions that make mask functions, their arguments, which those close over.
+# The functions that make mask functions, with their arguments, which those close over.
 _BUILDERS = {
     "and_masks": ("mask_functions",),
     "or_masks": ("mask_functions",),
@@ -100,14 +105,11 @@ _NEWER_BUILDERS = ("blockwise_overlay", "remap_positions_for_packed_sequence")
 _TABLES = "_ATTENTION_CLASSES"
 
 
-# What needs names of Transformers that are no public interface, and what does without
+# Features and the names they need
 
 
 class Name(NamedTuple):
-    """One of ``owner``, a module or a class, and of a function the arguments that it begins with.
-
-    An ``owner`` that ends in "()" is an instance of that class.
-    """
+    """A name that ``owner`` has, see `_find`; of a function also its first arguments."""
 
     owner: str
     name: str
@@ -117,29 +119,16 @@ class Name(NamedTuple):
     def path(self) -> str:
         return f"{self.owner.removesuffix('()')}.{self.name}"
 
-    def find(self) -> Any:
-        """What bears the name; None if nothing does."""
-        return getattr(_owner(self.owner), self.name, None)
-
     def problem(self) -> str | None:
         """Why it cannot be used; None if it can."""
-        if not hasattr(_owner(self.owner), self.name):
+        owner = _find(self.owner)
+        if not hasattr(owner, self.name):
             return f"{self.path} is missing"
         if self.arguments:
-            signature = inspect.signature(self.find())
+            signature = inspect.signature(getattr(owner, self.name))
             if tuple(signature.parameters)[: len(self.arguments)] != self.arguments:
                 return f"{self.path} takes other arguments: {signature}"
         return None
-
-
-def _owner(path: str) -> Any:
-    path, makes, _ = path.partition("()")
-    outer, _, name = path.rpartition(".")
-    found: Any = _module(path) or getattr(_module(outer), name, None)
-    if makes:
-        with suppress(Exception):
-            return found()
-    return found
 
 
 NAMES: dict[str, tuple[Name, ...]] = {
@@ -209,11 +198,7 @@ def check_names() -> None:
 
 
 def note(feature: str, reason: str | None) -> None:
-    """Remember why ``feature`` is impossible with this version of Transformers; None if it is not.
-
-    Args:
-        feature: a key of `NAMES`.
-    """
+    """Remember why ``feature``, a key of `NAMES`, is impossible; None if it is possible."""
     if reason is None:
         _missing.pop(feature, None)
     else:
@@ -229,7 +214,7 @@ def require(feature: str) -> None:
     """Refuse ``feature`` where Transformers lacks what it needs.
 
     Raises:
-        NotImplementedError: it was noted as impossible; names it, the reason and what to do.
+        NotImplementedError: it was noted as impossible.
     """
     if feature in _missing:
         what, instead = _FEATURES[feature]
@@ -239,7 +224,7 @@ def require(feature: str) -> None:
         )
 
 
-def neutral_if_needed() -> str:
+def preferred_name() -> str:
     """The name under which a loaded model is switched."""
     return FLASH_TWO if offers("flash_two") else FA_TWO
 
@@ -255,9 +240,15 @@ def uses_ours(config: transformers.PreTrainedConfig) -> bool:
 
 
 def with_paged_names(names: list[str]) -> list[str]:
-    """Also the names under which continuous batching calls them, where it has its own."""
+    """``names``, and those under which continuous batching calls them, where it has its own."""
     paged = PAGED + "sdpa" in transformers.AttentionInterface()
     return names + [PAGED + name for name in names] if paged else names
+
+
+def refuse_serving(module: torch.nn.Module, reason: str) -> NoReturn:
+    raise NotImplementedError(
+        f"continuous batching: {type(module).__name__} {reason}; use `generate`"
+    )
 
 
 def update_paged_cache(
@@ -266,9 +257,8 @@ def update_paged_cache(
     """Write to the cache of continuous batching and read all that this layer's queries may need.
 
     Args:
-        cache: None where the layer has done so itself.
-        key, value: [1, Hk, Tq, D or Dv], of all requests of this step end to end; all that is
-            read, without ``cache``.
+        cache: None where the layer has written to it; ``key`` and ``value`` are then what it read.
+        key, value: [1, Hk, Tq, D or Dv], of all requests of this step end to end.
         paged: ``cu_seq_lens_k``, ``max_length_k``, ``read_index`` and ``write_index``; changed.
 
     Returns:
@@ -276,23 +266,17 @@ def update_paged_cache(
         layer's window in tokens, None if it has none.
 
     Raises:
-        NotImplementedError: the layer does not use the cache; or it has a window, and this cache
-            gives it the wrong tokens.
+        NotImplementedError: the layer does not use the cache, or its window is read wrongly.
     """
     if cache is None:
         ends = paged["cu_seq_lens_k"]
         if isinstance(ends, dict):  # the cache puts those of the layer's kind in their place
-            raise NotImplementedError(
-                f"continuous batching: {type(module).__name__} does not use the paged cache; use "
-                "`generate`"
-            )
+            refuse_serving(module, "does not use the paged cache")
         return key, value, ends, _paged_window(module)
     layer: Any = module.layer_idx
-    states = {"key_states": key, "value_states": value, "layer_idx": layer}
-    allocators = getattr(cache, "layer_to_allocator", None)
-    if allocators is not None:
-        key, value = cache.update(**states, kwargs=paged)
-        window = getattr(allocators[layer], "sliding_window", None)
+    if hasattr(cache, "layer_to_allocator"):
+        key, value = cache.update(key, value, layer, kwargs=paged)
+        window = getattr(cache.layer_to_allocator[layer], "sliding_window", None)
         return key, value, paged["cu_seq_lens_k"], window
     if not hasattr(cache, "sliding_windows"):
         raise TypeError(
@@ -308,7 +292,7 @@ def update_paged_cache(
             f"use `generate`, or transformers {RIGHT_PAGED_WINDOWS} or newer"
         )
     key, value = cache.update(
-        **states, read_index=paged["read_index"], write_index=paged["write_index"]
+        key, value, layer, read_index=paged["read_index"], write_index=paged["write_index"]
     )
     ends = paged["cu_seq_lens_k"]
     if isinstance(ends, dict):
@@ -329,15 +313,15 @@ def _paged_window(module: torch.nn.Module) -> int | None:
 
 
 class Listeners(NamedTuple):
-    """Whom the hooks call.
+    """What the hooks call.
 
     Attributes:
-        built: with each model at the end of its construction, its parts done.
-        requested: with a model and the names requested by id of config, None for all others: before
-            ``set_attn_implementation`` with those not ours, after it with ours.
-        serving: with each model that begins to batch continuously.
-        begun: where "loading" is not offered, with each model before its parts are built, and with
-            each part of one whose implementation is to be set, and whether ours was requested.
+        built: takes each model at the end of its construction.
+        requested: takes a model and the names requested by id of config, None for all others:
+            before ``set_attn_implementation`` those not ours, after it ours.
+        serving: takes each model that begins to batch continuously.
+        begun: only where "loading" is not offered: takes each model that is built or set, before
+            its parts are, and whether ours was requested.
     """
 
     built: Callable[[PreTrainedModel], None]
@@ -347,11 +331,11 @@ class Listeners(NamedTuple):
 
 
 def install_hooks(listeners: Listeners) -> None:
-    """Install all `HOOKS` whose feature is offered, else `FALLBACKS`; again is no harm."""
+    """Install `HOOKS` of what is offered, `FALLBACKS` of the rest; a second call does nothing."""
     for feature, hooks in HOOKS.items():
         for name, wrap in hooks if offers(feature) else FALLBACKS.get(feature, ()):
             if name.problem() is None:
-                _hook(_owner(name.owner), name.name, partial(wrap, listeners))
+                _hook(_find(name.owner), name.name, partial(wrap, listeners))
 
 
 def _hook(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> None:
@@ -363,7 +347,7 @@ def _hook(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> None:
 
 
 def _false_for_flash_two(_: Listeners | None, test: Callable) -> Callable:
-    """To Transformers' own modules ``flash_two`` is no name of Tri Dao's package."""
+    """The test says that ``flash_two`` is no name of Tri Dao's package."""
 
     def is_flash_attention_requested(
         config=None, requested_attention_implementation=None, *args, **kwargs
@@ -382,7 +366,7 @@ def _hide_flash_in_name(module: ModuleType) -> None:
 
 
 def _entering_in_tables(_: Listeners, check: Callable) -> Callable:
-    """Our names are entered where a family looks for the class of an implementation."""
+    """A family that looks up classes by the implementation's name finds ours."""
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
         if is_ours(attn_implementation):
@@ -408,11 +392,11 @@ def _telling_what_is_built(listeners: Listeners, end: Callable) -> Callable:
 
 def _telling_what_is_requested(listeners: Listeners, choose: Callable) -> Callable:
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
-        names: dict[int | None, str] = dict(_requested(self.config, attn_implementation))
+        names: dict[int | None, str] = dict(requested(self.config, attn_implementation))
         if isinstance(attn_implementation, str):
             names[None] = attn_implementation
         listeners.requested(self, {at: name for at, name in names.items() if not is_ours(name)})
-        # Of a family with hand-written attention it would say that it cannot be set.
+        # Transformers would say of hand-written attention that it cannot be set.
         if uses_interface(self) or self.config.sub_configs or not is_ours(attn_implementation):
             choose(self, attn_implementation, *args, **kwargs)
         listeners.requested(self, {at: name for at, name in names.items() if is_ours(name)})
@@ -465,12 +449,10 @@ def _describing(_: Listeners, builder: Callable) -> Callable:
 Hook = tuple[Name, Callable[[Listeners, Callable], Callable]]
 HOOKS: dict[str, tuple[Hook, ...]] = {
     "flash_two": tuple((name, _false_for_flash_two) for name in NAMES["flash_two"]),
-    "loading": tuple(
-        zip(
-            NAMES["loading"],
-            (_entering_in_tables, _telling_what_is_built, _telling_what_is_requested),
-            strict=True,
-        )
+    "loading": (
+        (NAMES["loading"][0], _entering_in_tables),
+        (NAMES["loading"][1], _telling_what_is_built),
+        (NAMES["loading"][2], _telling_what_is_requested),
     ),
     "masks": tuple((Name(_MASKING, *item), _describing) for item in _BUILDERS.items()),
     "serving": ((NAMES["serving"][0], _telling_what_serves),),
@@ -483,7 +465,7 @@ FALLBACKS: dict[str, tuple[Hook, ...]] = {
     ),
     "masks": HOOKS["masks"],
 }
-"""The same where the feature is not offered: what is left of it works, or is refused by name."""
+"""The same where the feature is not offered."""
 
 
 def _enter_in_tables(model: type[PreTrainedModel]) -> None:
@@ -499,7 +481,7 @@ def _enter_in_tables(model: type[PreTrainedModel]) -> None:
         _hide_flash_in_name(module)
 
 
-def _requested(config: PreTrainedConfig, name: str | dict | None) -> Iterator[tuple[int, str]]:
+def requested(config: PreTrainedConfig, name: str | dict | None) -> Iterator[tuple[int, str]]:
     """(id of config, name) that ``name`` asks for, down through the sub-configs."""
     own = name.get("") if isinstance(name, dict) else name
     if own is not None:
@@ -507,19 +489,24 @@ def _requested(config: PreTrainedConfig, name: str | dict | None) -> Iterator[tu
     for key in config.sub_configs:
         sub = getattr(config, key, None)
         below = name.get(key) if isinstance(name, dict) else name
-        if sub is not None and below is not None:
-            yield from _requested(sub, below)
+        if isinstance(sub, PreTrainedConfig) and below is not None:
+            yield from requested(sub, below)
 
 
 def _is_part_of_another(model: PreTrainedModel) -> bool:
     """Whether ``model`` is being built by the constructor of another Transformers model."""
-    frame = sys._getframe(1)
-    while frame is not None:
+    for frame in callers(sys._getframe()):
         builder = frame.f_locals.get("self") if frame.f_code.co_name == "__init__" else None
         if isinstance(builder, PreTrainedModel) and builder is not model:
             return True
-        frame = frame.f_back
     return False
+
+
+def callers(frame: FrameType | None) -> Iterator[FrameType]:
+    """``frame`` and those that called it."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def only_inlined(function: Callable) -> Callable:
@@ -566,12 +553,19 @@ def remaps_positions() -> bool:
 
 
 def describe(mask_function: Callable) -> tuple[str, tuple[Any, ...]]:
-    """(builder, its arguments) of a mask function made by masking_utils; ("", ()) of any other."""
+    """(builder, its arguments) of a mask function of masking_utils; ("", ()) of any other.
+
+    Of the two plain ones the builder is "causal" and "bidirectional".
+    """
     unknown = "", ()
+    if mask_function is causal_mask_function:
+        return "causal", ()
+    if mask_function is bidirectional_mask_function:
+        return "bidirectional", ()
     description = getattr(mask_function, _DESCRIPTION, None)
     if description is not None or torch.compiler.is_compiling():
         return description or unknown
-    if getattr(mask_function, "__module__", None) != "transformers.masking_utils":
+    if getattr(mask_function, "__module__", None) != _MASKING:
         return unknown
     builder = mask_function.__qualname__.partition(".")[0]
     variables = mask_function.__code__.co_freevars

@@ -1,9 +1,9 @@
 """Every table of families: which of them need what, and whose attention is hand-written.
 
 Layers with hand-written attention compute it in their own forward instead of through Transformers'
-attention interface. All of them are run by one mechanism, `tracer`. Listed are those that tests
-prove to give the same numbers, as ``family.class``, and those that cannot, with the reason; users
-register their own. Everything else is told by the names its code uses.
+attention interface; `tracer` runs them all. The tables list the classes that tests prove to give
+the same numbers, and those that cannot run, with the reason; users register their own. Other layers
+are recognised by the names that their code uses.
 """
 
 from __future__ import annotations
@@ -27,44 +27,37 @@ INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 
 # Facts by model_type
 
-# Families that ask whether the mask is a tensor, by model_type: bool where they know it.
-WANTS_BOOL_TENSOR = frozenset({"doge"})
-WANTS_FLOAT_TENSOR = frozenset({"deepseek_v4", "gemma4_audio", "glm_moe_dsa", "informer"})
+# Families that ask whether the mask is a tensor.
+WANTS_TENSOR = frozenset({"deepseek_v4", "doge", "gemma4_audio", "glm_moe_dsa", "informer"})
 # Families that read the mask as additive, without a look at its dtype: to route tokens to experts.
 READS_ADDITIVE = frozenset({"nllb-moe"})
-# Families that are causal though their configs do not say so. Some make masks without our mask
-# function (OpenAI GPT, and Falcon with ALiBi, which runs under its own sdpa); the layers of others
-# hide the future themselves, by a mask that is not causal (Bark, ImageGPT).
+# Families that are causal though their configs do not say so. Some make their own masks (OpenAI
+# GPT; Falcon with ALiBi, which runs under its own sdpa); the layers of others hide the future
+# themselves (Bark, ImageGPT).
 CAUSAL = frozenset({"coarse_acoustics", "falcon", "imagegpt", "openai-gpt", "semantic"})
-# Families that hand zeros for positions to a decoder, since they add embeddings of time.
+# Families that hand a decoder zeros for positions, since they add embeddings of time.
 WITHOUT_POSITIONS = frozenset({"decision_transformer"})
-# Families with bidirectional layers that say is_causal, or nothing, which no mask bears out.
+# Families with bidirectional layers that say is_causal, or nothing, and get no mask.
 NOT_CAUSAL_WITHOUT_MASK = frozenset(
-    {
-        "bridgetower",
-        "bridgetower_text_model",
-        "chinese_clip_vision_model",
-        "kosmos_2_text_model",
-    }
+    {"bridgetower", "bridgetower_text_model", "chinese_clip_vision_model", "kosmos_2_text_model"}
 )
-# Families whose causal layers say is_causal=False where a mask came, which holds causality.
+# Families whose causal layers say is_causal=False when they hand over a causal mask.
 CAUSALITY_IN_MASK = frozenset({"moonshine", "moonshine_streaming"})
-# Families that turn to sdpa under a name with "flash" where a float mask comes, which is a bias.
+# Families that use sdpa for float masks, which are biases, under a name with "flash" in it.
 TURN_TO_SDPA = frozenset(
     {
         "edgetam", "edgetam_video", "sam2", "sam2_video", "sam3", "sam3_lite_text", "sam3_tracker",
         "sam3_tracker_video",
     }
 )  # fmt: skip
-# Families whose bidirectional layers name a window that only their cache keeps.
+# Families whose bidirectional layers name a window that only their cache applies.
 NO_WINDOW_WITHOUT_MASK = frozenset({"diffusion_gemma_text"})
-
 # Families whose models return the weights of layers that are no decoder's in every call.
 RETURNS_WEIGHTS = frozenset({"kosmos_2_text_model", "kosmos_2_5_text_model"})
 # Families whose weights leave out what goes to the sinks.
 WEIGHTS_WITHOUT_SINKS = frozenset({"granite_swa", "granitemoe_swa"})
 
-# Classes with hand-written attention, and such that cannot be run
+# Classes with hand-written attention, and those that cannot be run
 
 _BY_FAMILY = {
     "aimv2": "Aimv2AttentionPoolingHead",
@@ -171,7 +164,7 @@ _BY_FAMILY = {
 HAND_WRITTEN = frozenset(
     f"{family}.{name}" for family, names in _BY_FAMILY.items() for name in names.split()
 )
-"""Tested to give what they give unpatched."""
+"""``family.class``, tested to give what they give unpatched."""
 
 _SPARSE = "a fixed sparse pattern over blocks, whose probabilities are computed piece by piece"
 _WEIGHTS = "it returns the probabilities themselves"
@@ -217,13 +210,13 @@ ALWAYS_REQUESTED = frozenset(
         "oneformer.OneFormerAttention",
     }
 )
-"""Asked for their probabilities in every call, though only the model's caller may want them."""
+"""Their models request probabilities in every call, whether or not the caller wants them."""
 
 UNLESS = {
     "deberta.DisentangledSelfAttention": ("talking_head", "mixes the probabilities of its heads"),
     "ibert.IBertSelfAttention": ("quant_mode", "computes in integers"),
 }
-"""Layers of classes in HAND_WRITTEN that cannot: (attribute that tells, reason)."""
+"""Classes in HAND_WRITTEN that cannot run if an attribute is set: (attribute, reason)."""
 
 _TRANSFORMERS = "transformers.models."
 _NAMED = re.compile(r"att(ention|n)|mha", re.IGNORECASE)
@@ -240,14 +233,14 @@ def register_attention(cls: Module) -> Module:
     """Let `patch` switch a class of your own with hand-written softmax attention.
 
     Its forward then runs as it is, while the product of queries and keys is recorded and computed
-    by the kernels; what has no counterpart there raises NotImplementedError in the first call.
-    Probabilities that it returns are None, unless the model's caller asks for
-    ``output_attentions``. `check_parity` compares the layers with what they were. May decorate the
-    class; subclasses that do not override ``forward`` are registered with it.
+    by the kernels. What they cannot do raises NotImplementedError in the first call. Probabilities
+    that it returns are None, unless the model's caller asks for ``output_attentions``. Check the
+    layers with `check_parity`. May decorate the class; subclasses that do not override ``forward``
+    are registered with it.
 
     Raises:
         TypeError: not a class of modules.
-        ValueError: it is switched without this, or known to be impossible.
+        ValueError: it is switched without this, or cannot be.
     """
     if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
         raise TypeError(f"cls: expected a subclass of torch.nn.Module, got {cls!r}")
@@ -299,15 +292,12 @@ def attention_kind(cls: type[nn.Module]) -> str | None:
     if ":" in name:
         named = named or uses(_WHOLE) or uses(_QUERY)
     attends = uses(_WHOLE) or any("softmax" in name.lower() for name in names) and uses(_PRODUCT)
-    # Of a class that is compiled nothing but the name tells.
+    # A compiled class shows nothing but its name.
     return "hand-written" if named and (attends or not functions) else None
 
 
 def name_of(cls: type) -> str:
-    """``family.class`` of the class that defines ``forward``; PyTorch's own family is ``torch``.
-
-    ``module:class`` where neither Transformers nor PyTorch ships it.
-    """
+    """``family.class`` of the class that defines ``forward``; ``module:class`` of a user's."""
     cls = _defines_forward(cls)
     if not cls.__module__.startswith((_TRANSFORMERS, "torch.")):
         return f"{cls.__module__}:{cls.__qualname__}"
@@ -319,7 +309,7 @@ def _defines_forward(cls: type) -> type:
 
 
 def _functions(cls: type) -> list[FunctionType]:
-    """What an instance of ``cls`` may run of its own code, helpers of the same module included."""
+    """The functions that an instance of ``cls`` may run, helpers of the same module included."""
     found: dict[FunctionType, None] = {}
     done: set[str] = set()
     for owner in cls.__mro__:
@@ -344,7 +334,7 @@ def _functions(cls: type) -> list[FunctionType]:
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """The names that ``code`` uses, and "@" where it multiplies matrices so."""
+    """The names that ``code`` uses, and "@" for that operator."""
     yield from (*code.co_names, *code.co_varnames)
     for step in dis.get_instructions(code):
         if step.opname == "BINARY_OP" and step.argrepr.startswith("@"):
@@ -363,11 +353,6 @@ def has_cross_attention(model: PreTrainedModel) -> bool:
     return any(getattr(model.config, name, False) for name in names)
 
 
-def has_positions(model: PreTrainedModel) -> bool:
-    """Whether the ``position_ids`` that a model is given tell where its tokens stand."""
-    return model.config.model_type not in WITHOUT_POSITIONS
-
-
 def is_causal_model(model: PreTrainedModel) -> bool:
     """Whether a model that makes its own masks makes causal ones."""
     config = model.config
@@ -381,32 +366,8 @@ def hides_future(model: PreTrainedModel) -> bool:
     return model.config.model_type in CAUSAL and not has_cross_attention(model)
 
 
-def is_causal_without_mask(module: nn.Module) -> bool:
-    """Whether ``module.is_causal`` may be believed where no mask came."""
-    return _family(module) not in NOT_CAUSAL_WITHOUT_MASK
-
-
-def leaves_causality_to_mask(module: nn.Module) -> bool:
-    """Whether ``is_causal=False`` says nothing once there is a mask."""
-    return _family(module) in CAUSALITY_IN_MASK
-
-
-def has_window_without_mask(module: nn.Module) -> bool:
-    """Whether a bidirectional layer that names a window hides keys where no mask came."""
-    return _family(module) not in NO_WINDOW_WITHOUT_MASK
-
-
-def returns_weights(module: nn.Module) -> bool:
-    """Whether the model returns the weights of this layer whoever calls it."""
-    return _family(module) in RETURNS_WEIGHTS and not getattr(module, "is_decoder", True)
-
-
-def weights_without_sinks(module: nn.Module) -> bool:
-    """Whether eager weights of this layer sum to 1, though it has sinks."""
-    return _family(module) in WEIGHTS_WITHOUT_SINKS
-
-
-def _family(module: nn.Module) -> str | None:
+def family_of(module: nn.Module) -> str | None:
+    """The ``model_type`` of the layer's config."""
     return getattr(getattr(module, "config", None), "model_type", None)
 
 

@@ -1,9 +1,8 @@
 """One forward pass of a Transformers model: what its caller says, and what its layers share.
 
-Hooks on each model that uses flash_two open a pass before its forward and close it behind. In
-between, `packing` reads what the caller said of documents, also where the model hands none of it
-on; layers know whether the caller asked for attention weights, and share what they derive from
-tensors.
+Hooks on each model that uses flash_two open a pass before its forward and close it after. Meanwhile
+`packing` reads what the caller said of documents, whether or not the model hands it on; layers know
+whether the caller wants attention weights, and share what they derive from tensors.
 """
 
 from __future__ import annotations
@@ -11,16 +10,17 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from types import FrameType
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_flash_two.hf import compat
+from hf_flash_two.hf.compat import callers
 from hf_flash_two.tensor_cache import TensorCache, is_symbolic
 
 Derived = TypeVar("Derived")
@@ -31,11 +31,11 @@ _MODULES = nn.Module.__call__.__code__.co_filename
 
 
 class Said(NamedTuple):
-    """Of the arguments of a model those that layers may not be told; None where nothing came.
+    """The arguments of a model that may not reach its layers; None where nothing came.
 
     Attributes:
         position_ids: [1 or B, T].
-        attention_mask: [B, L], as the caller gave it; or anything else that came in its place.
+        attention_mask: [B, L], as the caller gave it; or anything else given as one.
         cu_seq_lens_q: [N + 1]; cu_seq_lens_k: the same, or a dict of them by kind of layer.
         output_attentions: whether the caller wants attention weights.
     """
@@ -55,7 +55,7 @@ class ForwardPass:
         around: the pass within which this one runs.
         frame: the call that opened it; None while tracing.
         ones: the mask with 1 for every visible token, where the caller's may number documents.
-        apart: nothing that was said of documents is left to be done.
+        apart: whether all documents that were described are kept apart.
         derived: what layers share; one for all passes within the outermost.
     """
 
@@ -72,14 +72,14 @@ class ForwardPass:
         self.apart = False
 
 
-Begin = Callable[[ForwardPass], dict[str, Tensor]]
-"""Called with a pass that opens; returns the arguments of the model that it replaces."""
+Begin = Callable[[ForwardPass], Tensor | None]
+"""Called with a pass that opens; returns what replaces the ``attention_mask``, if anything."""
 End = Callable[[ForwardPass], None]
 """Called with a pass whose forward is through."""
 
 
 def watch(model: PreTrainedModel, begin: Begin, end: End) -> None:
-    """Open a `ForwardPass` in every forward of ``model``; again is no harm."""
+    """Open a `ForwardPass` in every forward of ``model``; a second call does nothing."""
     if _HOOKS in model.__dict__:
         return
     names = list(inspect.signature(type(model).forward).parameters)[1:]
@@ -131,6 +131,12 @@ def once(tensor: Tensor, key, build: Callable[[], Derived], *others: Tensor) -> 
     return running.derived.once(key, build, *tensors)
 
 
+def text_positions(positions: Any) -> Any:
+    """Of [4, B, T], the text's and those of the rotary embedding, the first; others as they are."""
+    several = isinstance(positions, Tensor) and positions.dim() == 3 and positions.shape[0] == 4
+    return positions[0] if several else positions
+
+
 def _passes() -> list[ForwardPass]:
     if not hasattr(_local, "passes"):
         _local.passes = []
@@ -153,9 +159,9 @@ def _open_pass(
 ) -> tuple[tuple, dict] | None:
     passes, frame = _passes(), None
     if not is_symbolic():
-        frame = next(f for f in _callers(sys._getframe()) if f.f_code.co_filename == _MODULES)
+        frame = next(f for f in callers(sys._getframe()) if f.f_code.co_filename == _MODULES)
         # What interrupts a forward from outside, as Ctrl-C does, leaves its pass behind.
-        while passes and passes[-1].frame not in (None, *_callers(frame)):
+        while passes and passes[-1].frame not in (None, *callers(frame)):
             passes.pop()
     given = [
         kwargs.get(name, args[at] if at < len(args) else None)
@@ -170,12 +176,14 @@ def _open_pass(
         for name, value in _said_past_hooks(model, frame).items():
             at = Said._fields.index(name)
             given[at] = value if given[at] is None else given[at]
-    positions, *others = given
-    if isinstance(positions, Tensor) and positions.dim() == 3 and positions.shape[0] == 4:
-        positions = positions[0]  # the text's, before those of the rotary embedding
-    passes.append(ForwardPass(model, Said(positions, *others), around, frame))
-    replaced = begin(passes[-1])
-    return _with(replaced, slots, args, kwargs) if replaced else None
+    said = Said(text_positions(given[0]), *given[1:])
+    passes.append(ForwardPass(model, said, around, frame))
+    mask, at = begin(passes[-1]), slots[Said._fields.index("attention_mask")]
+    if mask is None:
+        return None
+    if "attention_mask" in kwargs:
+        return args, {**kwargs, "attention_mask": mask}
+    return (*args[:at], mask, *args[at + 1 :]) if at < len(args) else args, kwargs
 
 
 def _close_pass(end: End, model: PreTrainedModel, args: tuple, output) -> None:
@@ -187,31 +195,9 @@ def _close_pass(end: End, model: PreTrainedModel, args: tuple, output) -> None:
 _open_in_eager, _close_in_eager = map(torch.compiler.disable, (_open_pass, _close_pass))
 
 
-def _with(
-    replaced: dict[str, Tensor], slots: tuple[int, ...], args: tuple, kwargs: dict
-) -> tuple[tuple, dict]:
-    """The model's arguments with those of ``replaced`` in their slots."""
-    for name, tensor in replaced.items():
-        at = slots[Said._fields.index(name)]
-        if name in kwargs:
-            kwargs = {**kwargs, name: tensor}
-        elif at < len(args):
-            args = (*args[:at], tensor, *args[at + 1 :])
-    return args, kwargs
-
-
-def _callers(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
 def _said_past_hooks(model: PreTrainedModel, frame: FrameType) -> dict:
-    """What was handed to the model around this one whose forward was called without its hooks.
-
-    PEFT calls it so.
-    """
-    for caller in _callers(frame):
+    """What the model around this one got, where its forward was called without hooks (PEFT)."""
+    for caller in callers(frame):
         if caller.f_code.co_name != "forward":
             continue
         variables = caller.f_locals

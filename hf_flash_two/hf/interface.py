@@ -16,9 +16,8 @@ from hf_flash_two.hf.packing import keep_apart, keep_apart_in_layer
 from hf_flash_two.hf.tensor_masks import from_block_indices, from_indices, from_tensor
 from hf_flash_two.masks import AttentionMask
 
-# What attention functions of Transformers read, though here it changes no result: lengths that
-# cu_seq_lens already hold; every kernel is deterministic; how another kernel is tuned; groups of
-# heads, which the shapes tell.
+# Other attention functions read these; here they change no result. cu_seq_lens hold the lengths,
+# every kernel is deterministic, and the shapes tell the groups of heads.
 _INFORMATIONAL = frozenset(
     {
         "max_length_q", "max_length_k", "max_seqlen_q", "max_seqlen_k", "deterministic",
@@ -56,8 +55,8 @@ def attention_forward(
     Args:
         module: the calling attention layer; its ``is_causal`` counts where no mask came.
         query: [B, Hq, Tq, D]; key, value: [B, Hk, Tk, D or Dv].
-        attention_mask: what our mask function made; or a bool [B, H, Tq, Tk], True may attend; or
-            a float one, which is added to the scores; or [B, Tk], nonzero for the keys to see.
+        attention_mask: what `make_mask` made; or bool [B, H, Tq, Tk], True may attend; or float,
+            added to the scores; or [B, Tk], nonzero for the keys to see.
         is_causal: overrides ``module.is_causal`` where no mask came.
         sliding_window: used where no mask came; a mask already holds it.
         s_aux: [Hq], attention sinks; sinks: the same, or one per query [B, Hq, Tq, 1].
@@ -76,16 +75,17 @@ def attention_forward(
         A query that sees no key gets 0, where "eager" gives it the average of all values.
 
     Raises:
-        TypeError: an argument that another attention of Transformers, or the family's own eager
-            one, would use, and that is not known here. What no attention uses is passed over, as
-            models hand down all sorts of arguments.
-        ValueError: arguments that contradict each other or do not fit.
+        TypeError: an unknown argument that another attention function would use. Arguments that
+            none uses are ignored, since models hand down all sorts.
+        ValueError: arguments contradict each other or do not fit.
     """
     _refuse_what_others_use(module, kwargs)
     bias = None
     if cache is not None or kwargs.get("write_index") is not None:
         compat.require("serving")
-        _check_paged(module, attention_mask)
+        if isinstance(attention_mask, Tensor):
+            reason = "makes a mask of this step's tokens, not of those in the cache"
+            compat.refuse_serving(module, reason)
         paged = dict(kwargs, cu_seq_lens_k=cu_seq_lens_k)
         key, value, mask = _from_paged_cache(module, key, value, cache, cu_seq_lens_q, paged)
     else:
@@ -93,8 +93,12 @@ def attention_forward(
             module, query, key, attention_mask, is_causal, sliding_window, position_ids,
             cu_seq_lens_q, cu_seq_lens_k,
         )  # fmt: skip
-    chosen = _chosen_keys(module, query, key, indices, block_indices)
-    mask = mask if chosen is None else mask & chosen
+    if indices is not None:
+        mask = mask & from_indices(indices, key.shape[2])
+    elif block_indices is not None:
+        indexer: Any = module.indexer
+        blocks = block_indices, indexer.block_size, query.shape[1], key.shape[2]
+        mask = mask & from_block_indices(*blocks)
     if position_bias is not None:
         bias = position_bias if bias is None else position_bias + bias
     if isinstance(scaling, Tensor):
@@ -122,7 +126,8 @@ def attention_forward(
     out, lse = out if row_sinks is None else _with_row_sinks(*out, row_sinks)
     weights = None
     if wants_weights:
-        lse = None if families.weights_without_sinks(module) else lse
+        if families.family_of(module) in families.WEIGHTS_WITHOUT_SINKS:
+            lse = None
         weights = _weights(query, key, mask, bias, lse, scaling, softcap)
         if cu_seq_lens_q is not None and is_causal is False and attention_mask is None:
             # Towers, which under "eager" attend within one image at a time.
@@ -148,11 +153,12 @@ def _refuse_what_others_use(module: torch.nn.Module, kwargs: dict[str, object]) 
 
 
 def _causality(module: torch.nn.Module, attention_mask, is_causal: bool | None) -> bool:
-    modules = getattr(module, "is_causal", True)
+    modules, family = getattr(module, "is_causal", True), families.family_of(module)
     if is_causal is None:
-        return modules and (attention_mask is not None or families.is_causal_without_mask(module))
+        masked = attention_mask is not None
+        return modules and (masked or family not in families.NOT_CAUSAL_WITHOUT_MASK)
     if not is_causal and modules and isinstance(attention_mask, MaskProxy):
-        if attention_mask.causal and not families.leaves_causality_to_mask(module):
+        if attention_mask.causal and family not in families.CAUSALITY_IN_MASK:
             raise ValueError(
                 "is_causal: False was passed, but the model made a causal mask; set "
                 "`model.config.is_causal = False` before the forward for bidirectional attention"
@@ -207,7 +213,7 @@ def _without_mask(
 ) -> AttentionMask:
     """Towers and cross attention come without a mask; nothing that had to have one may."""
     if not causal:
-        windowed = families.has_window_without_mask(module)
+        windowed = families.family_of(module) not in families.NO_WINDOW_WITHOUT_MASK
         if sliding_window is not None and windowed and keys > sliding_window:
             raise ValueError(
                 f"attention_mask: a bidirectional layer with sliding_window={sliding_window} got "
@@ -230,28 +236,12 @@ def _without_mask(
     return AttentionMask.causal(window=sliding_window)
 
 
-def _check_paged(module: torch.nn.Module, attention_mask) -> None:
-    """Refuse what pages of earlier tokens have no answer to."""
-    reason = None
-    if isinstance(attention_mask, Tensor):
-        reason = "makes a mask of this step's tokens, not of those in the cache"
-    elif not getattr(module, "is_causal", True):
-        reason = "attends both ways, and the cache holds earlier tokens only"
-    if reason is not None:
-        raise NotImplementedError(
-            f"continuous batching: {type(module).__name__} {reason}; use `generate`"
-        )
-
-
 def _from_paged_cache(
-    module: torch.nn.Module,
-    key: Tensor,
-    value: Tensor,
-    cache,
-    query_ends: Any,
-    paged: dict,
+    module: torch.nn.Module, key: Tensor, value: Tensor, cache, query_ends: Any, paged: dict
 ) -> tuple[Tensor, Tensor, AttentionMask]:
     """The keys and values of all requests end to end, and the mask that keeps these apart."""
+    if not getattr(module, "is_causal", True):
+        compat.refuse_serving(module, "attends both ways, and the cache holds earlier tokens only")
     key, value, key_ends, window = compat.update_paged_cache(cache, key, value, module, paged)
     keep_apart()
     keys = key.shape[2]
@@ -264,25 +254,12 @@ def _from_paged_cache(
     return key, value, once(key_ends, ("paged", keys, window), build, query_ends)
 
 
-def _chosen_keys(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    indices: Tensor | None,
-    block_indices: Tensor | None,
-) -> AttentionMask | None:
-    if indices is not None:
-        return from_indices(indices, key.shape[2])
-    if block_indices is None:
-        return None
-    indexer: Any = module.indexer
-    return from_block_indices(block_indices, indexer.block_size, query.shape[1], key.shape[2])
-
-
 def _wants_weights(module: torch.nn.Module, asked: bool | None) -> bool:
     if asked is None:
         asked = getattr(getattr(module, "config", None), "output_attentions", False)
-    return bool(asked) or families.returns_weights(module) or forward_pass.asks_for_weights()
+    always = families.family_of(module) in families.RETURNS_WEIGHTS
+    always = always and not getattr(module, "is_decoder", True)
+    return bool(asked) or always or forward_pass.asks_for_weights()
 
 
 def _with_row_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,15 @@
-"""A ``forward`` of its own for one layer with hand-written attention: it runs under the tracer.
+"""The ``forward`` of one layer with hand-written attention, under the tracer.
 
 What lies on an instance is looked up without binding. A forward that held its layer would run that
 layer's weights in every shallow copy (`nn.DataParallel` makes one per device and call), and would
-keep a deleted model until the garbage collector runs. So it holds none: a forward pre-hook, which
-is given the layer that was called, hands it over.
+keep a deleted model until the garbage collector runs. So a forward pre-hook, which is given the
+layer that was called, hands it over.
 """
 
 from __future__ import annotations
 
 import inspect
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import nn
@@ -17,17 +17,18 @@ from torch.utils._pytree import tree_map
 
 from hf_flash_two.hf.forward_pass import asks_for_weights
 from hf_flash_two.hf.tracer.mode import tracing
+from hf_flash_two.hf.tracer.rules import signature
 
 _UNPATCHED = "flash_two_unpatched"
 
 
 class LayerForward:
-    """Stands for the forward of ``layer``, which it takes the place of.
+    """Takes the place of the forward of ``layer``.
 
     Attributes:
         name: of the layer, for errors.
         previous: the forward that the instance had; None for that of its class.
-        believed: an ``output_attentions`` that the layer is given says what the caller wants.
+        believed: whether the ``output_attentions`` that the layer gets is what the caller wants.
     """
 
     def __init__(self, layer: nn.Module, name: str, *, believed: bool):
@@ -40,7 +41,7 @@ class LayerForward:
     def __call__(self, *args, **kwargs):
         if _UNPATCHED not in kwargs:
             raise TypeError(
-                f"{self.name}: its `forward` was called by itself; call the layer, or undo with "
+                f"{self.name}: `forward` was called directly; call the layer, or undo `patch` by "
                 "hf_flash_two.unpatch(model)"
             )
         # Not a bound method: the compiler takes one for the layer's own forward, which is this.
@@ -59,7 +60,7 @@ class LayerForward:
         return tree_map(tracer.resolve, outputs)
 
     def remove(self, layer: nn.Module) -> None:
-        """``layer`` is as it was; Accelerate's hooks, which wrap what they find, stay."""
+        """Put the forward of ``layer`` back, also below Accelerate's hooks, which stay."""
         slot = _slot(layer)
         if slot is None:
             return
@@ -70,7 +71,7 @@ class LayerForward:
 
 
 def of(layer: nn.Module) -> LayerForward | None:
-    """That of ``layer``; None if it has none."""
+    """The one of ``layer``; None if it has none."""
     slot = _slot(layer)
     return None if slot is None else vars(layer)[slot]
 
@@ -88,13 +89,5 @@ def _hand_over(layer: nn.Module, args: tuple, kwargs: dict[str, object]):
 
 def _asked(cls: type[nn.Module], args: tuple, kwargs: dict) -> bool:
     """The ``output_attentions`` among the arguments of a ``cls``'s forward."""
-    position = _position(cls)
-    if position is not None and position < len(args):
-        return bool(args[position])
-    return bool(kwargs.get("output_attentions"))
-
-
-@cache
-def _position(cls: type[nn.Module]) -> int | None:
-    names = list(inspect.signature(cls.forward).parameters)
-    return names.index("output_attentions") - 1 if "output_attentions" in names else None
+    names = list(signature(cls.forward).parameters)[1:]
+    return bool((dict(zip(names, args, strict=False)) | kwargs).get("output_attentions"))

@@ -1,15 +1,17 @@
 """Transformers' mask functions -> `AttentionMask`, once per forward.
 
 Transformers describes a mask as a function of (batch, head, query, key) put together from a few
-closures, plus the 2-D attention mask. The closures are recognised and turned into a band or into
-visibility intervals in O(N). Any other function is evaluated tile by tile, and becomes intervals if
-each key is seen by one run of queries, a dense mask otherwise. No conversion approximates.
+closures, plus the 2-D attention mask. Known closures become a band or visibility intervals in O(N).
+Any other function is evaluated tile by tile, and becomes intervals if each key is seen by one run
+of queries, a dense mask otherwise. No conversion approximates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial, reduce
+from operator import and_
 
 import torch
 from torch import Tensor
@@ -17,12 +19,7 @@ from torch.nn.functional import pad
 
 from hf_flash_two.hf import compat, families
 from hf_flash_two.hf.mask_proxy import MaskProxy
-from hf_flash_two.hf.packing import (
-    all_visible,
-    demand,
-    documents_of_mask,
-    positions_within,
-)
+from hf_flash_two.hf.packing import demand, documents_of_mask, positions_within
 from hf_flash_two.hf.tensor_masks import from_tiles
 from hf_flash_two.masks import AttentionMask
 from hf_flash_two.tensor_cache import is_symbolic
@@ -39,10 +36,6 @@ class _Axes:
     q_offset: int | Tensor
     kv_offset: int
     device: torch.device | str
-
-    def keys(self) -> Tensor:
-        """Positions of the keys on Transformers' axis, [Tk]."""
-        return torch.arange(self.kv_length, device=self.device) + self.kv_offset
 
     def of_keys(self, x: Tensor) -> Tensor:
         """[B, L] over positions -> [B, Tk] over keys."""
@@ -64,16 +57,16 @@ def make_mask(
     device: torch.device | str = "cpu",
     **_,
 ) -> MaskProxy | Tensor | None:
-    """What `transformers.AttentionMaskInterface` calls: one mask for all layers of one kind.
+    """The mask of all layers of one kind, as `transformers.AttentionMaskInterface` asks for it.
 
     Args:
-        q_offset: position of query 0; a tensor [] under a static cache, which goes on counting in
-            it, so its value is used up here.
+        q_offset: position of query 0; a tensor [] under a static cache, which counts on in it, so
+            nothing may keep it.
         attention_mask: None or [B, L], nonzero where the key may be seen; L may exceed
             ``kv_offset + kv_length`` or, with a static cache, fall short of it. Rows beyond the
-            batch, as MusicGen has one for each code book, count for nothing.
-        allow_is_bidirectional_skip: None may stand for "all see all"; done where a family computes
-            attention by hand, and would add a mask of zeros.
+            batch are ignored: MusicGen has one for each code book.
+        allow_is_bidirectional_skip: None may stand for "all see all"; used only where a family
+            computes attention by hand, and would add a mask of zeros.
         use_vmap: ``mask_function`` must be called with scalars.
 
     Returns:
@@ -126,7 +119,7 @@ def make_mask(
     hand_written = config is not None and families.is_hand_written(config)
     family = getattr(config, "model_type", None)
     # Through the interface it is not left out: layers without one may take themselves for causal.
-    adds_it = hand_written or family in families.WANTS_FLOAT_TENSOR
+    adds_it = hand_written or family in families.WANTS_TENSOR
     if allow_is_bidirectional_skip and adds_it and mask.hides_nothing:
         return None
     shape = (batch_size, 1, q_length, kv_length)
@@ -139,9 +132,7 @@ def make_mask(
         packed=packed,
         padding=attention_mask,
     )
-    if family in families.WANTS_BOOL_TENSOR:
-        return proxy.as_bool()
-    return proxy.as_additive(dtype) if family in families.WANTS_FLOAT_TENSOR else proxy
+    return proxy.as_additive(dtype) if family in families.WANTS_TENSOR else proxy
 
 
 def _padding(attention_mask: Tensor | None, axes: _Axes, q_length: int) -> Tensor | None:
@@ -155,7 +146,7 @@ def _padding(attention_mask: Tensor | None, axes: _Axes, q_length: int) -> Tenso
         # Intervals in any case, or few keys. Another kind of mask once the padding has left the
         # window would be compiled anew, and to ask would make the device wait.
         return keep
-    return None if all_visible(keep) is True else keep
+    return keep if is_symbolic() or not (keep != 0).all() else None
 
 
 def _within(function: Callable, documents: Tensor, positions: Tensor, batch: int) -> Callable:
@@ -178,7 +169,7 @@ def _at_queries(mask: AttentionMask, q_length: int, axes: _Axes) -> AttentionMas
     """The mask with its queries in their places on the axis of the keys."""
     offset = axes.q_offset - axes.kv_offset
     if isinstance(offset, Tensor):
-        first, last = _intervals(mask, axes)
+        first, last = _intervals(mask, axes.kv_length, axes.device)
         return AttentionMask.from_intervals(first - offset, last - offset, query_offset=0)
     # Bottom-right is said by None, so that a growing cache gives torch.compile nothing to guard.
     at_end = offset == axes.kv_length - q_length
@@ -186,9 +177,7 @@ def _at_queries(mask: AttentionMask, q_length: int, axes: _Axes) -> AttentionMas
 
 
 def _kinds(function: Callable) -> set[str]:
-    """The builders that a mask function is put together from; "causal" for the plain one."""
-    if function is compat.causal_mask_function:
-        return {"causal"}
+    """The builders that a mask function is put together from."""
     builder, arguments = compat.describe(function)
     if builder in ("and_masks", "or_masks"):
         return set().union(*(_kinds(part) for part in arguments[0]))
@@ -208,11 +197,11 @@ def _convert(
     Args:
         position: [B, L], what stands for the axes on the axis inside a packed document.
     """
-    if function is compat.causal_mask_function:
-        return AttentionMask.causal()
-    if function is compat.bidirectional_mask_function:
-        return AttentionMask.full()
     builder, arguments = compat.describe(function)
+    if builder == "causal":
+        return AttentionMask.causal()
+    if builder == "bidirectional":
+        return AttentionMask.full()
     if builder in ("and_masks", "or_masks"):
         return _combine(builder, arguments[0], axes, position)
     if builder == "sliding_window_overlay" and arguments[0] >= 1:
@@ -233,56 +222,48 @@ def _convert(
 
 def _combine(builder: str, functions, axes: _Axes, position) -> AttentionMask | None:
     parts = [compat.describe(function) for function in functions]
-    masks = []
     remapped = any(name == "remap_positions_for_packed_sequence" for name, _ in parts)
     assumed = torch.compiler.is_compiling() and not compat.remaps_positions()
+    masks = []
     for function, (name, arguments) in zip(functions, parts, strict=True):
         if builder == "and_masks" and name == "remap_positions_for_packed_sequence":
             # Within a document positions go up by one: all that is relative stays as it is.
-            inner, position_ids = arguments
-            masks.append(_convert(inner, axes, position_ids))
+            mask = _convert(arguments[0], axes, arguments[1])
         elif (
-            name == "packed_sequence_mask_function"
-            and builder == "and_masks"
+            builder == "and_masks"
+            and name == "packed_sequence_mask_function"
             and (remapped or assumed)
         ):
             # The library numbers documents in order, so no number comes back.
             if not remapped:  # a user's own numbers look the same
                 in_order = (arguments[0][:, 1:] >= arguments[0][:, :-1]).all()
                 demand(in_order, "flash_two: document ids that fall need eager mode")
-            runs = AttentionMask.from_documents(segment_ids=arguments[0])
-            masks.append(replace(runs, query_offset=None))
+            mask = replace(
+                AttentionMask.from_documents(segment_ids=arguments[0]), query_offset=None
+            )
         else:
-            masks.append(_convert(function, axes, position))
-    if any(mask is None for mask in masks):
-        return None
-    result = masks[0]
-    for mask in masks[1:]:
-        result = result & mask if builder == "and_masks" else _union(result, mask, axes)
-    return result
+            mask = _convert(function, axes, position)
+        if mask is None:
+            return None
+        masks.append(mask)
+    return reduce(and_ if builder == "and_masks" else partial(_union, axes), masks)
 
 
-def _union(a: AttentionMask, b: AttentionMask, axes: _Axes) -> AttentionMask:
-    (first_a, last_a), (first_b, last_b) = _intervals(a, axes), _intervals(b, axes)
-    return AttentionMask.from_intervals(
-        torch.minimum(first_a, first_b), torch.maximum(last_a, last_b)
-    )
+def _union(axes: _Axes, *masks: AttentionMask) -> AttentionMask:
+    first, last = zip(*(_intervals(x, axes.kv_length, axes.device) for x in masks), strict=True)
+    return AttentionMask.from_intervals(torch.minimum(*first), torch.maximum(*last))
 
 
-def _intervals(mask: AttentionMask, axes: _Axes) -> tuple[Tensor, Tensor]:
+def _intervals(mask: AttentionMask, keys: int, device) -> tuple[Tensor, Tensor]:
     """query_start, query_stop of any mask without a dense part."""
-    everyone = torch.ones(1, axes.kv_length, dtype=torch.bool, device=axes.device)
-    return _bounds(mask & AttentionMask.from_padding(everyone))
-
-
-def _bounds(mask: AttentionMask) -> tuple[Tensor, Tensor]:
-    """Of a mask that is given by intervals."""
-    assert mask.query_start is not None and mask.query_stop is not None
-    return mask.query_start, mask.query_stop
+    everyone = torch.ones(1, keys, dtype=torch.bool, device=device)
+    mask = mask & AttentionMask.from_padding(everyone)
+    assert mask.intervals is not None
+    return mask.intervals
 
 
 def _chunks(size: int, left_padding: Tensor, axes: _Axes, position) -> AttentionMask:
-    key = axes.keys()[None]
+    key = torch.arange(axes.kv_length, device=axes.device)[None] + axes.kv_offset
     position = key if position is None else axes.of_keys(position)
     first = key - (position - left_padding[:, None]) % size
     return AttentionMask.from_intervals(first - axes.kv_offset, first - axes.kv_offset + size)
@@ -299,7 +280,7 @@ def _equal_ids(ids: Tensor, axes: _Axes, hidden: Tensor | None = None) -> Attent
     returns = starts[:, 1:] & (ids[:, 1:] <= highest[:, :-1])
     if bool(returns.any()):
         return None
-    runs = _bounds(AttentionMask.from_documents(segment_ids=ids))
+    runs = _intervals(AttentionMask.from_documents(segment_ids=ids), ids.shape[1], ids.device)
     first, last = (axes.of_keys(x) - axes.kv_offset for x in runs)
     if hidden is not None:
         last = torch.where(axes.of_keys(hidden), first, last)

@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._pytree import tree_map
 from transformers.utils import logging
 
+from hf_flash_two.hf.tensor_masks import from_dense
 from hf_flash_two.masks import AttentionMask
 
 logger = logging.get_logger(__name__)
@@ -22,16 +23,16 @@ _SUMS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
 class MaskProxy(BlockMask):
     """An `AttentionMask` that Transformers passes through and foreign code may use as a tensor.
 
-    Transformers lets a mask pass untouched if it is a tensor or a ``BlockMask`` of four
-    dimensions; nothing else of ``BlockMask`` is used. What treats it as a tensor gets the dense
-    mask it stands for, at O(Tq * Tk) memory: additive (0 and the smallest number) where ``dtype``
-    is a float, in a sum, or converted to a float; boolean (True may attend) everywhere else.
+    Transformers passes on a tensor or a ``BlockMask`` of four dimensions; nothing else of
+    ``BlockMask`` is used. Code that treats the proxy as a tensor gets the dense mask, in O(Tq * Tk)
+    memory: additive (0 and the smallest number) where ``dtype`` is a float, in a sum, or converted
+    to a float; boolean (True may attend) everywhere else.
 
     Attributes:
         mask: what the attention uses.
         dtype: that of the tensor it stands for.
         causal: whether causality is part of the mask.
-        packed: whether it holds the packed documents that the model's caller told of.
+        packed: whether it holds the packed documents that the model's caller described.
         padding: [B, L], nonzero for visible tokens, that it was made with; None if all are.
     """
 
@@ -48,13 +49,10 @@ class MaskProxy(BlockMask):
         packed: bool = False,
         padding: Tensor | None = None,
     ):
-        self.mask = mask
+        self.mask, self.device, self.dtype = mask, torch.device(device), dtype
         batch, heads, queries, keys = shape
         self._shape = batch, heads, queries, keys
-        self.device = torch.device(device)
-        self.dtype = dtype
-        self.causal = causal
-        self.packed, self.padding = packed, padding
+        self.causal, self.packed, self.padding = causal, packed, padding
 
     @property
     def shape(self) -> torch.Size:
@@ -70,23 +68,17 @@ class MaskProxy(BlockMask):
     def broadcast_to(self, queries: int, keys: int) -> MaskProxy:
         """The mask of one query, or to one key, as that of all; any other as it is.
 
-        One that hides nothing fits all lengths: eager has no mask there, so nobody notices when a
-        model takes that of other tokens (BridgeTower).
+        One that hides nothing fits all lengths: BridgeTower takes that of other tokens, which goes
+        unnoticed under eager, where it is None.
         """
-        batch, heads, own_queries, own_keys = self._shape
+        batch, heads, *own = self._shape
         if self.mask.hides_nothing:
-            return self._replace(self.mask, (batch, heads, queries, keys))
-        shape = tuple(
-            want if own == 1 else own for own, want in ((own_queries, queries), (own_keys, keys))
-        )
-        if shape == (own_queries, own_keys):
+            return self._replace(shape=(batch, heads, queries, keys))
+        wanted = [n if has == 1 else has for has, n in zip(own, (queries, keys), strict=True)]
+        if wanted == own:
             return self
-        if own_queries == 1:
-            seen = self.as_bool()[:, 0, 0]
-            mask = AttentionMask.from_padding(seen.expand(batch, shape[1]))
-        else:
-            mask = AttentionMask.from_dense(self.as_bool())
-        return self._replace(mask, (batch, heads, *shape))
+        mask = from_dense(self.as_bool(), *wanted)
+        return self._replace(mask=mask, shape=(batch, heads, *wanted))
 
     def as_bool(self) -> Tensor:
         """bool [B, 1, Tq, Tk], True may attend."""
@@ -128,7 +120,9 @@ class MaskProxy(BlockMask):
         ]
         moved = self
         if devices and devices[0] != self.device:
-            moved = self._replace(self.mask.to(devices[0]), device=devices[0])
+            padding = None if self.padding is None else self.padding.to(devices[0])
+            mask = self.mask.to(devices[0])
+            moved = self._replace(mask=mask, device=devices[0], padding=padding)
         return moved.as_tensor(dtypes[0]) if dtypes else moved
 
     def float(self) -> Tensor:
@@ -137,17 +131,9 @@ class MaskProxy(BlockMask):
     def type_as(self, other: Tensor) -> Tensor:
         return self.as_tensor(other.dtype)
 
-    def _replace(self, mask: AttentionMask, shape=None, device=None) -> MaskProxy:
-        padding = self.padding
-        return MaskProxy(
-            mask,
-            self._shape if shape is None else shape,
-            self.device if device is None else device,
-            self.dtype,
-            causal=self.causal,
-            packed=self.packed,
-            padding=padding if device is None or padding is None else padding.to(device),
-        )
+    def _replace(self, **changes) -> MaskProxy:
+        names = ("mask", "shape", "device", "dtype", "causal", "packed", "padding")
+        return MaskProxy(**{name: getattr(self, name) for name in names} | changes)
 
     def __getitem__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, index
@@ -160,11 +146,9 @@ class MaskProxy(BlockMask):
         mask = self.mask.slice_queries(start_q, stop_q, queries, keys)
         mask = mask.slice_keys(start_k, stop_k, stop_q - start_q, keys)
         mask = mask.each_tensor(lambda part: part[batch] if part.shape[0] > 1 else part)
-        count = len(range(self._shape[0])[batch])
-        proxy = self._replace(mask, (count, 1, stop_q - start_q, stop_k - start_k))
-        if self.padding is not None:
-            proxy.padding = self.padding[batch]
-        return proxy
+        shape = len(range(self._shape[0])[batch]), 1, stop_q - start_q, stop_k - start_k
+        padding = None if self.padding is None else self.padding[batch]
+        return self._replace(mask=mask, shape=shape, padding=padding)
 
     def __and__(self, other) -> MaskProxy | Tensor:
         if not isinstance(other, MaskProxy) or other._shape != self._shape:
@@ -174,9 +158,8 @@ class MaskProxy(BlockMask):
         if offset != others:
             return _bitwise_and(self, other)
         both = replace(self.mask, query_offset=offset) & replace(other.mask, query_offset=offset)
-        proxy = self._replace(both)
-        proxy.causal, proxy.packed = self.causal or other.causal, self.packed or other.packed
-        return proxy
+        causal, packed = self.causal or other.causal, self.packed or other.packed
+        return self._replace(mask=both, causal=causal, packed=packed)
 
     def __getattr__(self, name: str):
         if name.startswith("_") or not hasattr(Tensor, name):
@@ -188,8 +171,8 @@ class MaskProxy(BlockMask):
         in_sum = getattr(func, "__name__", "") in _SUMS
         if in_sum:
             logger.warning_once(
-                "A mask of `flash_two` was added to scores: an attention of this model does not go "
-                "through Transformers' attention interface, and computes them as it always did. "
+                "A mask of `flash_two` was added to scores: an attention layer of this model "
+                "computes them itself instead of through Transformers' attention interface. "
                 "`hf_flash_two.patch(model)` reports which, and replaces what it can."
             )
         scores = next((x.dtype for x in args if isinstance(x, Tensor)), None) if in_sum else None
@@ -211,7 +194,7 @@ class MaskProxy(BlockMask):
 
 
 def _slices(index, shape):
-    """Batch slice, and (start, stop) of queries and keys; None if ``index`` is anything else."""
+    """Batch slice, and (start, stop) of queries and keys; None if ``index`` is no such slices."""
     index = index if isinstance(index, tuple) else (index,)
     gaps = [at for at, i in enumerate(index) if i is Ellipsis]
     if gaps:

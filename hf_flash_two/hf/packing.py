@@ -1,12 +1,11 @@
 """Packed documents: which tokens of a row belong together, and what keeps them apart.
 
-A caller says so in three ways: by boundaries (``cu_seq_lens_q``), by positions that restart, and by
-a 2-D mask that numbers the documents. Each row is read by itself, and of each row only the visible
-tokens: padding has positions of its own, which tell nothing. All that is decided about documents is
-decided here; others ask.
+A caller describes documents by boundaries (``cu_seq_lens_q``), by positions that restart, or by a
+2-D mask that numbers them. Each row is read by itself, and only its visible tokens: the positions
+of padding tell nothing.
 
-No seam of Transformers reaches every model. `tests/hf/test_packing_seams.py` removes each, and
-shows that the models which it serves then leak or are refused:
+No seam of Transformers reaches every model. `tests/hf/test_packing_seams.py` removes each one and
+shows that its models then leak or are refused:
 
 ========================  ================================  ========================================
 seam                      what it reads                     serves
@@ -49,10 +48,7 @@ _BEHIND_CACHE = (
 
 
 def demand(holds: Tensor, message: str) -> None:
-    """Without values: raise RuntimeError unless bool [] ``holds`` when what is traced runs.
-
-    Under `torch.func.vmap`, which runs at once, of any of the values.
-    """
+    """Raise RuntimeError unless bool [] ``holds``: when a traced graph runs, under vmap at once."""
     values = all_values(holds)
     if values is None or not is_mapped():
         torch._assert_async(holds, message)  # pyright: ignore[reportPrivateImportUsage]
@@ -64,7 +60,7 @@ def demand(holds: Tensor, message: str) -> None:
 
 
 def watch(model: PreTrainedModel) -> None:
-    """Keep the documents apart that callers of ``model`` tell of, or refuse; again is no harm."""
+    """Keep the documents of ``model``'s callers apart, or refuse; a second call does nothing."""
     forward_pass.watch(model, _begin, _end)
 
 
@@ -75,25 +71,21 @@ def keep_apart() -> None:
         running.apart = True
 
 
-def _begin(running: ForwardPass) -> dict[str, Tensor]:
-    """Models compute with the values of their masks: one of numbers becomes one of ones."""
+def _begin(running: ForwardPass) -> Tensor | None:
+    """Replace a mask that numbers documents by one of ones: models compute with its values."""
     given, around = running.said.attention_mask, running.around
     if around is not None and given is not None and given is around.ones:
-        # A model hands on the mask of ones that it got in place of one of numbers.
+        # The model around this one handed on the mask of ones that it got.
         given = around.said.attention_mask
         running.said = running.said._replace(attention_mask=given)
     if not _is_numbered(given):
-        return {}
+        return None
     running.ones = (given != 0).to(given.dtype)
-    return {"attention_mask": running.ones}
+    return running.ones
 
 
 def _end(ending: ForwardPass) -> None:
-    """A result with a leak does not leave the model.
-
-    Raises:
-        NotImplementedError: the caller spoke of documents and nothing has kept them apart.
-    """
+    """Raise NotImplementedError if the caller described documents and nothing kept them apart."""
     if not compat.uses_ours(ending.model.config):
         return
     if ending.apart:
@@ -148,12 +140,7 @@ def _refuse(model: PreTrainedModel, name: str) -> None:
 
 
 def _said_documents(
-    running: ForwardPass,
-    batch: int,
-    queries: int,
-    offset: int | Tensor,
-    *,
-    causal: bool,
+    running: ForwardPass, batch: int, queries: int, offset: int | Tensor, *, causal: bool
 ) -> Tensor | None:
     """The number of each token's document, [1 or B, queries]; None if no row holds several.
 
@@ -171,8 +158,9 @@ def _said_documents(
         return ids_of_boundaries(said.cu_seq_lens_q, queries)
     running.apart = True
     mask = _padding(said.attention_mask, batch, queries, offset)
-    positions = said.position_ids if causal and families.has_positions(running.model) else None
-    if not may_be_packed(positions, batch, queries):
+    positions = said.position_ids
+    stand = causal and running.model.config.model_type not in families.WITHOUT_POSITIONS
+    if not (stand and may_be_packed(positions, batch, queries)):
         positions = None
     if mask is not None and positions is None and not numbers_documents(mask):
         mask = None
@@ -232,8 +220,8 @@ def documents_of_mask(
         in_function: whether the mask function keeps documents apart that Transformers has found.
 
     Returns:
-        The number of the document of each key, [1 or B, Tk], None if the mask has nothing to keep
-        apart; and whether a layer has nothing to add to the mask.
+        The number of each key's document, [1 or B, Tk], None if the mask has nothing to keep apart;
+        and whether a layer has nothing to add to the mask.
     """
     running = current()
     if running is None:
@@ -265,11 +253,7 @@ def _over_keys(documents: Tensor, keys: int, at_start: bool | Tensor) -> Tensor:
 
 
 def _refuse_behind_cache(several: Any, at_start: bool | Tensor) -> None:
-    """Of which documents the earlier tokens of a cache are is not known.
-
-    Raises:
-        ValueError: there are ``several`` documents, and not at the start of the row.
-    """
+    """Raise ValueError where documents start behind a cache of earlier tokens."""
     if is_symbolic():
         demand(~several | at_start, _BEHIND_CACHE)
     elif several and not at_start:
@@ -281,7 +265,9 @@ def positions_within(documents: Tensor, attention_mask: Tensor | None) -> Tensor
 
     Padding on the left counts as before, since chunks are told how much of it there is.
     """
-    positions = positions_of(documents)
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    starts = pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    positions = index - torch.where(starts, index, 0).cummax(1).values
     if attention_mask is None:
         return positions
     left = (attention_mask.cumsum(1) == 0).sum(1, keepdim=True)
@@ -299,16 +285,12 @@ def keep_apart_in_layer(
     cu_seq_lens_q: Tensor | None,
     cu_seq_lens_k: Tensor | None,
 ) -> AttentionMask:
-    """``mask`` without what other documents hold, as far as a layer is told of them.
+    """``mask`` within the documents that a layer is told of.
 
     Args:
         padding: what the mask was made of: [B, L], nonzero for visible tokens; or a tensor of four
             dimensions, which holds the documents; or None.
         shape: batch, queries and keys.
-
-    Raises:
-        ValueError: documents start behind a cache of earlier tokens, or boundaries come with a
-            batch of several rows.
     """
     batch, queries, keys = shape
     if cu_seq_lens_q is not None:
@@ -369,9 +351,9 @@ def _of_boundaries(
 def document_starts(position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
     """Where a visible token belongs to another document than the visible token before it.
 
-    It does where its position is lower, or is the row's lowest once more: the token before was a
-    document of its own. Positions that stay at a higher place are those of an image's tokens. It
-    also does where an integer mask numbers it differently.
+    Its position is lower; or is the row's lowest once more, as the token before was a document of
+    its own (the tokens of an image repeat higher positions); or an integer mask numbers it
+    differently.
 
     Args:
         position_ids: [1 or B, T], or None.
@@ -398,7 +380,7 @@ def document_starts(position_ids: Tensor | None, attention_mask: Tensor | None) 
 
 
 def numbers_documents(attention_mask: Tensor) -> bool:
-    """Whether the values of a mask may be numbers of documents: those of its dtype can be."""
+    """Whether the dtype of a mask can hold numbers of documents."""
     return attention_mask.dtype != torch.bool and not attention_mask.is_floating_point()
 
 
@@ -413,13 +395,6 @@ def ids_of_boundaries(ends: Tensor, length: int) -> Tensor:
     return torch.searchsorted(ends, token, right=True)[None] - 1
 
 
-def positions_of(ids: Tensor) -> Tensor:
-    """How far each token stands from the start of its document, [B, T] like ``ids``."""
-    index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    starts = pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
-    return index - torch.where(starts, index, 0).cummax(1).values
-
-
 def may_be_packed(position_ids: Tensor | None, batch: int, queries: int) -> TypeGuard[Tensor]:
     """Whether the shapes allow it: several tokens in a row, with one position each."""
     return (
@@ -429,14 +404,6 @@ def may_be_packed(position_ids: Tensor | None, batch: int, queries: int) -> Type
         and position_ids.shape[1] == queries
         and position_ids.shape[0] in (1, batch)
     )
-
-
-def all_visible(attention_mask: Tensor | None) -> bool | Tensor:
-    """Whether [B, T] hides nothing; a bool tensor [] where no values are known."""
-    if attention_mask is None:
-        return True
-    unpadded = (attention_mask != 0).all()
-    return unpadded if is_symbolic() else bool(unpadded)
 
 
 def _before(x: Tensor, visible: Tensor | None) -> Tensor:

@@ -1,8 +1,8 @@
 """`patch`, `unpatch` and `patched`: switch a loaded model to flash_two and back.
 
-Layers that go through Transformers' attention interface are switched by their configs. Layers that
-have hand-written attention run under `tracer`: the layer object gets a ``forward`` of its own that
-calls the class's. No class is edited; modules and state_dict stay as they are.
+Layers that go through Transformers' attention interface are switched by their configs. Layers with
+hand-written attention run under `tracer`: the layer object gets a ``forward`` that calls the
+class's. No class is edited; modules and state_dict stay as they are.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _UNDO = "_flash_two_before"
 
 @dataclass(frozen=True)
 class Layer:
-    """One attention layer: its name in the model, its class, what it uses, and why not ours."""
+    """An attention layer: its name in the model, its class, what it uses, why not flash_two."""
 
     name: str
     kind: str
@@ -68,7 +68,7 @@ class PatchReport:
 
 
 def patch(model: nn.Module) -> PatchReport:
-    """Switch every attention layer of a loaded model that can be switched; again is no harm.
+    """Switch every attention layer that can be switched; a second call does nothing.
 
     Args:
         model: a Transformers model, bare or inside PEFT, DDP, FSDP or any other module.
@@ -89,7 +89,7 @@ def patch(model: nn.Module) -> PatchReport:
         _patch_part(part)
     report = PatchReport(tuple(report_layers(model)))
     if not any(layer.ok for layer in report.layers):
-        _restore(module for module in model.modules() if id(module) not in before)
+        _restore_but(before, model)
         raise ValueError(f"model: {type(model).__name__} has no layer for flash_two:\n{report}")
     return report
 
@@ -97,7 +97,7 @@ def patch(model: nn.Module) -> PatchReport:
 def unpatch(model: nn.Module) -> None:
     """Undo `patch` to the letter; a model that is not patched stays as it is."""
     check_model(model)
-    _restore(model.modules())
+    _restore_but(frozenset(), model)
 
 
 @contextmanager
@@ -109,15 +109,11 @@ def patched(model: nn.Module) -> Iterator[PatchReport]:
     try:
         yield report
     finally:
-        _restore(module for module in model.modules() if id(module) not in before)
+        _restore_but(before, model)
 
 
 def check_model(model: object) -> None:
-    """Refuse what is no loaded model, with a word on how to come by one.
-
-    Raises:
-        TypeError: not a module.
-    """
+    """Raise TypeError unless ``model`` is a loaded model; the message says how to get one."""
     if isinstance(model, nn.Module):
         return
     got, instead = type(model).__name__, "pass the model"
@@ -133,10 +129,10 @@ def check_model(model: object) -> None:
 
 
 def patch_built(model: PreTrainedModel) -> None:
-    """Patch those parts of a model just built whose configs ask for it; say what stays behind.
+    """Patch the parts of a new model whose configs ask for it, and warn of layers left out.
 
     Raises:
-        ValueError: they ask for it, and no attention layer of the model can be switched.
+        ValueError: no attention layer of the model can be switched.
     """
     asking = [part for part in _parts(model) if compat.is_ours(compat.implementation(part.config))]
     names: dict[int | None, str | None] = {
@@ -147,17 +143,9 @@ def patch_built(model: PreTrainedModel) -> None:
             compat.set_implementation(part.config, families.default_implementation(part.config))
     unreached = []
     if model in asking:  # Transformers hands the name on to sub-configs, but not to others
-        reached = {id(config) for config in _with_sub_configs(model.config)} | names.keys()
+        reached = dict(compat.requested(model.config, compat.FLASH_TWO)).keys() | names.keys()
         unreached = [part for part in _parts(model) if id(part.config) not in reached]
     patch_requested(model, names, unreached)
-
-
-def _with_sub_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    yield config
-    for name in config.sub_configs:
-        part = getattr(config, name, None)
-        if isinstance(part, PreTrainedConfig):
-            yield from _with_sub_configs(part)
 
 
 def patch_requested(
@@ -169,7 +157,7 @@ def patch_requested(
 
     Args:
         names: by id of config; None for all others.
-        unreached: parts that should have been asked and were not.
+        unreached: parts whose configs Transformers did not set though it should have.
 
     Raises:
         ValueError: as `patch_built`.
@@ -198,10 +186,10 @@ def patch_requested(
 
 
 def check_built(model: PreTrainedModel, asks: bool) -> None:
-    """What is left where Transformers does not tell of the models that it builds.
+    """Where the feature "loading" is missing: watch a model that ``asks`` for flash_two.
 
     Raises:
-        NotImplementedError: ``model`` asks for us, and its family has hand-written attention.
+        NotImplementedError: its family has hand-written attention.
     """
     if asks:
         watch(model)
@@ -214,23 +202,17 @@ def check_built(model: PreTrainedModel, asks: bool) -> None:
 
 def _patch_part(part: PreTrainedModel, name: str | None = None) -> None:
     """Switch the layers that are ``part``'s own, not those of other models in it, to ``name``."""
-    name = compat.neutral_if_needed() if name is None else name
-    layers = list(_layers_of(part))
-    ours = [
-        (at, layer)
-        for at, layer in layers
-        if attention_kind(type(layer)) == "hand-written" and why_not(layer) is None
-    ]
-    configs = [
-        getattr(layer, "config", None)
-        for _, layer in layers
-        if attention_kind(type(layer)) == "interface"
-    ]
+    name = compat.preferred_name() if name is None else name
+    ours, configs = [], []
+    for at, layer in _layers_of(part):
+        if attention_kind(type(layer)) == "interface":
+            configs.append(getattr(layer, "config", None))
+        elif why_not(layer) is None:
+            ours.append((at, layer))
     if ours or compat.uses_interface(part):
         configs.append(part.config)
-    for config in configs:
-        if config is not None:
-            _switch(part, config, "sdpa" if ours and families.needs_its_sdpa(config) else name)
+    for config in filter(None, configs):
+        _switch(part, config, "sdpa" if ours and families.needs_its_sdpa(config) else name)
     if configs:
         watch(part)
     for at, layer in ours:
@@ -255,6 +237,10 @@ def _restore(modules: Iterable[nn.Module]) -> None:
             compat.set_implementation(config, before)
         if isinstance(module, PreTrainedModel) and not compat.uses_ours(module.config):
             unwatch(module)
+
+
+def _restore_but(patched: frozenset[int], model: nn.Module) -> None:
+    _restore(module for module in model.modules() if id(module) not in patched)
 
 
 def _restore_part(part: PreTrainedModel) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter, defaultdict
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -13,7 +14,7 @@ from hf_flash_two.hf.patching import report_layers
 
 
 class _Probe(compat.PagedCache):
-    """Stands for the paged cache while a model takes one token, and counts who asks it."""
+    """A paged cache that counts which layers ask it, while a model takes one token."""
 
     def __init__(self):
         self.asked: Counter[int | None] = Counter()
@@ -26,20 +27,15 @@ class _Probe(compat.PagedCache):
 
 
 def check_serving(model: PreTrainedModel) -> None:
-    """Refuse continuous batching where it would answer wrongly without a word.
+    """Refuse continuous batching where its answers would be wrong.
 
-    Where layers of the decoder use flash_two, the model takes one token with a cache that counts.
+    If layers of the decoder use flash_two, the model takes one token with a cache that counts.
 
     Raises:
-        NotImplementedError: a layer does not ask the cache, or asks it twice, or the model cannot
-            be told the positions of its tokens.
+        NotImplementedError: a layer does not ask the cache, or asks it twice, or the model takes no
+            positions.
     """
-
-    def refuse(reason: str) -> None:
-        raise NotImplementedError(
-            f"continuous batching: {type(model).__name__} {reason}; use `generate`"
-        )
-
+    refuse = partial(compat.refuse_serving, model)
     decoder = model.get_decoder()
     layers = [layer for layer in report_layers(decoder) if layer.ok]
     if not layers:
@@ -48,19 +44,14 @@ def check_serving(model: PreTrainedModel) -> None:
         refuse("takes no position_ids, so it cannot know where in its request a token stands")
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     ends = torch.tensor([0, 1], dtype=torch.int32, device=model.device)
-    lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 1, "max_length_k": 1}
-    places = {"read_index": [], "write_index": []}
+    given = {
+        "input_ids": token, "position_ids": token, "read_index": [], "write_index": [],
+        "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 1, "max_length_k": 1,
+    }  # fmt: skip
     probe = _Probe()
     try:
         with torch.no_grad():
-            model(
-                input_ids=token,
-                position_ids=token,
-                use_cache=False,
-                cache=probe,
-                **lengths,
-                **places,
-            )
+            model(**given, use_cache=False, cache=probe)
     except AttributeError as error:
         refuse(f"asks more of its cache than the paged one has ({error})")
     for layer in layers:

@@ -1,4 +1,4 @@
-"""`AttentionMask` of tensors that spell out who sees whom: dense, additive, or by indices."""
+"""Tensors that spell out who sees whom -> `AttentionMask`: dense, additive, or by indices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_flash_two.tensor_cache import has_value, is_symbolic
 logger = logging.get_logger(__name__)
 
 HIDDEN = -1e4
-"""Scores set to this or less have probability 0; the mildest such number that models use."""
+"""Scores set to this or less have probability 0; models use no milder number."""
 
 _TILE_ELEMENTS = 2**22
 
@@ -25,16 +25,13 @@ _TILE_ELEMENTS = 2**22
 def from_tensor(
     mask: Tensor, shape: tuple[int, int, int, int], causal: bool
 ) -> tuple[AttentionMask, Tensor | None]:
-    """(mask, additive bias or None) of a tensor that came in place of a mask of ours.
+    """(mask, additive bias or None) of a model's own mask.
 
     Args:
         mask: [B, Tk], nonzero for the keys to see; or broadcastable to ``shape``: bool, True may
             attend, or float, added to the scores.
         shape: [B, H, Tq, Tk], of the scores.
-        causal: whether one of two dimensions leaves causality to the layer.
-
-    Raises:
-        ValueError: its shape or dtype is another.
+        causal: whether a [B, Tk] mask leaves causality to the layer.
     """
     batch, _, queries, keys = shape
     if mask.dim() == 2:
@@ -72,12 +69,12 @@ def _from_padding(mask: Tensor) -> AttentionMask:
 
 
 def from_dense(visible: Tensor, queries: int, keys: int) -> AttentionMask:
-    """Of bool [B or 1, H or 1, Tq or 1, Tk or 1], True may attend: intervals where they suffice."""
+    """The mask of bool [B or 1, H or 1, Tq or 1, Tk or 1]; intervals where they suffice."""
     visible = visible.expand(*visible.shape[:3], keys)
+    if visible.shape[1:3] == (1, 1) and queries != 1:
+        return AttentionMask.from_padding(visible[:, 0, 0])
     if visible.shape[1] != 1 or is_symbolic():
         return AttentionMask.from_dense(visible)
-    if visible.shape[2] == 1 and queries != 1:
-        return AttentionMask.from_padding(visible[:, 0, 0])
     return from_tiles(lambda i, j: visible[:, :, i:j], queries, visible[:, :, 0].numel())
 
 
@@ -138,7 +135,7 @@ def from_block_indices(indices: Tensor, size: int, heads: int, keys: int) -> Att
 
 
 def parted(term: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """(bias, visible) that a sum of scores with ``term`` amounts to, None where there is none."""
+    """(bias, visible) that stand for ``term`` in a sum with scores; None for one not needed."""
 
     def hidden() -> Tensor | None:
         found = term <= HIDDEN
@@ -154,7 +151,7 @@ def parted(term: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _from_additive(mask: Tensor, queries: int, keys: int) -> AttentionMask | None:
-    """The mask that a float one of 0 and the smallest number (or -inf) is; None of any other."""
+    """The mask that a tensor of 0 and the smallest number (or -inf) means; None for any other."""
     visible = mask == 0
     if not bool((visible | (mask <= torch.finfo(mask.dtype).min)).all()):
         return None

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from hf_flash_two import op
 from hf_flash_two.kernels.params import AttentionParams
@@ -53,26 +52,11 @@ def kernel_calls(*, backward: bool = False) -> Iterator[list[KernelCall]]:
     """
     calls: list[KernelCall] = []
 
-    def record(
-        direction: str,
-        kernel: str,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        params: AttentionParams,
-    ) -> None:
+    def record(direction: str, kernel: str, query, key, value, params: AttentionParams) -> None:
         if backward or direction == "forward":
-            call = KernelCall(
-                kernel=kernel,
-                direction=direction,
-                query=query.shape,
-                key=key.shape,
-                value=value.shape,
-                dtype=query.dtype,
-                device=query.device,
-                mask=_mask_of(params),
-            )
-            calls.append(call)
+            shapes = query.shape, key.shape, value.shape
+            where = query.dtype, query.device
+            calls.append(KernelCall(kernel, direction, *shapes, *where, _mask_of(params)))
 
     op.observers.append(record)
     try:

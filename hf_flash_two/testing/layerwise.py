@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig
 
 from hf_flash_two.hf import compat, families, forward_pass, patching
-from hf_flash_two.hf.packing import document_ids, may_be_packed
+from hf_flash_two.hf.packing import document_ids, ids_of_boundaries, may_be_packed
 from hf_flash_two.testing.kernel_calls import kernel_calls
 
 Slot = tuple[str, int, str | int]
@@ -35,12 +35,8 @@ Parts = dict[Slot, list[Tensor]]
 """For each tensor the values from each batch."""
 
 OUTPUT, GRADIENT = "output", "gradient at the first attention layer"
-# What patching puts on a module.
-_PATCHED = ("forward", "_old_forward", patching._UNDO, forward_pass._HOOKS)
-_HOOKS = tuple(
-    f"_forward_{kind}"
-    for kind in ("pre_hooks", "pre_hooks_with_kwargs", "hooks", "hooks_always_called")
-)
+# What patching, unpatching and `eval` change on a module, but for hooks.
+_CHANGED = ("training", "forward", "_old_forward", patching._UNDO, forward_pass._HOOKS)
 # Describe packed documents, and are dropped where each document runs by itself.
 _BOUNDARIES = (
     "attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx",
@@ -55,10 +51,9 @@ def as_it_was(model: nn.Module, configs: list[PreTrainedConfig]) -> Iterator[Non
     """The model unpatched, in evaluation mode, all weights trained; at the end as it was before."""
     modules = [
         (
-            module,
-            module.training,
-            {k: vars(module)[k] for k in _PATCHED if k in vars(module)},
-            {k: dict(vars(module)[k]) for k in _HOOKS},
+            vars(module),
+            {k: x for k, x in vars(module).items() if k in _CHANGED},
+            {k: dict(x) for k, x in vars(module).items() if k.startswith("_forward_")},
         )
         for module in model.modules()
     ]
@@ -73,12 +68,11 @@ def as_it_was(model: nn.Module, configs: list[PreTrainedConfig]) -> Iterator[Non
         finally:
             for parameter, was in trained.items():
                 parameter.requires_grad_(was)
-            for module, training, patch, hooks in modules:
-                module.training = training
-                vars(module).update(patch)
+            for now, changed, hooks in modules:
+                now.update(changed)
                 for kind, had in hooks.items():
-                    vars(module)[kind].clear()
-                    vars(module)[kind].update(had)
+                    now[kind].clear()
+                    now[kind].update(had)
 
 
 @contextmanager
@@ -96,8 +90,7 @@ def _implementations(configs: list[PreTrainedConfig]) -> Iterator[None]:
 def eagerly(configs: list[PreTrainedConfig]) -> Iterator[None]:
     with _implementations(configs):
         for config in configs:
-            name = "sdpa" if families.needs_its_sdpa(config) else "eager"
-            compat.set_implementation(config, name)
+            compat.set_implementation(config, families.default_implementation(config))
         yield
 
 
@@ -149,7 +142,7 @@ def has_precision(x: Tensor) -> bool:
 
 # The batch
 
-# What must be a tensor, and at least so many dimensions of it.
+# What must be a tensor, and its least number of dimensions.
 _DIMENSIONS = {"input_ids": 2, "inputs_embeds": 3, "attention_mask": 2, "position_ids": 1}
 
 
@@ -283,24 +276,17 @@ class Batch:
 
 
 def _documents(batch: dict) -> Tensor | None:
-    """[B, T], the number of the packed document that each token belongs to, -1 in padding.
-
-    None if no row holds several.
-    """
+    """[B, T], the number of each token's packed document, -1 in padding; None if rows hold one."""
     tokens = batch.get("input_ids", batch.get("inputs_embeds"))
     if tokens is None:
         return None
     shape = tokens.shape[:2]
-    ends, positions = batch.get("cu_seq_lens_q"), batch.get("position_ids")
-    mask = batch.get("attention_mask")
-    if isinstance(positions, Tensor) and positions.dim() == 3 and len(positions) == 4:
-        positions = positions[0]  # the text's, before those of the rotary embedding
+    ends, mask = batch.get("cu_seq_lens_q"), batch.get("attention_mask")
+    positions = forward_pass.text_positions(batch.get("position_ids"))
     if not may_be_packed(positions, *shape):
         positions = None
     if ends is not None:
-        numbers = torch.zeros(shape, dtype=torch.long, device=tokens.device)
-        numbers[0, ends[1:-1].long()] = 1
-        numbers = numbers.cumsum(1)
+        numbers = ids_of_boundaries(ends, shape[1])
     elif mask is not None and (not isinstance(mask, Tensor) or mask.shape != shape):
         return None  # the mask says itself who sees whom
     elif positions is None and mask is None:
@@ -316,27 +302,13 @@ def _documents(batch: dict) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class Captured:
-    """What a pass through the model found.
-
-    Attributes:
-        model: the whole model's output, and the gradient at its first attention layer.
-        given: what each layer got in the model: its inputs, and as `OUTPUT` its output's gradient.
-        kernels: for each layer the kernels of flash_two that ran in it.
-    """
-
-    model: Parts
-    given: Parts
-    kernels: dict[str, set[str]]
-
-
-@dataclass(frozen=True)
 class Measured:
     """What one implementation computed.
 
     Attributes:
         tensors: outputs and gradients.
-        given, kernels: as in `Captured`.
+        given: what each layer got in the model: its inputs, and as `OUTPUT` its output's gradient.
+        kernels: for each layer the kernels of flash_two that ran in it.
         not_finite: the tensors that hold NaN or infinity, padding included.
     """
 
@@ -346,13 +318,14 @@ class Measured:
     not_finite: list[Slot]
 
 
+@dataclass(frozen=True)
 class LayerwiseRuns:
     """A model and a batch, to be run as they are, document by document, and with other tokens."""
 
-    def __init__(
-        self, model: nn.Module, layers: dict[str, nn.Module], data: Batch, working: torch.dtype
-    ):
-        self.model, self.layers, self.data, self.working = model, layers, data, working
+    model: nn.Module
+    layers: dict[str, nn.Module]
+    data: Batch
+    working: torch.dtype
 
     def measure(
         self,
@@ -368,26 +341,32 @@ class LayerwiseRuns:
         """
         documents = range(len(batches)) if len(batches) > 1 else [None]
         runs = list(zip(documents, batches, strict=True))
-        captured = Captured(defaultdict(list), defaultdict(list), defaultdict(set))
+        found: Parts = defaultdict(list)
+        captured: Parts = defaultdict(list)
+        kernels: dict[str, set[str]] = defaultdict(set)
         for document, batch in runs:
-            self._capture(captured, document, batch, dtype)
-        own = {slot: self.data.tokens(slot[0], parts) for slot, parts in captured.given.items()}
-        isolated: Parts = defaultdict(list)
+            hooks = self._capture(found, captured, document, batch, dtype)
+            for layer, ran in hooks.kernels.items():
+                kernels[layer] |= ran
+        own = {slot: self.data.tokens(slot[0], parts) for slot, parts in captured.items()}
         for document, batch in runs:
-            self._isolate(isolated, own if given is None else given, document, batch, dtype)
-        found = captured.model | isolated
+            self._isolate(found, own if given is None else given, document, batch, dtype)
         not_finite = [s for s, parts in found.items() if not all(x.isfinite().all() for x in parts)]
         tensors = {slot: self._joined(slot, parts) for slot, parts in found.items()}
-        return Measured(tensors, own, captured.kernels, not_finite)
+        return Measured(tensors, own, kernels, not_finite)
 
     def _capture(
-        self, found: Captured, document: int | None, batch: dict, dtype: torch.dtype | None
-    ) -> None:
-        """Run one batch through the whole model and add to ``found`` what that gives."""
-        with _LayerHooks(self.layers) as hooks:
+        self,
+        found: Parts,
+        given: Parts,
+        document: int | None,
+        batch: dict,
+        dtype: torch.dtype | None,
+    ) -> _LayerHooks:
+        """Add the model's output and gradient to ``found``, what its layers get to ``given``."""
+        hooks = _LayerHooks()
+        with hooks.on(self.layers):
             output = self._output(batch, dtype)
-        for layer, kernels in hooks.kernels.items():
-            found.kernels[layer] |= kernels
         ends = {slot: x for slot, x in hooks.outputs.items() if x.requires_grad}
         *cotangents, gradient = torch.autograd.grad(
             output,
@@ -399,12 +378,13 @@ class LayerwiseRuns:
             # None: the layer ran, as an image's pooling head may, but the output is without it.
             if cotangent is None:
                 cotangent = self._random(slot[0], ends[slot], document)
-            found.given[slot].append(cotangent)
+            given[slot].append(cotangent)
         for slot, x in hooks.inputs.items():
-            found.given[slot].append(x.detach())
-        found.model["", 0, OUTPUT].append(output.detach())
+            given[slot].append(x.detach())
+        found["", 0, OUTPUT].append(output.detach())
         if gradient is not None:
-            found.model["", 0, GRADIENT].append(gradient)
+            found["", 0, GRADIENT].append(gradient)
+        return hooks
 
     def _isolate(
         self,
@@ -422,7 +402,8 @@ class LayerwiseRuns:
                 return like
             return self.data.scatter(slot[0], tokens, like, document).to(like.dtype)
 
-        with _LayerHooks(self.layers, replace) as hooks:
+        hooks = _LayerHooks(replace)
+        with hooks.on(self.layers):
             self._output(batch, dtype)
         for slot, output in hooks.outputs.items():
             if slot not in given:
@@ -513,7 +494,7 @@ class LayerwiseRuns:
 
 
 class _LayerHooks:
-    """Hooks on attention layers, for the length of a block.
+    """Hooks on attention layers.
 
     Attributes:
         inputs: the tensors with a gradient that a layer got: neither masks nor positions.
@@ -521,33 +502,24 @@ class _LayerHooks:
         kernels: for each layer the kernels of flash_two that ran in it.
     """
 
-    def __init__(
-        self, layers: dict[str, nn.Module], replace: Callable[[Slot, Tensor], Tensor] | None = None
-    ):
-        """
-        Args:
-            replace: gives the tensor that takes the place of an input.
-        """
-        self.layers, self._replace = layers, replace
+    def __init__(self, replace: Callable[[Slot, Tensor], Tensor] | None = None):
+        self._replace = replace
         self.inputs: dict[Slot, Tensor] = {}
         self.outputs: dict[Slot, Tensor] = {}
         self.kernels: dict[str, set[str]] = defaultdict(set)
         self._running: list[Slot] = []
         self._count: dict[str, int] = defaultdict(int)
 
-    def __enter__(self) -> _LayerHooks:
-        with ExitStack() as stack:
-            self._calls = stack.enter_context(kernel_calls())
-            for name, layer in self.layers.items():
+    @contextmanager
+    def on(self, layers: dict[str, nn.Module]) -> Iterator[None]:
+        """Hook ``layers``, by name, for the length of a block."""
+        with kernel_calls() as self._calls, ExitStack() as stack:
+            for name, layer in layers.items():
                 before = partial(self._before, name)
                 hook = layer.register_forward_pre_hook(before, with_kwargs=True)
                 stack.callback(hook.remove)
                 stack.callback(layer.register_forward_hook(self._after).remove)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._stack.close()
+            yield
 
     def _before(self, name: str, layer: nn.Module, args: tuple, kwargs: dict):
         self._note_kernels()

@@ -143,7 +143,7 @@ class ParityReport:
 
 
 def check_parity(model: nn.Module, batch: Mapping[str, Any]) -> ParityReport:
-    """Whether ``model`` computes under flash_two what it should, on a batch of the user's own.
+    """Check what ``model`` computes under flash_two, on a batch of the user's own.
 
     The report has the errors of output and gradients against eager in higher precision, next to
     eager's own, for each attention layer by itself and for the whole model. It also says whether a
@@ -153,8 +153,8 @@ def check_parity(model: nn.Module, batch: Mapping[str, Any]) -> ParityReport:
     Args:
         model: a Transformers model on one device, bare or inside PEFT or another module, under any
             implementation, `patch`-ed or not. It runs in evaluation mode and in its own dtype, or
-            in that of an enclosing ``torch.autocast``, and is afterwards what it was before. Until
-            then its weights exist twice, the second time in higher precision.
+            in that of an enclosing ``torch.autocast``, and is put back as it was. Its weights exist
+            twice meanwhile, the second time in higher precision.
         batch: the arguments of its forward, as a collator returns them.
 
     Returns:

@@ -186,7 +186,7 @@ def test_hooks_go_as_they_came(family: str) -> None:
 def test_its_forward_alone_is_refused(ids: torch.Tensor) -> None:
     model = build("bloom")
     patch(model)
-    with pytest.raises(TypeError, match=r"h\.0\.self_attention .*call the layer, or undo with"):
+    with pytest.raises(TypeError, match=r"h\.0\.self_attention .*call the layer, or undo `patch`"):
         model.transformer.h[0].self_attention.forward(torch.randn(2, 5, 32))
 
 

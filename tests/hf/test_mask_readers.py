@@ -29,11 +29,9 @@ EXAMINED = {
         sam3_lite_text Sam3LiteTextAttention.forward
         siglip2 Siglip2MultiheadAttentionPoolingHead.forward
     """,
-    "a plain tensor of bool (families.WANTS_BOOL_TENSOR)": """
-        doge DogeAttention.prepare_dynamic_mask
-    """,
-    "a plain additive tensor (families.WANTS_FLOAT_TENSOR)": """
+    "a plain additive tensor (families.WANTS_TENSOR)": """
         deepseek_v4 DeepseekV4Attention.forward
+        doge DogeAttention.prepare_dynamic_mask
         gemma4 Gemma4AudioAttention.forward Gemma4AudioModel._convert_4d_mask_to_blocked_5d
         informer InformerProbSparseAttention.forward
     """,

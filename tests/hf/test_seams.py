@@ -30,7 +30,7 @@ def gpt_neo(**options) -> PreTrainedModel:
 
 
 HOOKED = [
-    (compat._owner(name.owner), name.name)
+    (compat._find(name.owner), name.name)
     for feature in ("flash_two", "loading", "serving")
     for name, _ in compat.HOOKS[feature]
 ]

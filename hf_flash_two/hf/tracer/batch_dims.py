@@ -16,7 +16,7 @@ class BatchDims:
     """The finest split of the batch dimensions that all of ``shapes`` are made of.
 
     ``(B * windows, H)`` and ``(B, windows, H)`` are made of ``(B, windows, H)``. Tensors are first
-    `split` like that, then every one is flattened to [batch, heads, ...] at the same dimension.
+    `split` so, then all are flattened to [batch, heads, ...] at the same dimension.
 
     Raises:
         ValueError: the shapes do not divide one another.
@@ -41,13 +41,13 @@ class BatchDims:
         return x.reshape(*dims, *x.shape[-2:])
 
     def first_head_dim(self, tensors: list[Tensor], batch: int | None = None) -> int:
-        """Where the heads begin so that split ``tensors`` grow least when flattened.
+        """Where the heads begin so that split ``tensors`` are smallest when flattened.
 
         Args:
             batch: the batch size that is wanted.
         """
         dims = [at for at, end in enumerate(self.ends) if batch in (None, end)]
-        return min(dims, key=lambda at: (sum(self._growth(x, at) for x in tensors), abs(at - 1)))
+        return min(dims, key=lambda at: (sum(self._size(x, at) for x in tensors), abs(at - 1)))
 
     def flatten(self, x: Tensor, at: int, *, full: bool = False) -> Tensor:
         """[*sizes or ones, a, b] -> [batch or 1, heads or 1, a, b]; neither is 1 if ``full``.
@@ -55,16 +55,17 @@ class BatchDims:
         Args:
             at: the first dimension of the heads.
         """
+        shape = self._flat(x, at, full=full)
+        x = x.expand(*shape[0], *shape[1], *x.shape[-2:])
+        return x.reshape(prod(shape[0]), prod(shape[1]), *x.shape[-2:])
+
+    def _size(self, x: Tensor, at: int) -> int:
+        return prod(map(prod, self._flat(x, at))) * prod(x.shape[-2:])
+
+    def _flat(self, x: Tensor, at: int, full: bool = False) -> list[tuple[int, ...]]:
+        """The dimensions of ``x``'s batch, and of its heads, once it is flattened."""
         shape = []
         for start, stop in ((0, at), (at, len(self.sizes))):
             whole = full or any(size > 1 for size in x.shape[start:stop])
             shape.append(self.sizes[start:stop] if whole else (1,) * (stop - start))
-        x = x.expand(*shape[0], *shape[1], *x.shape[-2:])
-        return x.reshape(prod(shape[0]), prod(shape[1]), *x.shape[-2:])
-
-    def _growth(self, x: Tensor, at: int) -> int:
-        growth = 1
-        for start, stop in ((0, at), (at, len(self.sizes))):
-            have = prod(x.shape[start:stop])
-            growth *= 1 if have == 1 else prod(self.sizes[start:stop]) // have
-        return x.numel() * (growth - 1)
+        return shape

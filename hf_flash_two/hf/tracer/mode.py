@@ -1,4 +1,4 @@
-"""The mode under which a layer with hand-written attention runs: it sees every torch function."""
+"""The mode under which a layer with hand-written attention runs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from hf_flash_two.hf.tracer.rules import (
-    PRODUCTS,
-    RULES_OF,
-    VIEWS,
-    WHILE_SPLIT,
-    follow,
-    signature,
-)
+from hf_flash_two.hf.tracer.rules import PRODUCTS, RULES_OF, VIEWS, WHILE_SPLIT, follow, signature
 from hf_flash_two.hf.tracer.scores import Lazy, TracedScores, version_of
 from hf_flash_two.tensor_cache import is_symbolic
 
@@ -94,7 +87,9 @@ class Tracer(TorchFunctionMode):
                 return materialise()
         _record(result, materialise, tree_leaves((args, kwargs)))
         if in_place and isinstance(result, TracedScores):
-            return _write_in_place(target, result, name)
+            target.overwritten.append(name)  # its views share the list
+            vars(target).update(vars(result))
+            return target
         return result
 
     def _follow_rule(self, func: Callable, args: tuple, kwargs: dict):
@@ -110,7 +105,8 @@ class Tracer(TorchFunctionMode):
             shape = func(torch.empty(first.shape, device="meta"), *args[1:], **kwargs).shape
             return first.viewed_as(shape)
         rules = RULES_OF[type((scores or lazy)[0])]
-        return follow(rules.get(_out_of_place(name)), *args, **kwargs)
+        name = name.removesuffix("_") if _is_in_place(name) else name
+        return follow(rules.get(name), *args, **kwargs)
 
     def _materialise(self, func: Callable, args: tuple, kwargs: dict):
         """``func`` of the tensors that lazy operands stand for."""
@@ -121,10 +117,10 @@ class Tracer(TorchFunctionMode):
         return func(*real_args, **real_kwargs)
 
     def resolve(self, part):
-        """What stands for ``part`` of the layer's result once it is through.
+        """``part`` of the layer's result, for its caller.
 
-        None for probabilities, which were not computed; of a layer that computed its attention as
-        it always did, the last product.
+        None for probabilities, which were not computed; the tensor if the layer computed its
+        attention as it always did.
         """
         if not isinstance(part, Lazy):
             return part
@@ -146,7 +142,7 @@ class Tracer(TorchFunctionMode):
 
 
 def _record(result, materialise: Callable, operands: list) -> None:
-    """Tell ``result`` how it comes about, and of which tensors, in which versions."""
+    """Note on ``result`` how to compute it, and the versions of the tensors that this reads."""
     lazy = [x for x in operands if isinstance(x, Lazy)]
     recorded = tuple((x, version_of(x)) for x in operands if isinstance(x, Tensor))
     recorded = sum((x.recorded for x in lazy), recorded)
@@ -157,23 +153,12 @@ def _record(result, materialise: Callable, operands: list) -> None:
         result.compute, result.recorded = materialise, recorded
 
 
-def _write_in_place(target: TracedScores, result: TracedScores, name: str) -> TracedScores:
-    """``target`` becomes ``result``; its views, which share a list with it, are told."""
-    target.overwritten.append(name)
-    vars(target).update(vars(result))
-    return target
-
-
 def _name(func: Callable) -> str:
     return getattr(func, "__name__", "")
 
 
 def _is_in_place(name: str) -> bool:
     return name.endswith("_") and not name.endswith("__")
-
-
-def _out_of_place(name: str) -> str:
-    return name.removesuffix("_") if _is_in_place(name) else name
 
 
 def _without_weights(*args, **kwargs) -> tuple[Tensor, None]:

@@ -1,8 +1,8 @@
-"""What becomes of attention scores under each torch function, which is looked up by name.
+"""What each torch function, looked up by name, does to attention scores.
 
-A rule has the signature of the function it stands for and returns what stands for the result, or
-None where none does: then the scores are computed, or, if they are probabilities, the layer is
-refused. Rules that few families need stand in `tail`.
+A rule has the signature of its function and returns what stands for the result, or None: then the
+scores are computed, or, if they are probabilities, the layer is refused. Rules that few families
+need stand in `tail`.
 """
 
 from __future__ import annotations
@@ -72,9 +72,7 @@ def _sdpa(
         groups = query.shape[-3] // key.shape[-3]
         key, value = (x.repeat_interleave(groups, dim=-3) for x in (key, value))
     scores = product(tracer, query, key.transpose(-1, -2))
-    if scores is None:
-        return None
-    scores = scores.times(query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores and scores.times(query.shape[-1] ** -0.5 if scale is None else scale)
     if scores is None:
         return None
     if isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool:
@@ -155,13 +153,8 @@ def _drawn(p: float, device: torch.device) -> tuple[float, Tensor]:
 
 
 def _lower(scores, value) -> Tensor | None:
-    if (
-        not isinstance(scores, TracedScores)
-        or not scores.softmaxed
-        or not isinstance(value, Tensor)
-    ):
-        return None
-    return scores.lower(value)
+    lowers = isinstance(scores, TracedScores) and scores.softmaxed and isinstance(value, Tensor)
+    return scores.lower(value) if lowers else None
 
 
 def _einsum(equation, *operands) -> Tensor | None:

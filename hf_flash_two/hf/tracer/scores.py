@@ -1,8 +1,8 @@
 """Attention scores that are recorded instead of computed.
 
-`TracedScores` stands for the tensor ``query @ key`` and for what a layer makes of it: it keeps the
-factors, biases and masks, and `TracedScores.lower` hands all of it to `flash_attention` at once.
-Each method that records something returns None where it cannot, and changes nothing.
+`TracedScores` stands for ``query @ key`` and what a layer makes of it: it keeps factors, biases and
+masks, and `TracedScores.lower` hands them to `flash_attention` at once. A method that cannot record
+something returns None and changes nothing.
 """
 
 from __future__ import annotations
@@ -68,9 +68,10 @@ def _operator(name: str):
     return lambda self, *others: self.tracer.dispatch(getattr(Tensor, name), (self, *others), {})
 
 
-for _name in "add radd sub rsub mul rmul truediv rtruediv matmul rmatmul pow neg getitem".split():
-    setattr(Lazy, f"__{_name}__", _operator(f"__{_name}__"))
-for _name in "lt le gt ge".split():
+_OPERATORS = (
+    "add radd sub rsub mul rmul truediv rtruediv matmul rmatmul pow neg getitem lt le gt ge"
+)
+for _name in _OPERATORS.split():
     setattr(Lazy, f"__{_name}__", _operator(f"__{_name}__"))
 for _name, _method in {"iadd": "add_", "isub": "sub_", "imul": "mul_", "itruediv": "div_"}.items():
     setattr(Lazy, f"__{_name}__", _operator(_method))

@@ -1,6 +1,6 @@
-"""Rules that serve one family or a few, each with the families that need it.
+"""Rules that serve a few families each, named above them.
 
-Once a family has moved to Transformers' attention interface, its rule goes.
+A rule goes once its families have moved to Transformers' attention interface.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _UNREACHED = 5e4
 
 @dataclass(eq=False)
 class FromScores(Lazy):
-    """Something of ``scores`` that is not computed either."""
+    """Something worked out from ``scores``, as lazily."""
 
     scores: TracedScores
     compute: Callable[[], Tensor] | None = field(default=None, kw_only=True)
@@ -38,7 +38,7 @@ class FromScores(Lazy):
 
 
 def gated(scores: TracedScores, factor: Tensor) -> TracedScores | None:
-    """``scores * factor``, where the factor may be such a mask: what follows tells."""
+    """``scores * factor``, where the factor may be such a mask: `ungated` finds out."""
     if scores.softmaxed or scores.gate is not None or scores.masked:
         return None
     if not scores.holds(*factor.shape) or len(scores.batch_shapes) > 1 or factor.numel() == 1:
@@ -196,16 +196,11 @@ class RowMax(FromScores):
     of_all: bool = False
 
 
-@dataclass(eq=False)
-class RowArgmax(FromScores):
-    """Where the largest of each row is."""
-
-
 class Largest(NamedTuple):
     """As `torch.max` over one dimension gives them."""
 
     values: RowMax
-    indices: RowArgmax
+    indices: FromScores
 
 
 def _at_least(scores, least) -> TracedScores | None:
@@ -228,7 +223,7 @@ def _max(scores, dim=None, keepdim=False) -> TracedScores | RowMax | Largest | N
     if isinstance(dim, (Tensor, Lazy)):
         return None if keepdim else _at_least(scores, dim)
     values = _row_max(scores, dim, keepdim)
-    return values and Largest(values, RowArgmax(scores))
+    return values and Largest(values, FromScores(scores))
 
 
 def _row_max(scores, dim=(), keepdim=False) -> RowMax | None:
@@ -266,7 +261,7 @@ RULES: dict[str, Callable] = {
     "transpose": _transpose,
 }
 RULES_OF: dict[type[Lazy], dict[str, Callable]] = {
-    RowArgmax: {},
+    FromScores: {},
     RowMax: {"detach": _detach, "unsqueeze": _unsqueeze},
     Transposed: dict.fromkeys(["matmul", "bmm", "__matmul__"], _lower_transposed),
 }
