@@ -147,7 +147,7 @@ _checked: set[tuple] = set()
 
 def _check_inputs(query: Tensor, key: Tensor, value: Tensor, eager: bool) -> None:
     """Raise what `_check_shapes` raises, which looks at each kind of call once."""
-    if not eager:
+    if not eager or query is None or key is None or value is None:
         return _check_shapes(query, key, value)
     kind = (
         query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype,

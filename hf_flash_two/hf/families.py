@@ -368,7 +368,12 @@ def hides_future(model: PreTrainedModel) -> bool:
 
 def family_of(module: nn.Module) -> str | None:
     """The ``model_type`` of the layer's config."""
-    return getattr(getattr(module, "config", None), "model_type", None)
+    config = getattr(module, "config", None)
+    try:
+        # Past the look-up of Transformers' configs, which every layer would wait for.
+        return object.__getattribute__(config, "model_type")
+    except AttributeError:
+        return getattr(config, "model_type", None)
 
 
 def is_hand_written(config: PreTrainedConfig) -> bool:

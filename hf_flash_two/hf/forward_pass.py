@@ -56,6 +56,8 @@ class ForwardPass:
         frame: the call that opened it; None while tracing.
         ones: the mask with 1 for every visible token, where the caller's may number documents.
         apart: whether all documents that were described are kept apart.
+        returns_weights: whether layers do by themselves, by what decides that.
+        wants_weights: whether the caller asks for them; None until a layer wants to know.
         derived: what layers share; one for all passes within the outermost.
     """
 
@@ -70,6 +72,8 @@ class ForwardPass:
         self.derived = TensorCache() if around is None else around.derived
         self.ones: Tensor | None = None
         self.apart = False
+        self.returns_weights: dict[tuple, bool] = {}
+        self.wants_weights: bool | None = None
 
 
 Begin = Callable[[ForwardPass], Tensor | None]
@@ -111,6 +115,14 @@ def asks_for_weights() -> bool:
     if compat.records_attentions():
         return True
     running = current()
+    if running is None:
+        return False
+    if running.wants_weights is None:
+        running.wants_weights = _wants_weights(running)
+    return running.wants_weights
+
+
+def _wants_weights(running: ForwardPass | None) -> bool:
     while running is not None:
         asked = running.said.output_attentions
         if asked is not None or running.model.config.output_attentions:

@@ -255,11 +255,21 @@ def _from_paged_cache(
 
 
 def _wants_weights(module: torch.nn.Module, asked: bool | None) -> bool:
+    """Whether the layer is to return weights; found out once for all that are alike in a pass."""
+    running = forward_pass.current()
+    if running is None or torch.compiler.is_compiling():
+        return _returns_weights(module, asked) or forward_pass.asks_for_weights()
+    alike = (id(getattr(module, "config", None)), asked, getattr(module, "is_decoder", True))
+    if alike not in running.returns_weights:
+        running.returns_weights[alike] = _returns_weights(module, asked)
+    return running.returns_weights[alike] or forward_pass.asks_for_weights()
+
+
+def _returns_weights(module: torch.nn.Module, asked: bool | None) -> bool:
     if asked is None:
         asked = getattr(getattr(module, "config", None), "output_attentions", False)
     always = families.family_of(module) in families.RETURNS_WEIGHTS
-    always = always and not getattr(module, "is_decoder", True)
-    return bool(asked) or always or forward_pass.asks_for_weights()
+    return bool(asked) or always and not getattr(module, "is_decoder", True)
 
 
 def _with_row_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:

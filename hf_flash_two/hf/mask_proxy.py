@@ -72,6 +72,8 @@ class MaskProxy(BlockMask):
         unnoticed under eager, where it is None.
         """
         batch, heads, *own = self._shape
+        if own == [queries, keys]:
+            return self
         if self.mask.hides_nothing:
             return self._replace(shape=(batch, heads, queries, keys))
         wanted = [n if has == 1 else has for has, n in zip(own, (queries, keys), strict=True)]

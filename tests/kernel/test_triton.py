@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -89,7 +90,7 @@ def test_tma_changes_nothing(
     mask = masks(132, device)[name]
     found = []
     for least in (64, 1000):
-        monkeypatch.setattr(config, "_TMA_LENGTH", least)
+        monkeypatch.setattr(config, "TMA_LENGTH", least)
         launch.plans.clear()
         copied.clear()
         found.append(results(tensors, upstream, mask=mask))
@@ -186,11 +187,68 @@ def test_tf32_is_used_where_pytorch_uses_it(
 
 def test_few_launches_are_remembered(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     monkeypatch.setattr(launch, "_MOST_PLANS", 3)
-    for length in range(20, 28):
-        query, key, value = inputs(9, length, device=device)
+    for length in range(70, 78):
+        query, key, value = inputs(length, 20, device=device)
         expected = dense_attention(query, key, value)[0]
         torch.testing.assert_close(attend(query, key, value), expected, rtol=1e-4, atol=1e-5)
         assert 0 < len(launch.plans) <= 3
+
+
+def test_descriptors_are_encoded_once() -> None:
+    """A launch that Triton wraps to encode descriptors is given them encoded, and not wrapped."""
+    encoded, launched = [], []
+
+    def make_tensordesc_arg(argument, tiles, _):
+        encoded.append((argument.data_ptr(), tiles))
+        return [f"map {tiles}", *argument.shape]
+
+    def wrap(launcher):
+        return lambda *given: launcher(*given[:1], *make_tensordesc_arg(*given[1:], None))
+
+    class Launcher:
+        launch = staticmethod(wrap(lambda *given: launched.append(given)))
+
+        def __call__(self, *given):
+            self.launch(*given)
+
+    driver = SimpleNamespace(make_tensordesc_arg=make_tensordesc_arg)
+    Launcher.__module__ = "a_driver"
+    compiled = SimpleNamespace(run=Launcher(), metadata=SimpleNamespace(tensordesc_meta=["first"]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "a_driver", driver)
+        run, encode = launch._encoded(compiled)
+        x = torch.zeros(64, dtype=torch.float16)
+        tma = args.Tma((64,), (1,), (16,))
+        call = launch._caller(run, (), (), (x,), [tma], (), encode)
+        for _ in range(2):
+            call(0, x)
+        assert encoded == [(x.data_ptr(), "first")]
+        assert launched == [(0, "map first", 64)] * 2
+        del driver.make_tensordesc_arg
+        assert launch._encoded(compiled) == (compiled.run, None)
+    compiled.metadata.tensordesc_meta = []
+    assert launch._encoded(compiled) == (compiled.run, None)
+
+
+def test_a_growing_cache_makes_no_new_plan(device: str) -> None:
+    """Nor is anything compiled anew, where lengths are numbers of one kind."""
+    for name, kinds in (("full", 1), ("left-padded", 3)):
+        launch.plans.clear()
+        query, key, value = inputs(1, 340, head_dim=16, value_dim=16, device=device)
+        for length in range(300, 309):
+            mask = AttentionMask.causal()
+            if name == "left-padded":
+                keep = torch.arange(length, device=device) >= torch.tensor(
+                    [[0], [130]], device=device
+                )
+                mask = mask & AttentionMask.from_padding(keep)
+            keys, values = (x[:, :, :length].contiguous() for x in (key, value))
+            got = attend(query, keys, values, mask=mask)
+            visible = mask.to_dense(1, length, device)
+            expected = dense_attention(query, keys, values, visible=visible)[0]
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        # Rows of intervals start on 16 bytes for every fourth length; one plan more is of ranges.
+        assert len(launch.plans) == kinds
 
 
 def test_a_known_launch_skips_the_jit_unless_a_profiler_watches(
@@ -199,10 +257,15 @@ def test_a_known_launch_skips_the_jit_unless_a_profiler_watches(
     calls = []
 
     class Compiled:
-        function, packed_metadata = "function", "metadata"
+        function, packed_metadata, metadata = "function", "metadata", None
 
-        def run(self, *given):
-            calls.append(given)
+        class Launcher:
+            launch = None
+
+            def __call__(self, *given):
+                calls.append(given)
+
+        run = Launcher()
 
     class Kernel:
         arg_names = ("x", "y", "scalar", "SIZE")
@@ -283,7 +346,7 @@ def test_many_heads_to_a_key_decode_together(device: str, group: int) -> None:
     """More than one tile of queries; keys are still read once for all of a tile's heads."""
     tensors = inputs(1, 300, heads=(group, 1), device=device)
     params = SimpleNamespace(bias=None, dense=None, block_q=None, block_k=None)
-    assert config.forward_tiles(*tensors, params).pack_gqa == group
+    assert config.decode_tiles(*tensors, params).tiles.pack_gqa == group
     expected = dense_attention(*tensors)[0]
     torch.testing.assert_close(attend(*tensors), expected, rtol=1e-4, atol=1e-5)
 

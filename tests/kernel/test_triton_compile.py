@@ -24,6 +24,7 @@ from triton.runtime.jit import create_function_from_signature  # noqa: E402
 from hf_flash_two.kernels.triton import (  # noqa: E402
     backward,
     config,
+    decode,
     forward,
     launch,
     ranges,
@@ -62,7 +63,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list:
     """The kernels that are launched, with their grids and arguments, instead of running them."""
     launches: list = []
     for module, names in (
-        (forward, ("_forward_kernel", "_merge_kernel")),
+        (forward, ("attend_kernel",)),
+        (decode, ("attend_kernel", "_merge_kernel")),
         (ranges, ("_ranges_kernel",)),
         (backward, ("_dkdv_kernel", "_dq_kernel", "_dbias_kernel")),
     ):
@@ -158,7 +160,9 @@ def test_only_small_buckets_change_tiles(monkeypatch, target: str, query_length:
     def tiles(bucket: int | None) -> list[config.Tiles]:
         described = params(AttentionMask.causal(), 512, block_q=bucket, block_k=bucket)
         both = config.backward_tiles(*tensors, described)
-        of_forward = config.forward_tiles(*tensors, described)
+        of_forward = config.forward_tiles(tensors[0], tensors[2], described)
+        if query_length == 1:
+            of_forward = config.decode_tiles(*tensors, described).tiles
         return [of_forward, *(x for x in (both.dkdv, both.dq, both.dv) if x is not None)]
 
     assert tiles(10_000) == tiles(None)
@@ -180,7 +184,7 @@ def test_any_number_of_heads_fits_the_grid(launches):
     out, lse = forward.forward(query, key, value, described)
     backward.backward(out, None, query, key, value, out, lse, described, True)
     assert {kernel.__name__ for kernel, *_ in launches} == {
-        "_ranges_kernel", "_forward_kernel", "_dkdv_kernel", "_dq_kernel",
+        "_ranges_kernel", "attend_kernel", "_dkdv_kernel", "_dq_kernel",
         "_dbias_kernel",
     }  # fmt: skip
     for kernel, (_, *others), *_ in launches:

@@ -58,6 +58,13 @@ class Tma(NamedTuple):
     block: tuple[int, ...] = ()
 
 
+class Tiled(NamedTuple):
+    """A tensor whose tiles TMA copies, where lengths differ from call to call."""
+
+    tensor: Tensor
+    tma: Tma
+
+
 class Intervals(NamedTuple):
     """Who sees each key, int32: key j is seen by the queries at positions [start[j], stop[j]).
 

@@ -22,7 +22,7 @@ from hf_flash_two.kernels.triton.tile import BAND, INTERVALS, NO_MASK
 _MOST_COLUMNS = 256
 _DECODE_ROWS = 64
 _SPLIT_KEYS = 256
-_TMA_LENGTH = 256
+TMA_LENGTH = 256
 _MOST_SCORES = 2**13
 
 
@@ -37,7 +37,6 @@ class Tiles:
     warps: int
     stages: int
     pack_gqa: int = 1
-    splits: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,42 +173,76 @@ def _cap(block: int, limit: int | None, least: int) -> int:
     return block if limit is None else max(least, min(block, 2 ** (limit.bit_length() - 1)))
 
 
-def forward_tiles(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tiles:
-    batch, heads, query_length, head_dim = query.shape
-    key_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
-    device = _device(query)
-    group = heads // key_heads
-    single = query.dtype == torch.float32
+@lru_cache
+def _product_columns(
+    index: int | None, dtype: torch.dtype, head_dim: int, value_dim: int
+) -> tuple[int, int]:
+    """Head dim of Q K^T and of V per product."""
+    device, single = device_of(index), dtype == torch.float32
     most = _MOST_COLUMNS if not single else 128
-    block_d = min(_columns(head_dim, single, device), most)
-    block_v = min(_columns(value_dim, single, device), most)
-    if head_dim > _MOST_COLUMNS:
-        block_d = 64
-    widest = max(block_d, block_v)
-    narrow = device.shared_memory < 96 * 2**10 and widest > 128
-    rows = _DECODE_ROWS // 2 if narrow else _DECODE_ROWS
-    if query_length <= max(1, rows // group):
-        block_q = min(_padded(group * query_length), rows)
-        memory, most_scores = device.shared_memory, _MOST_SCORES
-        if not _few_terms(params):
-            most_scores = most_scores if memory >= 128 * 2**10 else most_scores // 2
-            memory = min(memory, 128 * 2**10)
-        block_k, stages, resident = _look_up(_DECODE_TABLE, memory, single, widest)
-        block_k = min(block_k, most_scores // block_q)
-        blocks = triton.cdiv(key_length, max(block_k, _SPLIT_KEYS))
-        programs = batch * key_heads * triton.cdiv(value_dim, block_v)
-        programs *= triton.cdiv(group * query_length, block_q)
-        splits = _splits(programs, resident * device.processors, blocks)
-        return Tiles(block_q, block_k, block_d, block_v, 4, stages, group, splits)
-    block_q, block_k, warps, stages = _table_row(widest, single, device, params)[0]
-    return Tiles(
-        min(_cap(block_q, params.block_q, 16), max(16, _padded(query_length))),
-        _cap(block_k, params.block_k, 16),
-        block_d,
-        block_v,
-        warps,
-        stages,
-    )
+    block_d, block_v = (min(_columns(x, single, device), most) for x in (head_dim, value_dim))
+    return 64 if head_dim > _MOST_COLUMNS else block_d, block_v
+
+
+def _columns_of(query: Tensor, value: Tensor) -> tuple[int, int]:
+    return _product_columns(query.device.index, query.dtype, query.shape[3], value.shape[3])
+
+
+def forward_tiles(query: Tensor, value: Tensor, params: AttentionParams) -> Tiles:
+    columns = _columns_of(query, value)
+    single = query.dtype == torch.float32
+    block_q, block_k, warps, stages = _table_row(max(columns), single, _device(query), params)[0]
+    block_q = min(_cap(block_q, params.block_q, 16), _padded(query.shape[2]))
+    return Tiles(block_q, _cap(block_k, params.block_k, 16), *columns, warps, stages)
+
+
+def decodes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether there are so few queries that a tile holds those of all heads of a group."""
+    length = query.shape[2]
+    rows = length * (query.shape[1] // key.shape[1])
+    return length == 1 or rows <= _DECODE_ROWS and rows <= _decode_rows(query, value)
+
+
+def _decode_rows(query: Tensor, value: Tensor) -> int:
+    narrow = _device(query).shared_memory < 96 * 2**10
+    return _DECODE_ROWS // 2 if narrow and max(_columns_of(query, value)) > 128 else _DECODE_ROWS
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTiles:
+    """Tile sizes of few queries, and into how many parts the keys are split.
+
+    Attributes:
+        programs: of one split.
+        resident: programs that run at the same time.
+    """
+
+    tiles: Tiles
+    programs: int
+    resident: int
+
+    def splits(self, key_length: int) -> int:
+        blocks = triton.cdiv(key_length, max(self.tiles.block_k, _SPLIT_KEYS))
+        return _splits(self.programs, self.resident, blocks)
+
+
+def decode_tiles(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> DecodeTiles:
+    batch, heads, query_length, _ = query.shape
+    key_heads, device = key.shape[1], _device(query)
+    single = query.dtype == torch.float32
+    block_d, block_v = _columns_of(query, value)
+    rows = query_length * (heads // key_heads)
+    block_q = min(_padded(rows), _decode_rows(query, value))
+    memory, most_scores = device.shared_memory, _MOST_SCORES
+    if not _few_terms(params):
+        most_scores = most_scores if memory >= 128 * 2**10 else most_scores // 2
+        memory = min(memory, 128 * 2**10)
+    block_k, stages, resident = _look_up(_DECODE_TABLE, memory, single, max(block_d, block_v))
+    block_k = min(block_k, most_scores // block_q)
+    programs = batch * key_heads * triton.cdiv(value.shape[3], block_v)
+    programs *= triton.cdiv(rows, block_q)
+    tiles = Tiles(block_q, block_k, block_d, block_v, 4, stages, heads // key_heads)
+    return DecodeTiles(tiles, programs, resident * device.processors)
 
 
 @lru_cache
@@ -269,14 +302,21 @@ def tma_tiles(tensor: Tensor, params: AttentionParams, rows: int, columns: int) 
         not _device(tensor).tma
         or size != 2
         or params.dense is not None  # ptxas 12.8 crashes on both in one loop
-        or tensor.shape[2] < _TMA_LENGTH
+        or tensor.shape[2] < TMA_LENGTH
         or tensor.data_ptr() % 16
         or any(length > 1 and (stride == 0 or stride * size % 16) for length, stride in axes)
     ):
         return Tma()
+    return tma_of(tensor, rows, columns)
+
+
+def tma_of(tensor: Tensor, rows: int, columns: int) -> Tma:
+    """`tma_tiles` where TMA is known to copy them."""
+    shape = tuple(tensor.shape)
     # An axis of one element is never stepped along, but its stride is checked.
-    strides = (*(stride if length > 1 else 16 for length, stride in axes), 1)
-    return Tma(tuple(tensor.shape), strides, (1, 1, rows, columns))
+    axes = zip(shape[:3], tensor.stride(), strict=False)
+    strides = (*[stride if length > 1 else 16 for length, stride in axes], 1)
+    return Tma(shape, strides, (1, 1, rows, columns))
 
 
 def tma_run(tensor: Tensor | None, tiles: Tma) -> Tma:
@@ -290,7 +330,12 @@ def tma_run(tensor: Tensor | None, tiles: Tma) -> Tma:
         or tensor.numel() >= 2**31
     ):
         return Tma()
-    return Tma((tensor.numel(),), (1,), (tiles.block[2],))
+    return tma_of_run(tensor, tiles.block[2])
+
+
+def tma_of_run(tensor: Tensor, length: int) -> Tma:
+    """`tma_run` where TMA is known to copy it."""
+    return Tma((tensor.numel(),), (1,), (length,))
 
 
 def _tf32(query: Tensor) -> bool:

@@ -1,15 +1,4 @@
-"""The forward pass as Triton kernels: training and prefill, decode, and the merge of split keys.
-
-Source: Dao 2023, arXiv:2307.08691, Algorithm 1; keys split over programs as in Flash-Decoding.
-One kernel serves both ends. A tile holds ``PACK_GQA`` query heads of one group side by side: one
-for long queries, the whole group in decode, so that few queries fill the tile and a key is read
-once.
-"""
-
-# What stands in a kernel is Triton's language, which its types do not describe.
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+"""The forward pass of many queries: training and prefill. Few go to `decode`."""
 
 from __future__ import annotations
 
@@ -18,19 +7,11 @@ from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from hf_flash_two.kernels.params import (
-    LOG2E,
-    AttentionParams,
-    Layout,
-    output_layout,
-)
+from hf_flash_two.kernels.params import AttentionParams, Layout, output_layout
 from hf_flash_two.kernels.triton.args import (
-    Dropout,
     Heads,
-    Intervals,
     Operand,
     PerHead,
     PerPair,
@@ -41,38 +22,18 @@ from hf_flash_two.kernels.triton.args import (
     intervals_of,
     score_terms,
 )
+from hf_flash_two.kernels.triton.attend import attend_constants, attend_kernel
 from hf_flash_two.kernels.triton.config import (
     Tiles,
+    decodes,
     forward_tiles,
     launch_flags,
     tma_run,
     tma_tiles,
 )
+from hf_flash_two.kernels.triton.decode import decode
 from hf_flash_two.kernels.triton.launch import Launch, on_device, planned
 from hf_flash_two.kernels.triton.ranges import key_ranges
-from hf_flash_two.kernels.triton.tile import (
-    INTERVALS,
-    batch_row,
-    head_number,
-    head_ptr,
-    head_terms,
-    holds_nan,
-    intervals,
-    kept,
-    key_tiles,
-    modify,
-    nth_tile,
-    pair_offset,
-    phases,
-    seen_product,
-    stages_of,
-    tma_load,
-    unit,
-    visible,
-)
-
-_LOG2E = tl.constexpr(LOG2E)
-_MERGED = tl.constexpr(16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +42,6 @@ class _Plan:
     out: Layout
     terms: Callable[[AttentionParams], ScoreTerms]
     attend: Launch
-    merge: Launch | None
 
 
 def forward(
@@ -89,23 +49,18 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] in the dtype of ``query`` and lse [B, Hq, Tq] in float32."""
     query, key, value = [x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value)]
+    if decodes(query, key, value):
+        return decode(query, key, value, params)
     with on_device(query):
         plan = planned(_plan, params, (query, key, value))
-        tiles = plan.tiles
         out = query.new_empty_strided(*plan.out)
         lse = query.new_empty(plan.out[0][:3], dtype=torch.float32)
-        part_out, part_lse = out, lse
-        if plan.merge is not None:
-            part_out = query.new_empty(tiles.splits, *out.shape, dtype=torch.float32)
-            part_lse = query.new_empty(2, tiles.splits, *lse.shape, dtype=torch.float32)
+        ranges = key_ranges(params, plan.tiles, query.shape[2], key.shape[2])
         plan.attend(
-            query, key, value, part_out, part_lse,
-            key, value, params.query_start, params.query_stop,
-            intervals_of(params, key_ranges(params, tiles, query.shape[2], key.shape[2])),
-            params.dense, plan.terms(params), params.sinks, params.seed,
+            query, key, value, out, lse, key, value, params.query_start, params.query_stop,
+            intervals_of(params, ranges), params.dense, plan.terms(params), params.sinks,
+            params.seed,
         )  # fmt: skip
-        if plan.merge is not None:
-            plan.merge(part_out, part_lse, out, lse, params.sinks)
     return out, lse
 
 
@@ -113,332 +68,35 @@ def _plan(params: AttentionParams, query: Tensor, key: Tensor, value: Tensor) ->
     batch, heads, query_length, head_dim = query.shape
     key_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
     shape = (batch, heads, query_length, key_length)
-    tiles = forward_tiles(query, key, value, params)
-    row_tiles = triton.cdiv(tiles.pack_gqa * query_length, tiles.block_q)
-    split = tiles.splits > 1
+    tiles = forward_tiles(query, value, params)
     out = output_layout(query, value_dim)
-    part, split_rows = Operand(None, *out[1][:3]), 0
-    if split:
-        split_rows = batch * heads * query_length
-        part = Operand(
-            None, *(value_dim * step for step in (heads * query_length, query_length, 1))
-        )
-    sinks = PerHead(None, *broadcast_strides(params.sinks, batch, heads))
-    flags = launch_flags(query, key, params)
     tma_key = tma_value = Tma()
     if head_dim <= tiles.block_d:
         tma_key = tma_tiles(key, params, tiles.block_k, tiles.block_d)
         tma_value = tma_tiles(value, params, tiles.block_k, tiles.block_v)
+    row_tiles = triton.cdiv(query_length, tiles.block_q)
     attend = Launch(
-        _forward_kernel,
-        (
-            row_tiles * batch * (heads // tiles.pack_gqa),
-            triton.cdiv(value_dim, tiles.block_v),
-            tiles.splits,
-        ),
+        attend_kernel,
+        (row_tiles * batch * heads, triton.cdiv(value_dim, tiles.block_v), 1),
         {
             "q": Operand(None, *query.stride()[:3]),
             "k": Operand(None, *key.stride()[:3]),
             "v": Operand(None, *value.stride()[:3]),
-            "out": part,
+            "out": Operand(None, *out[1][:3]),
             "k_desc": tma_key,
             "v_desc": tma_value,
             "start_desc": tma_run(params.query_start, tma_key),
             "stop_desc": tma_run(params.query_stop, tma_key),
             "dense": PerPair(None, *broadcast_strides(params.dense, *shape)),
-            "sinks": sinks,
+            "sinks": PerHead(None, *broadcast_strides(params.sinks, batch, heads)),
             "dropout": dropout_of(params),
         },
         (
             Heads(heads, heads // key_heads), query_length, key_length,
             params.query_offset, params.window_left or 0, params.window_right or 0,
-            broadcast_strides(params.query_start, batch, key_length)[0], split_rows,
+            broadcast_strides(params.query_start, batch, key_length)[0], 0,
         ),
-        {
-            "FLAGS": flags, "D": head_dim, "DV": value_dim,
-            "BLOCK_Q": tiles.block_q, "BLOCK_K": tiles.block_k,
-            "BLOCK_D": tiles.block_d, "BLOCK_V": tiles.block_v, "STAGES": tiles.stages,
-            "PACK_GQA": tiles.pack_gqa, "SPLIT": split,
-        },
+        attend_constants(tiles, query, value, launch_flags(query, key, params), split=False),
         tiles,
     )  # fmt: skip
-    merge = None
-    if split:
-        merge = Launch(
-            _merge_kernel,
-            (batch * heads * query_length,),
-            {"part": part, "out": Operand(None, *out[1][:3]), "sinks": sinks},
-            (heads, query_length, split_rows, value_dim * split_rows, tiles.splits),
-            {
-                "PLAIN": flags.PLAIN,
-                "DV": value_dim,
-                "BLOCK_V": triton.next_power_of_2(value_dim),
-            },
-            tiles,
-        )
-    return _Plan(tiles, out, score_terms(params, *shape), attend, merge)
-
-
-@triton.jit(do_not_specialize=[
-    "query_length", "key_length", "offset", "left", "right", "interval_stride_b", "split_rows",
-])  # fmt: skip
-def _forward_kernel(
-    q: Operand, k: Operand, v: Operand, out: Operand, lse_ptr,
-    k_desc, v_desc, start_desc, stop_desc,
-    of_keys: Intervals, dense: PerPair, terms: ScoreTerms, sinks: PerHead, dropout: Dropout,
-    heads: Heads, query_length, key_length, offset, left, right, interval_stride_b, split_rows,
-    FLAGS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    STAGES: tl.constexpr, PACK_GQA: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """Output and lse of one tile of queries, over all keys or one split of them.
-
-    Goes through the tiles of keys that hold a visible pair, first through those that need no mask,
-    with the online softmax: ``acc`` and ``row_sum`` are relative to ``row_max``, the largest score
-    so far in `unit`, and are multiplied by ``alpha`` where a tile raises it.
-
-    The grid is row tiles x batch rows x heads by ``PACK_GQA``, tiles of Dv, splits.
-
-    Args:
-        q: [B, Hq, Tq, D]. k: [B, Hk, Tk, D]. v: [B, Hk, Tk, Dv].
-        out: [B, Hq, Tq, Dv] in the dtype of q; of a split, [splits, B, Hq, Tq, Dv] in float32,
-            neither divided by ``row_sum`` nor with the sinks.
-        lse_ptr: float32 [B, Hq, Tq]; of a split, [2, splits, B, Hq, Tq] for row_max and row_sum.
-        k_desc, v_desc, start_desc, stop_desc: TMA descriptors of k, v and the intervals, or None.
-        offset: position of query 0 among the keys.
-        left, right: the band; see `AttentionParams`.
-        interval_stride_b: Tk, or 0 where all batch rows share their intervals.
-        split_rows: B * Hq * Tq, rows from one split to the next.
-    """
-    CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    PRECISION: tl.constexpr = FLAGS.PRECISION
-    UNIT: tl.constexpr = unit(FLAGS.PLAIN)
-    program = tl.program_id(0)
-    row_tiles = tl.cdiv(query_length * PACK_GQA, BLOCK_Q)
-    # The last tile of a causal mask is the longest: start with it.
-    tile = row_tiles - 1 - program % row_tiles
-    head_tiles = heads.count // PACK_GQA
-    batch = (program // row_tiles // head_tiles).to(tl.int64)
-    head = ((program // row_tiles) % head_tiles * PACK_GQA).to(tl.int64)
-    key_head = head // heads.group
-    row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    row_inside = row < query_length
-    start = tile * BLOCK_Q
-    stop = tl.minimum(start + BLOCK_Q, query_length)
-    if PACK_GQA > 1:
-        head = head + row % PACK_GQA
-        row = row // PACK_GQA
-        row_inside = row < query_length
-        start = start // PACK_GQA
-        stop = tl.minimum((tile * BLOCK_Q + BLOCK_Q - 1) // PACK_GQA + 1, query_length)
-    position = row + offset
-
-    d = tl.arange(0, BLOCK_D)
-    d_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    q_at = head_ptr(q, batch, head) + row.to(tl.int64) * q.stride_t
-    k_head = head_ptr(k, batch, key_head)
-    v_head = head_ptr(v, batch, key_head)
-    ranges_at = of_keys.tiles_ptr
-    if FLAGS.MASK == INTERVALS:
-        ranges_at += batch_row(batch, row_tiles, interval_stride_b)
-    if PACK_GQA == 1:
-        head_row = head
-    else:
-        head_row = head[:, None]
-    dense_offset = pair_offset(dense, batch, head_row)
-    of_head = head_terms(terms, batch, head_row)
-    if CHUNKS == 1:
-        q_tile = tl.load(q_at[:, None] + d[None, :], row_inside[:, None] & (d < D)[None, :], 0.0)
-
-    tile_start, tile_stop, full_start, full_stop = key_tiles(
-        ranges_at, dense, tile, start + offset, stop + offset, key_length, left, right,
-        FLAGS, BLOCK_K,
-    )  # fmt: skip
-    whole = full_stop - full_start
-    split_start, split_stop = 0, tile_stop - tile_start
-    if SPLIT:
-        total = tile_stop - tile_start
-        split_start = tl.program_id(2) * total // tl.num_programs(2)
-        split_stop = (tl.program_id(2) + 1) * total // tl.num_programs(2)
-
-    row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_Q], tl.float32)
-    acc = tl.zeros([BLOCK_Q, BLOCK_V], tl.float32)
-    score_scale = terms.scale * _LOG2E
-    for phase in tl.static_range(phases(FLAGS.RESCUE)):
-        if phase == 0:
-            run_start, run_stop = tl.minimum(split_start, whole), tl.minimum(split_stop, whole)
-        elif phase == 1:
-            run_start, run_stop = tl.maximum(split_start, whole), tl.maximum(split_stop, whole)
-        else:
-            again = holds_nan(acc, row_inside)
-            run_start, run_stop = split_start, tl.where(again, split_stop, split_start)
-            row_max = tl.where(again, float("-inf"), row_max)
-            row_sum = tl.where(again, 0.0, row_sum)
-            acc = tl.where(again, 0.0, acc)
-        for n in tl.range(run_start, run_stop, num_stages=stages_of(STAGES, phase, FLAGS.MASK)):
-            if phase == 0:
-                key_tile = full_start + n
-            else:
-                key_tile = nth_tile(n, tile_start, full_start, full_stop)
-            col = key_tile * BLOCK_K + tl.arange(0, BLOCK_K)
-            col_at = col.to(tl.int64)
-            if k_desc is not None:
-                k_tile = tma_load(k_desc, batch, key_head, key_tile * BLOCK_K, 0, BLOCK_K, BLOCK_D)
-                s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-            elif CHUNKS == 1:
-                k_at = k_head + col_at[None, :] * k.stride_t + d[:, None]
-                if phase == 0:
-                    if D == BLOCK_D:
-                        k_tile = tl.load(k_at)
-                    else:
-                        k_tile = tl.load(k_at, (d < D)[:, None], 0.0)
-                else:
-                    k_tile = tl.load(k_at, (d < D)[:, None] & (col < key_length)[None, :], 0.0)
-                s = tl.dot(q_tile, k_tile, input_precision=PRECISION)
-            else:
-                s = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
-                for chunk in range(CHUNKS):
-                    dc = chunk * BLOCK_D + d
-                    qc = tl.load(
-                        q_at[:, None] + dc[None, :], row_inside[:, None] & (dc < D)[None, :], 0.0
-                    )
-                    kc = tl.load(
-                        k_head + col_at[None, :] * k.stride_t + dc[:, None],
-                        (dc < D)[:, None] & (col < key_length)[None, :],
-                        0.0,
-                    )
-                    s = tl.dot(qc, kc, s, input_precision=PRECISION)
-            seen = row_inside[:, None] & (col < key_length)[None, :]
-            if phase != 0:
-                query_start, query_stop = intervals(
-                    of_keys, start_desc, stop_desc, batch * interval_stride_b, key_tile * BLOCK_K,
-                    key_length, FLAGS, BLOCK_K,
-                )  # fmt: skip
-                seen = seen & visible(
-                    row[:, None], position[:, None], col[None, :], query_length, key_length,
-                    query_start[None, :], query_stop[None, :], dense, dense_offset,
-                    left, right, FLAGS,
-                )  # fmt: skip
-            if FLAGS.PLAIN:
-                if phase != 0:
-                    s = tl.where(seen, s, float("-inf"))
-                new_max = tl.maximum(row_max, tl.max(s, 1) * score_scale)
-            else:
-                s, d_cap = modify(
-                    s, row[:, None], position[:, None], col[None, :], seen, terms, of_head, FLAGS
-                )
-                if phase != 0:
-                    s = tl.where(seen, s, float("-inf"))
-                new_max = tl.maximum(row_max, tl.max(s, 1))
-            safe_max = new_max
-            if phase != 0 or terms.bias.ptr is not None:
-                safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-            if FLAGS.PLAIN:
-                p = tl.exp2(s * score_scale - safe_max[:, None])
-            else:
-                p = tl.exp2((s - safe_max[:, None]) * UNIT)
-            alpha = tl.exp2((row_max - safe_max) * UNIT)
-            row_max = new_max
-            row_sum = row_sum * alpha + tl.sum(p, 1)
-            if FLAGS.DROPOUT:
-                keep = kept(dropout, batch, head_row, row[:, None], col[None, :])
-                p = tl.where(keep, p * dropout.keep_scale, 0.0)
-            acc = acc * alpha[:, None]
-            v_at = v_head + d_v[None, :] + col_at[:, None] * v.stride_t
-            if v_desc is not None:
-                v_tile = tma_load(
-                    v_desc, batch, key_head, key_tile * BLOCK_K, tl.program_id(1) * BLOCK_V,
-                    BLOCK_K, BLOCK_V,
-                )  # fmt: skip
-            elif phase == 0:
-                if DV % BLOCK_V == 0:
-                    v_tile = tl.load(v_at)
-                else:
-                    v_tile = tl.load(v_at, (d_v < DV)[None, :], 0.0)
-            else:
-                v_tile = tl.load(v_at, (d_v < DV)[None, :] & (col < key_length)[:, None], 0.0)
-            if phase == 2:
-                v_rows = v_head + key_tile.to(tl.int64) * BLOCK_K * v.stride_t + d_v
-                acc = seen_product(p, v_tile, acc, seen, v_rows, v.stride_t, d_v < DV, PRECISION)
-            else:
-                acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
-
-    out_at = head_ptr(out, batch, head) + row.to(tl.int64) * out.stride_t
-    lse_at = lse_ptr + (batch * heads.count + head) * query_length + row
-    if SPLIT:
-        # The parts' sums stand behind all of their maxima: one number would round their share away.
-        out_at += tl.program_id(2).to(tl.int64) * split_rows * DV
-        lse_at += tl.program_id(2).to(tl.int64) * split_rows
-        lse = row_max
-        if tl.program_id(1) == 0:
-            sum_at = lse_at + tl.num_programs(2).to(tl.int64) * split_rows
-            tl.store(sum_at, row_sum, row_inside)
-    else:
-        if sinks.ptr is not None:
-            sink = head_number(sinks, batch, head) * (_LOG2E / UNIT)
-            new_max = tl.maximum(row_max, sink)
-            safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-            alpha = tl.exp2((row_max - safe_max) * UNIT)
-            row_sum = row_sum * alpha + tl.exp2((sink - safe_max) * UNIT)
-            acc = acc * alpha[:, None]
-            row_max = new_max
-        acc = acc / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
-        lse = row_max * (UNIT / _LOG2E) + tl.log2(row_sum) / _LOG2E
-        lse = tl.where(row_sum == 0, float("-inf"), lse)
-    tl.store(
-        out_at[:, None] + d_v[None, :],
-        acc.to(out.ptr.dtype.element_ty),
-        row_inside[:, None] & (d_v < DV)[None, :],
-    )
-    if tl.program_id(1) == 0:
-        tl.store(lse_at, lse, row_inside)
-
-
-@triton.jit(do_not_specialize=["query_length", "split_rows", "split_stride", "splits"])
-def _merge_kernel(
-    part: Operand, part_lse_ptr, out: Operand, lse_ptr, sinks: PerHead,
-    heads, query_length, split_rows, split_stride, splits,
-    PLAIN: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """One row: the sums of its splits, each as it would be had all keys the largest maximum.
-
-    Args:
-        part, part_lse_ptr: ``out`` and ``lse_ptr`` of `_forward_kernel` where keys are split.
-        out: [B, Hq, Tq, Dv].
-        lse_ptr: float32 [B, Hq, Tq].
-    """
-    UNIT: tl.constexpr = unit(PLAIN)
-    program = tl.program_id(0).to(tl.int64)
-    row = program % query_length
-    head = (program // query_length) % heads
-    batch = program // query_length // heads
-    d_v = tl.arange(0, BLOCK_V)
-    part_row = head_ptr(part, batch, head) + row * part.stride_t + d_v
-    row_max = float("-inf")
-    row_sum = 0.0
-    acc = tl.zeros([BLOCK_V], tl.float32)
-    if sinks.ptr is not None:
-        row_max = head_number(sinks, batch, head) * (_LOG2E / UNIT)
-        row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
-    # All splits together are a few tiles per processor: 32 bits reach them.
-    for some in range(0, splits, _MERGED):
-        split = some + tl.arange(0, _MERGED)
-        inside = split < splits
-        part_at = part_lse_ptr + split * split_rows + program
-        part_max = tl.load(part_at, inside, float("-inf"))
-        part_sum = tl.load(part_at + splits * split_rows, inside, 0.0)
-        new_max = tl.maximum(row_max, tl.max(part_max, 0))
-        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        alpha = tl.exp2((row_max - safe_max) * UNIT)
-        share = tl.exp2((part_max - safe_max) * UNIT)
-        at = part_row[None, :] + (split * split_stride)[:, None]
-        partial = tl.load(at, inside[:, None] & (d_v < DV)[None, :], 0.0)
-        acc = acc * alpha + tl.sum(partial * share[:, None], 0)
-        row_sum = row_sum * alpha + tl.sum(part_sum * share, 0)
-        row_max = new_max
-    acc = acc / tl.where(row_sum == 0, 1.0, row_sum)
-    lse = row_max * (UNIT / _LOG2E) + tl.log2(row_sum) / _LOG2E
-    lse = tl.where(row_sum == 0, float("-inf"), lse)
-    tl.store(head_ptr(out, batch, head) + row * out.stride_t + d_v, acc, d_v < DV)
-    tl.store(lse_ptr + program, lse)
+    return _Plan(tiles, out, score_terms(params, *shape), attend)

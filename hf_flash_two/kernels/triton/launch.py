@@ -7,10 +7,13 @@ and the compiled kernel is launched directly from then on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+from copy import copy
+from functools import lru_cache, partial
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -21,7 +24,7 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_flash_two.kernels.params import AttentionParams
-from hf_flash_two.kernels.triton.args import Tma
+from hf_flash_two.kernels.triton.args import Tiled, Tma
 from hf_flash_two.kernels.triton.config import Tiles
 
 Plan = TypeVar("Plan")
@@ -53,12 +56,16 @@ def planned(
     ]
     if query.dtype == torch.float32:
         parts.append(torch.backends.cuda.matmul.fp32_precision)
-    key = tuple(parts)
-    plan = plans.get(key)
+    return plan_for(tuple(parts), make, params, *inputs, *results)
+
+
+def plan_for(kind: tuple, make: Callable[..., Plan], *given: Any) -> Plan:
+    """``make(*given)``, once for each kind."""
+    plan = plans.get(kind)
     if plan is None:
         if len(plans) >= _MOST_PLANS:
             plans.clear()
-        plan = plans[key] = make(params, *inputs, *results)
+        plan = plans[kind] = make(*given)
     return plan
 
 
@@ -75,7 +82,9 @@ def on_device(tensor: Tensor) -> AbstractContextManager:
 class Launch:
     """A kernel with all but its tensors decided; called with them, in order.
 
-    A kernel takes first what comes anew in every call, then ``scalars``, then ``constants``.
+    A kernel takes first what comes anew in every call, then ``scalars``, then ``constants``. If
+    lengths come anew too, there is no ``grid``: each call gives it first, and numbers may change
+    so far as Triton compiles the same for them.
 
     Args:
         templates: of parameters that are a named tuple of a pointer and numbers, that tuple, a call
@@ -86,29 +95,31 @@ class Launch:
     def __init__(
         self,
         kernel,
-        grid: tuple[int, ...],
+        grid: tuple[int, ...] | None,
         templates: Mapping[str, Any],
         scalars: tuple,
         constants: dict,
         tiles: Tiles,
     ):
         self._kernel, self._scalars, self._constants = kernel, scalars, constants
-        self._grid = (*grid, 1, 1)[:3]
+        self._grid = None if grid is None else (*grid, 1, 1)[:3]
         self._options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
         count = len(kernel.arg_names) - len(scalars) - len(constants)
         self._templates = [templates.get(name) for name in kernel.arg_names[:count]]
         self._run: Callable | None = None
 
-    def __call__(self, *given: Tensor | tuple | None) -> None:
+    def __call__(self, *given: Any) -> None:
         if self._run is not None and not _watched():
             self._run(self._current_stream(self._device), *given)
             return
+        grid: Any = self._grid
+        if grid is None:
+            grid, given = given[0], given[1:]
         arguments = [
-            x if template is None else _filled(template, x)
-            for x, template in zip(given, self._templates, strict=True)
+            _filled(template, x) for x, template in zip(given, self._templates, strict=True)
         ]
         try:
-            compiled = self._kernel[self._grid](
+            compiled = self._kernel[grid](
                 *arguments, *self._scalars, **self._constants, **self._options
             )
         except RuntimeError as error:
@@ -129,35 +140,61 @@ class Launch:
             active: Any = driver.active
             self._device = active.get_current_device()
             self._current_stream = active.get_current_stream
-            run: Any = compiled.run
-            self._run = _caller(run, self._grid, handles, given, self._templates, rest)
+            run, encode = _encoded(compiled)
+            self._run = _caller(run, self._grid, handles, given, self._templates, rest, encode)
 
 
-def _filled(template: Any, tensor: Any) -> Any:
+def _filled(template: Any, given: Any) -> Any:
+    """What the JIT is to be given."""
+    if isinstance(given, Tiled):
+        given, template = given
+    if template is None:
+        return given
     if not isinstance(template, Tma):
-        return type(template)(tensor, *template[1:])
+        return type(template)(given, *template[1:])
     shape, strides, block = map(list, template)
-    return TensorDescriptor(tensor, shape, strides, block) if template.block else None
+    return TensorDescriptor(given, shape, strides, block) if block else None
 
 
-class _Address(NamedTuple):
-    """What `TensorDescriptor` wants to know of a tensor; it keeps none alive."""
+class _Descriptor:
+    """What the driver reads of a `TensorDescriptor`; it keeps no tensor alive."""
 
-    address: int
-    dtype: torch.dtype
+    padding, round_f32_to_tf32 = "zero", False
+
+    def __init__(self, address: int, dtype: torch.dtype, tma: Tma) -> None:
+        self._address, self.dtype = address, dtype
+        self.shape, self.strides, self.block_shape = map(list, tma)
+        self.base = self
 
     def data_ptr(self) -> int:
-        return self.address
+        return self._address
 
 
-@lru_cache(_MOST_PLANS)
-def _descriptor(address: int, dtype: torch.dtype, tma: Tma) -> TensorDescriptor:
-    shape, strides, block = map(list, tma)
-    return TensorDescriptor(_Address(address, dtype), shape, strides, block)
+def _encoded(compiled: Any) -> tuple[Callable, Callable | None]:
+    """``compiled.run`` as it goes on once descriptors are encoded, and what encodes the n-th.
+
+    Triton goes through all arguments of a launch to encode descriptors anew. Where its function
+    that does so cannot be told from the one that launches, both stay as they are.
+    """
+    run, tiles = compiled.run, getattr(compiled.metadata, "tensordesc_meta", None)
+    encode = getattr(sys.modules.get(type(run).__module__), "make_tensordesc_arg", None)
+    wrapped = inspect.getclosurevars(run.launch).nonlocals if inspect.isfunction(run.launch) else {}
+    if not tiles or encode is None or "launcher" not in wrapped:
+        return run, None
+    run = copy(run)
+    run.launch = wrapped["launcher"]
+    rest = (None,) * (len(inspect.signature(encode).parameters) - 2)
+    return run, lambda at, *tile: encode(_Descriptor(*tile), tiles[at], *rest)
 
 
 def _caller(
-    run: Callable, grid: tuple, handles: tuple, given: tuple, templates: list, rest: tuple
+    run: Callable,
+    grid: tuple | None,
+    handles: tuple,
+    given: Sequence,
+    templates: list,
+    rest: tuple,
+    encode: Callable | None = None,
 ) -> Callable:
     """A function of the stream and of what a call gives, which puts ``run``'s arguments together.
 
@@ -166,8 +203,18 @@ def _caller(
 
     Args:
         given: what the first call gave; which of it are tensors is the same in every call.
+        encode: see `_encoded`.
     """
-    known: dict[str, Any] = {"run": run, "descriptor": _descriptor}
+    known: dict[str, Any] = {"run": run}
+    described = 0
+
+    def descriptor(address: str, dtype: torch.dtype, tma: str, remembered: bool) -> str:
+        nonlocal described
+        make = _Descriptor if encode is None else partial(encode, described)
+        described += 1
+        make = constant(lru_cache(_MOST_PLANS)(make) if remembered else make)
+        call = f"{make}({address}.data_ptr(), {constant(dtype)}, {tma})"
+        return call if encode is None else f"*{call}"
 
     def constant(value: Any) -> str:
         if type(value) in (int, bool, type(None)):
@@ -178,10 +225,12 @@ def _caller(
     def varying(name: str, value: Any) -> str:
         if isinstance(value, Tensor):
             return f"{name}.data_ptr()"
+        if isinstance(value, Tiled):
+            return descriptor(f"{name}[0]", value.tensor.dtype, f"{name}[1]", remembered=False)
         if isinstance(value, tuple):
             parts = [varying(f"{name}[{index}]", part) for index, part in enumerate(value)]
             return f"({', '.join(parts)},)"
-        return constant(value)
+        return name if value is not None and grid is None else constant(value)
 
     def argument(name: str, value: Any, template: Any) -> str:
         if template is None:
@@ -190,14 +239,14 @@ def _caller(
             return f"({', '.join([varying(name, value), *map(constant, template[1:])])})"
         if not template.block:
             return "None"
-        return f"descriptor({name}.data_ptr(), {constant(value.dtype)}, {constant(template)})"
+        return descriptor(name, value.dtype, constant(template), remembered=True)
 
     names = [f"x_{index}" for index in range(len(given))]
     filled = map(argument, names, given, templates)
-    arguments = [
-        *map(constant, grid), "stream", *map(constant, handles), *filled, *map(constant, rest)
-    ]  # fmt: skip
-    return eval(f"lambda {', '.join(['stream', *names])}: run({', '.join(arguments)})", known)
+    of_grid = ["*grid"] if grid is None else map(constant, grid)
+    arguments = [*of_grid, "stream", *map(constant, handles), *filled, *map(constant, rest)]
+    parameters = ["stream", *(["grid"] if grid is None else []), *names]
+    return eval(f"lambda {', '.join(parameters)}: run({', '.join(arguments)})", known)
 
 
 def _watched() -> bool:

@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple, replace
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from hf_flash_two.kernels.params import AttentionParams
 from hf_flash_two.kernels.triton.config import Tiles
+from hf_flash_two.kernels.triton.launch import Launch, plan_for
 from hf_flash_two.masks import KEY_GROUP
 from hf_flash_two.tensor_cache import derive
 
@@ -35,14 +38,22 @@ def key_ranges(
     def build() -> Tensor:
         count = triton.cdiv(tiles.pack_gqa * query_length, tiles.block_q)
         ranges = bounds.new_empty(bounds.shape[0], count, 4, dtype=torch.int32)
-        _ranges_kernel[(count * bounds.shape[0],)](
-            bounds, ranges, bounds.stride(0), count, query_length, key_length, params.query_offset,
-            PACK_GQA=tiles.pack_gqa, BLOCK_Q=tiles.block_q, BLOCK_K=tiles.block_k, num_warps=1,
+        kind = ("ranges", bounds.device.index, bounds.data_ptr() % 16, *astuple(tiles))
+        plan_for(kind, _launch, tiles)(
+            (count * bounds.shape[0], 1, 1), bounds, ranges, bounds.stride(0), count,
+            query_length, key_length, params.query_offset,
         )  # fmt: skip
         return ranges
 
     settings = (query_length, key_length, tiles.block_q, tiles.block_k, tiles.pack_gqa)
     return derive(("key ranges", params.query_offset, *settings), build, bounds)
+
+
+def _launch(tiles: Tiles) -> Launch:
+    constants = {
+        "PACK_GQA": tiles.pack_gqa, "BLOCK_Q": tiles.block_q, "BLOCK_K": tiles.block_k,
+    }  # fmt: skip
+    return Launch(_ranges_kernel, None, {}, (), constants, replace(tiles, warps=1, stages=1))
 
 
 @triton.jit(do_not_specialize=["bounds_sb", "count", "query_length", "key_length", "offset"])
