@@ -75,7 +75,9 @@ class Tracer(TorchFunctionMode):
         """``func`` of lazy operands: recorded if there is a rule for it, else on real tensors."""
         name = _name(func)
         target: Any = args[0] if args else None
-        if any(isinstance(x, TracedScores) and x.overwritten for x in tree_leaves((args, kwargs))):
+        scores = [x for x in tree_leaves((args, kwargs)) if isinstance(x, TracedScores)]
+        seen = [each for x in scores for each in x.shown]
+        if any(x.overwritten for x in scores) or any(version_of(x) != was for x, was in seen):
             self.refuse(f"`{name}` on scores that were changed in place through a view of them")
         in_place = _is_in_place(name) and isinstance(target, TracedScores)
         if in_place:  # what they were is needed to materialise what they become
@@ -84,6 +86,8 @@ class Tracer(TorchFunctionMode):
         with self.pause():
             result = self._follow_rule(func, args, kwargs)
             if result is None:
+                if _writes(func, args, kwargs):
+                    self.refuse(f"`{name}` in place")
                 return materialise()
         _record(result, materialise, tree_leaves((args, kwargs)))
         if in_place and isinstance(result, TracedScores):
@@ -110,11 +114,19 @@ class Tracer(TorchFunctionMode):
 
     def _materialise(self, func: Callable, args: tuple, kwargs: dict):
         """``func`` of the tensors that lazy operands stand for."""
-        name = _name(func)
-        real_args, real_kwargs = tree_map(
-            lambda x: x.tensor(name) if isinstance(x, Lazy) else x, (args, kwargs)
-        )
-        return func(*real_args, **real_kwargs)
+        name, real = _name(func), {}
+
+        def tensor(x):
+            if not isinstance(x, Lazy):
+                return x
+            return real.setdefault(id(x), (x, x.tensor(name)))[1]
+
+        real_args, real_kwargs = tree_map(tensor, (args, kwargs))
+        result = func(*real_args, **real_kwargs)
+        for x, made in real.values():
+            if isinstance(x, TracedScores):
+                x.shown += [(y, version_of(y)) for y in tree_leaves(result) if _may_share(y, made)]
+        return result
 
     def resolve(self, part):
         """``part`` of the layer's result, for its caller.
@@ -159,6 +171,27 @@ def _name(func: Callable) -> str:
 
 def _is_in_place(name: str) -> bool:
     return name.endswith("_") and not name.endswith("__")
+
+
+def _writes(func: Callable, args: tuple, kwargs: dict) -> bool:
+    """Whether ``func`` changes a lazy operand in place."""
+    name, first = _name(func), args[0] if args else None
+    if isinstance(kwargs.get("out"), Lazy):
+        return True
+    if not isinstance(first, Lazy):
+        return False
+    if isinstance(func, FunctionType) and "inplace" in signature(func).parameters:
+        return bool(signature(func).bind(*args, **kwargs).arguments.get("inplace"))
+    return _is_in_place(name) or name == "__setitem__"
+
+
+def _may_share(result: object, tensor: Tensor) -> bool:
+    """Whether ``result`` is a tensor in the memory of ``tensor``, as far as that can be told."""
+    if not isinstance(result, Tensor):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return result.untyped_storage()._cdata == tensor.untyped_storage()._cdata
 
 
 def _without_weights(*args, **kwargs) -> tuple[Tensor, None]:

@@ -7,7 +7,7 @@ something returns None and changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -45,15 +45,30 @@ class Lazy:
             raise AttributeError(name)
         attribute = getattr(Tensor, name)
         if not callable(attribute):
-            return getattr(self.tensor(name), name)
+
+            def read(tensor: Tensor):
+                return getattr(tensor, name)
+
+            read.__name__ = f".{name}"
+            return self.tracer.dispatch(read, (self,), {})
         return lambda *args, **kwargs: self.tracer.dispatch(attribute, (self, *args), kwargs)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator:
+        return iter(self.tracer.dispatch(Tensor.unbind, (self,), {}))
 
     def tensor(self, what: str) -> Tensor:
         """The tensor itself, because ``what`` has no counterpart here."""
         self.check_recorded()
+        assert self.compute is not None
         with self.tracer.pause():
-            assert self.compute is not None
-            return self.compute()
+            if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+                return self.compute()
+            # Tensors of inference mode do not tell whether they were changed.
+            with torch.inference_mode(False), torch.no_grad():
+                return self.compute()
 
     def check_recorded(self) -> None:
         if any(version_of(tensor) != version for tensor, version in self.recorded):
@@ -68,13 +83,19 @@ def _operator(name: str):
     return lambda self, *others: self.tracer.dispatch(getattr(Tensor, name), (self, *others), {})
 
 
-_OPERATORS = (
-    "add radd sub rsub mul rmul truediv rtruediv matmul rmatmul pow neg getitem lt le gt ge"
-)
+_OPERATORS = """
+add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod matmul rmatmul pow rpow
+neg abs pos invert and or xor lt le gt ge eq ne getitem setitem len contains float int
+"""
+_IN_PLACE = {
+    "iadd": "add_", "isub": "sub_", "imul": "mul_", "itruediv": "div_", "ipow": "pow_",
+    "ifloordiv": "floor_divide_", "imod": "remainder_",
+}  # fmt: skip
 for _name in _OPERATORS.split():
     setattr(Lazy, f"__{_name}__", _operator(f"__{_name}__"))
-for _name, _method in {"iadd": "add_", "isub": "sub_", "imul": "mul_", "itruediv": "div_"}.items():
+for _name, _method in _IN_PLACE.items():
     setattr(Lazy, f"__{_name}__", _operator(_method))
+Lazy.__hash__ = object.__hash__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @dataclass(eq=False)
@@ -96,6 +117,7 @@ class TracedScores(Lazy):
         dropout: (p, seed) with which they were dropped.
         whole: its shape before a view split the queries or keys into several dimensions.
         overwritten: shared with its views; not empty once another of them was changed in place.
+        shown: (tensor, its version) of what a layer was given in place of views of it.
     """
 
     tracer: Any
@@ -113,6 +135,7 @@ class TracedScores(Lazy):
     dropout: tuple[float, Tensor] | None = None
     whole: torch.Size | None = None
     overwritten: list = field(default_factory=list)
+    shown: list[tuple[Tensor, int]] = field(default_factory=list)
     compute: Callable[[], Tensor] | None = None
     recorded: tuple[tuple[Tensor, int], ...] = ()
 

@@ -279,3 +279,56 @@ def test_a_learned_temperature(shape: tuple[int, ...], qkv, kernel_calls) -> Non
         return (product(q, k) * temperature).softmax(-1) @ v
 
     assert_same(layer, [*qkv, temperature], kernel_calls)
+
+
+def assign(s, index, number):
+    s[index] = number
+
+
+WRITES = {
+    "clamp_": lambda s: s.clamp_(-0.1, 0.1),
+    "relu": lambda s: F.relu(s, inplace=True),
+    "relu by place": lambda s: F.relu(s, True),
+    "tanh_": torch.tanh_,
+    "fill_": lambda s: s.fill_(0.0),
+    "copy_": lambda s: s.copy_(torch.zeros(s.shape)),
+    "tril_": lambda s: s.tril_(),
+    "index_fill_": lambda s: s.index_fill_(-1, torch.tensor([0]), MINIMUM),
+    "masked_scatter_": lambda s: s.masked_scatter_(SEEN, torch.zeros(s.shape)),
+    "out": lambda s: torch.clamp(s, -0.1, 0.1, out=s),
+    "power": lambda s: s.__ipow__(2),
+    "item": lambda s: assign(s, (..., 0), MINIMUM),
+    "items": lambda s: assign(s, ~SEEN.expand(s.shape), MINIMUM),
+    "part": lambda s: s[..., :3].clamp_(-0.1, 0.1),
+    "item of a part": lambda s: assign(s[0], (..., 0), MINIMUM),
+    "data": lambda s: s.data.clamp_(-0.1, 0.1),
+    "detached": lambda s: s.detach().clamp_(-0.1, 0.1),
+    "each": lambda s: [x.clamp_(-0.1, 0.1) for x in s],
+}
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"]
+)
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_writes_without_a_rule_raise(write, mode, qkv):
+    """Scores are not computed: what is written into a tensor that stands for them would be lost."""
+    q, k, v = (x.detach() for x in qkv)
+    with mode(), pytest.raises(NotImplementedError, match="layer 7.*in place"), tracing("layer 7"):
+        s = product(q, k)
+        write(s)
+        s.softmax(-1) @ v
+
+
+COMPARED = {
+    "equal": lambda s: s.masked_fill(s == s.max(), MINIMUM),
+    "not equal": lambda s: s.masked_fill((s != s.max()) & ~SEEN, MINIMUM),
+    "length": lambda s: s / len(s),
+    "truth": lambda s: s if (s > 1e9).any() else s * 2,
+    "number": lambda s: s / float(s.detach().abs().max()),
+}
+
+
+@pytest.mark.parametrize("change", COMPARED.values(), ids=COMPARED)
+def test_operators_give_what_they_give_on_tensors(change, qkv, kernel_calls):
+    assert_same(lambda q, k, v: change(product(q, k)).softmax(-1) @ v, qkv, kernel_calls)
