@@ -60,12 +60,16 @@ def check(
     buckets: tuple[int | None, int | None] = (None, None),
     d_out: Tensor | None = None,
     vanishing_gradients: bool = False,
+    through_lse: bool = True,
+    constant: tuple[str, ...] = (),
     **arguments,
 ) -> None:
     """Output, lse and all gradients of the kernel are within the budget of the dense formula.
 
     Args:
         mask: what the kernel gets; ``visible`` is what the dense formula gets.
+        through_lse: the gradients are also those of lse.
+        constant: the tensors that need no gradient.
         vanishing_gradients: those of the scores are differences of equal numbers, so queries and
             keys get what these were rounded by instead of a share of the dense formula's error.
         arguments: what both take as it is.
@@ -83,6 +87,7 @@ def check(
         out, lse = dense_attention(
             **leaves, visible=visible, alibi_offset=alibi_offset, keep=keep, **dense_arguments
         )
+        leaves = {name: leaf for name, leaf in leaves.items() if name not in constant}
         d_row = d_lse
         if exact_out is not None:
             # Algorithm 2 takes rowsum(P * dP) from rowsum(dO * O) and so inherits the error of O.
@@ -92,7 +97,10 @@ def check(
         )
         return [out.detach(), lse.detach(), *grads]
 
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    leaves = {
+        name: tensor.detach().requires_grad_(name not in constant)
+        for name, tensor in tensors.items()
+    }
     keep = arguments.pop("keep", None)
     out, lse = attend(
         kernel,
@@ -105,7 +113,12 @@ def check(
     dense_arguments = {name: arg for name, arg in arguments.items() if name != "dropout_seed"}
     d_out = torch.randn(out.shape, dtype=out.dtype).to(out.device) if d_out is None else d_out
     d_lse = torch.randn(lse.shape, dtype=lse.dtype).to(lse.device)
-    grads = torch.autograd.grad((out, lse), list(leaves.values()), (d_out, d_lse))
+    wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
+    if through_lse:
+        grads = torch.autograd.grad((out, lse), wanted, (d_out, d_lse))
+    else:
+        d_lse.zero_()
+        grads = torch.autograd.grad(out, wanted, d_out)
     actual = [out.detach(), lse.detach(), *grads]
 
     exact = dense(torch.float64)
@@ -114,7 +127,7 @@ def check(
     # sums its scores over the head dim in an order of its own.
     largest = exact[1].masked_fill(exact[1] == -math.inf, 0).abs().max() if exact[1].numel() else 0
     inherited = 2 * torch.finfo(lse.dtype).eps * float(largest)
-    names = ["out", "lse", *(f"d_{name}" for name in tensors)]
+    names = ["out", "lse", *(f"d_{name}" for name in tensors if name not in constant)]
     for name, a, e, s in zip(names, actual, exact, same_dtype, strict=True):
         if name == "lse":
             empty = e == -math.inf

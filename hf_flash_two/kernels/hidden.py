@@ -14,10 +14,15 @@ def hides(query: Tensor, key: Tensor, params: AttentionParams) -> bool:
     """Whether the mask may hide pairs of these queries and keys."""
     if params.query_start is not None or params.dense is not None:
         return True
-    first, last = params.query_offset, params.query_offset + query.shape[2] - 1
+    return band_hides(query.shape[2], key.shape[2], params)
+
+
+def band_hides(query_length: int, key_length: int, params: AttentionParams) -> bool:
+    """Whether the band of a call cuts off any pair."""
+    first, last = params.query_offset, params.query_offset + query_length - 1
     left, right = params.window_left, params.window_right
     behind = left is not None and last > left
-    return behind or right is not None and first + right < key.shape[2] - 1
+    return behind or right is not None and first + right < key_length - 1
 
 
 class HiddenPairs:

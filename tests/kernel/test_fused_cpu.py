@@ -8,13 +8,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import check, dtype_id, inputs
+from helpers import LargestTensor, check, dtype_id, inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import dense_attention, rms
 from torch import Tensor
 
 from hf_flash_two import AttentionMask, flash_attention, kernels
+from hf_flash_two.kernels.fused_cpu import additive, choice
 from hf_flash_two.kernels.fused_cpu.pieces import Plan, plan_of
 from hf_flash_two.kernels.params import AttentionParams
 
@@ -54,19 +55,140 @@ MASKS: dict[str, Callable[[], AttentionMask]] = {
 }
 
 
+def check_against_dense(rows: int, mask: AttentionMask, dtype=torch.float32, **arguments) -> None:
+    """Output and gradients of the op; a bias has none."""
+    tensors = inputs(rows, LENGTH, dtype=dtype, head_dim=32)
+    visible = mask.to_dense(rows, LENGTH)
+    offset = mask.resolve_offset(rows, LENGTH) if "alibi_slopes" in arguments else None
+    check(
+        "fused_cpu", *tensors, mask=mask, visible=visible, alibi_offset=offset, through_lse=False,
+        constant=("bias",), **arguments,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("name", MASKS)
 def test_equals_the_dense_formula(name: str, dtype: torch.dtype) -> None:
-    mask = MASKS[name]()
-    tensors = inputs(LENGTH, LENGTH, dtype=dtype, head_dim=32)
-    check("fused_cpu", *tensors, mask=mask, visible=mask.to_dense(LENGTH, LENGTH))
+    check_against_dense(LENGTH, MASKS[name](), dtype)
 
 
-@pytest.mark.parametrize("rows", [1, 100, 430])
+@pytest.mark.parametrize("rows", [1, 2, 100, 430])
 def test_queries_at_another_place(rows: int) -> None:
     """The last of a cache, and more queries than keys, of which some see nothing."""
     for mask in (AttentionMask.causal(), AttentionMask.causal(window=50)):
-        check("fused_cpu", *inputs(rows, LENGTH), mask=mask, visible=mask.to_dense(rows, LENGTH))
+        check_against_dense(rows, mask)
+
+
+def hidden_by_bias(rows: int, low: float) -> Tensor:
+    """Added to the scores of every head: ``low`` for one key in three, and for all of some rows."""
+    hidden = torch.arange(LENGTH) % 3 == 0
+    return torch.zeros(1, 1, rows, LENGTH).masked_fill_(
+        hidden | (torch.arange(rows) % 50 == 7)[:, None], low
+    )
+
+
+TERMS: dict[str, Callable[[int], dict]] = {
+    "bias": lambda rows: {"bias": torch.randn(1, 6, rows, LENGTH)},
+    "bias by batch row": lambda rows: {"bias": torch.randn(2, 1, rows, LENGTH)},
+    "bias by key": lambda rows: {"bias": torch.randn(2, 6, 1, LENGTH)},
+    "bias by row": lambda rows: {"bias": torch.randn(1, 6, rows, 1)},
+    "bias in another layout": lambda rows: {
+        "bias": torch.randn(LENGTH, rows, 6).permute(2, 1, 0)[None]
+    },
+    "bias of -inf": lambda rows: {"bias": hidden_by_bias(rows, -math.inf)},
+    "bias of the least": lambda rows: {"bias": hidden_by_bias(rows, -3e38)},
+    "alibi": lambda rows: {"alibi_slopes": torch.rand(6)},
+    "alibi by batch row": lambda rows: {"alibi_slopes": torch.rand(2, 6)},
+    "alibi and bias": lambda rows: {
+        "alibi_slopes": torch.rand(6), "bias": torch.randn(1, 1, rows, LENGTH),
+    },
+    "sinks": lambda rows: {"sinks": torch.randn(6)},
+    "sinks, bias and alibi": lambda rows: {
+        "sinks": torch.randn(2, 6), "bias": torch.randn(1, 6, rows, LENGTH),
+        "alibi_slopes": torch.rand(6),
+    },
+}  # fmt: skip
+SOME_MASKS = ["full", "causal", "left padding", "nothing in one row", "short documents", "window"]
+
+
+@pytest.mark.parametrize("rows", [2, LENGTH])
+@pytest.mark.parametrize("name", SOME_MASKS)
+@pytest.mark.parametrize("term", TERMS)
+def test_terms(term: str, name: str, rows: int) -> None:
+    mask = MASKS[name]()
+    if rows < LENGTH:
+        mask = mask.slice_queries(LENGTH - rows, LENGTH, LENGTH, LENGTH)
+    check_against_dense(rows, mask, **TERMS[term](rows))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("term", TERMS)
+def test_terms_in_other_dtypes(term: str, dtype: torch.dtype) -> None:
+    """A bias comes in the dtype of the queries, or in float32."""
+    for in_dtype in (True, False):
+        arguments = TERMS[term](LENGTH)
+        if "bias" in arguments and in_dtype:
+            bias = arguments["bias"].to(dtype)
+            lowest = (bias == -math.inf) & (arguments["bias"] > -math.inf)
+            arguments["bias"] = bias.masked_fill(lowest, torch.finfo(dtype).min)
+        check_against_dense(LENGTH, AttentionMask.causal(), dtype, **arguments)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 6), (2, 6)])
+@pytest.mark.parametrize("rows", [2, LENGTH])
+def test_dense_masks(shape: tuple[int, int], rows: int) -> None:
+    """Also beside a band, and with rows that see nothing."""
+    visible = torch.rand(*shape, rows, LENGTH) > 0.3
+    visible[:, :, ::5] = False
+    for beside in (AttentionMask.full(), AttentionMask.causal(window=100)):
+        check_against_dense(rows, AttentionMask.from_dense(visible) & beside)
+
+
+def test_a_dense_mask_hides_whole_blocks_of_keys() -> None:
+    """Those before the first and after the last that any row sees are not computed."""
+    rows, keys = torch.arange(100)[:, None], torch.arange(1600)
+    for visible in (
+        (keys > 600) & (keys < 900 + rows),
+        (keys > 1590) & (rows > 3),
+        (keys < 0) & (rows > 3),
+    ):
+        check(
+            "fused_cpu", *inputs(100, 1600), mask=visible, visible=visible[None, None],
+            through_lse=False,
+        )  # fmt: skip
+
+
+def test_blocks_of_terms_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of rows give what the whole gives; where even they are too large, tiles compute."""
+    arguments = TERMS["sinks, bias and alibi"](LENGTH)
+    tensors = inputs(LENGTH, LENGTH)
+    monkeypatch.setattr(additive, "_FEWEST", 1)
+    monkeypatch.setattr(additive, "_MOST", 6 * LENGTH * 40)
+    for name in SOME_MASKS:
+        check_against_dense(LENGTH, MASKS[name](), **arguments)
+    monkeypatch.setattr(additive, "_FEWEST", 64)
+    with pytest.raises(ValueError, match="cannot run, its bias or mask is too large"):
+        flash_attention(*tensors, mask=AttentionMask.causal(), kernel="fused_cpu", **arguments)
+    flash_attention(*tensors, mask=AttentionMask.causal(), **arguments)
+
+
+def test_causal_alibi_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long pieces are cut, so that little of what is hidden is computed."""
+    monkeypatch.setattr(additive, "_LINE_ROWS", 40)
+    for name in SOME_MASKS:
+        check_against_dense(LENGTH, MASKS[name](), alibi_slopes=torch.rand(6))
+
+
+def test_terms_take_linear_memory() -> None:
+    """ALiBi and sinks of a causal mask write nothing out that has rows times keys."""
+    length = 3000
+    tensors = inputs(length, length, heads=(2, 2), batch=1)
+    with LargestTensor() as largest:
+        flash_attention(
+            *tensors, mask=AttentionMask.causal(), kernel="fused_cpu",
+            alibi_slopes=torch.rand(2), sinks=torch.rand(2),
+        )  # fmt: skip
+    assert largest.elements <= 2 * length * 16
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.7])
@@ -141,16 +263,43 @@ def test_what_is_hidden_touches_nothing(name: str, dirt: float) -> None:
         assert torch.equal(got[1], want[1])
 
 
-@pytest.mark.parametrize("name", MASKS)
-def test_the_same_bits_again_and_alone(name: str) -> None:
+BATCHES = {
+    **{name: (name, "none", LENGTH) for name in MASKS},
+    **{f"{term}, causal": ("causal", term, LENGTH) for term in TERMS},
+    **{f"few rows, {term}": ("left padding", term, 2) for term in ["none", *TERMS]},
+    "few rows, padding with holes": ("padding with holes", "none", 1),
+    "dense": ("dense", "none", LENGTH),
+    "dense, few rows": ("dense", "alibi and bias", 2),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("name", BATCHES)
+def test_the_same_bits_again_and_alone(name: str, dtype: torch.dtype) -> None:
     """A row's result does not depend on what else is in the batch."""
-    mask, tensors = MASKS[name](), inputs(LENGTH, LENGTH)
-    upstream = torch.randn(2, 6, LENGTH, 16)
+    mask_name, term, rows = BATCHES[name]
+    if mask_name == "dense":
+        # One batch row sees the second half of the keys alone.
+        start = torch.tensor([4 * LENGTH, 0]).view(2, 1, 1, 1)
+        seen = torch.rand(2, 1, rows, 7 * LENGTH) > 0.3
+        mask = AttentionMask.from_dense(seen & (torch.arange(7 * LENGTH) > start))
+    else:
+        mask = MASKS[mask_name]().slice_queries(LENGTH - rows, LENGTH, LENGTH, LENGTH)
+    keys = 7 * LENGTH if mask_name == "dense" else LENGTH
+    terms = {} if term == "none" else TERMS[term](rows)
+    if keys != LENGTH and "bias" in terms:
+        terms["bias"] = torch.randn(2, 6, rows, keys)
+    tensors = inputs(rows, keys, dtype=dtype)
+    upstream = torch.randn(2, 6, rows, 16).to(dtype)
 
     def results(batch: slice) -> list[Tensor]:
+        def cut(x: Tensor) -> Tensor:
+            return x[batch] if x.dim() > 1 and x.shape[0] > 1 else x
+
         leaves = [x[batch].detach().requires_grad_() for x in tensors]
-        part = mask.each_tensor(lambda x: x[batch] if x.shape[0] > 1 else x)
-        out = flash_attention(*leaves, mask=part, kernel="fused_cpu")
+        part = mask.each_tensor(cut)
+        given = {name: cut(x) for name, x in terms.items()}
+        out = flash_attention(*leaves, mask=part, kernel="fused_cpu", **given)
         return [out.detach(), *torch.autograd.grad(out, leaves, upstream[batch])]
 
     whole = results(slice(0, 2))
@@ -162,12 +311,8 @@ def test_the_same_bits_again_and_alone(name: str) -> None:
 
 
 REFUSED = {
-    "bias": ({"bias": torch.zeros(1, 1, 9, 9)}, "no bias"),
-    "softcap": ({"softcap": 3.0}, "softcap"),
-    "alibi": ({"alibi_slopes": torch.ones(6)}, "ALiBi"),
-    "sinks": ({"sinks": torch.zeros(6)}, "sinks"),
-    "dropout": ({"dropout_p": 0.1}, "dropout"),
-    "dense": ({"mask": torch.eye(9).bool()}, "dense mask"),
+    "softcap": ({"softcap": 3.0}, "no softcap, no dropout"),
+    "dropout": ({"dropout_p": 0.1}, "no softcap, no dropout"),
     "scale": ({"scale": 0.0}, "no scale of 0"),
     "tiles": ({"q_bucket_size": 4}, "does not take q_bucket_size"),
 }
@@ -206,8 +351,7 @@ CHOICES = [
     ("left padding", 300, "fused_cpu"),
     ("short documents", 300, "fused_cpu"),
     ("window", 300, "fused_cpu"),
-    ("causal", 21, "blockwise"),  # three query heads share a key head
-    ("causal", 22, "fused_cpu"),
+    ("causal", 1, "fused_cpu"),
 ]
 
 
@@ -216,6 +360,41 @@ def test_choice(name: str, rows: int, kernel: str) -> None:
     tensors = inputs(rows, LENGTH)
     chosen = kernels.select("auto", *tensors, settings_of(MASKS[name](), rows, LENGTH))
     assert chosen.name == kernel
+
+
+HALF = [
+    # bfloat16 and float16 of CPUs that multiply them fast, and that do not
+    (torch.bfloat16, True, {"few": "fused_cpu", "forward": "bfloat16", "sinks": "float32"}),
+    (torch.bfloat16, False, {"few": "blockwise", "forward": "float32", "sinks": "float32"}),
+    (torch.float16, True, {"few": "fused_cpu", "forward": "float16", "sinks": "float32"}),
+    (torch.float16, False, {"few": "blockwise", "forward": "float32", "sinks": "float32"}),
+    (torch.float32, True, {"few": "fused_cpu", "forward": "float32", "sinks": "float32"}),
+    (torch.float64, True, {"few": "fused_cpu", "forward": "float64", "sinks": "float64"}),
+]
+
+
+@pytest.mark.parametrize(("dtype", "fast", "expected"), HALF)
+def test_choice_by_cpu(dtype, fast: bool, expected: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the CPU multiplies fast decides; the shape and the dtype do the rest."""
+    monkeypatch.setattr(choice, "has_products", lambda dtype: fast)
+    assert dtype_id(choice.forward_dtype(dtype, sinks=False)) == expected["forward"]
+    assert dtype_id(choice.forward_dtype(dtype, sinks=True)) == expected["sinks"]
+    for rows, kernel in ((21, expected["few"]), (22, "fused_cpu")):
+        # Three query heads share a key head.
+        tensors = inputs(rows, LENGTH, dtype=dtype)
+        params = settings_of(AttentionMask.causal(), rows, LENGTH)
+        assert kernels.select("auto", *tensors, params).name == kernel
+
+
+def test_gradients_in_half_precision_add_up_few_blocks() -> None:
+    """In the op's own dtype, only pieces of all rows or of many."""
+    table = [
+        (torch.bfloat16, 300, True, torch.bfloat16), (torch.bfloat16, 767, False, torch.float32),
+        (torch.bfloat16, 768, False, torch.bfloat16), (torch.float16, 5000, True, torch.float32),
+        (torch.float32, 300, False, torch.float32), (torch.float64, 300, False, torch.float64),
+    ]  # fmt: skip
+    for dtype, rows, all_rows, expected in table:
+        assert choice.backward_dtype(dtype, rows, all_rows) == expected
 
 
 def test_a_mask_with_holes_is_for_tiles() -> None:

@@ -76,7 +76,8 @@ def test_a_call_that_all_decline_says_why(monkeypatch: pytest.MonkeyPatch) -> No
         flash_attention(*inputs(9, 20))
 
 
-UNKNOWN = {"softcap", "dropout_p", *TENSORS} - {"query_start", "query_stop", "key_bounds"}
+KNOWN = {"query_start", "query_stop", "key_bounds", "dense", "bias", "alibi_slopes", "sinks"}
+UNKNOWN = {"softcap", "dropout_p", *TENSORS} - KNOWN
 
 
 @pytest.mark.parametrize("name", sorted(UNKNOWN))

@@ -1,10 +1,12 @@
-"""The attention through PyTorch's fused CPU op, wherever that can say what the mask says.
+"""The attention through PyTorch's fused CPU op, wherever that can say what the call says.
 
 The op enters one parallel region in a call, where tiles enter one for each product: it is faster
-on plain attention, and keeps its speed on a busy machine. What it has no word for (a bias, a
-softcap, ALiBi, sinks, dropout, a dense mask) is left to tiles. So is what it gets wrong: without
-keys it ends the process, it ignores a last stride other than 1, and it takes 0 for the lse of a row
-that sees nothing.
+on plain attention, and keeps its speed on a busy machine. It takes the mask in pieces
+(`pieces`), and what is added to scores block by block (`additive`); sinks join a row afterwards by
+its log-sum-exp. What it has no word for (a softcap, dropout, the gradient of a bias or of lse) is
+left to tiles. So is what it gets wrong: without keys it ends the process, it ignores a last stride
+other than 1, it takes 0 for the lse of a row that sees nothing, and its backward trusts the lse of
+rows whose bias is as low as a float can be.
 """
 
 from __future__ import annotations
@@ -16,28 +18,27 @@ import torch
 from torch import Tensor
 
 from hf_flash_two.kernels import blockwise
+from hf_flash_two.kernels.fused_cpu import choice
+from hf_flash_two.kernels.fused_cpu.additive import Additive, blind, in_blocks
 from hf_flash_two.kernels.fused_cpu.pieces import Piece, Plan, plan_of
-from hf_flash_two.kernels.hidden import HiddenPairs, hides
+from hf_flash_two.kernels.hidden import hides
 from hf_flash_two.kernels.params import (
+    TENSORS,
     AttentionParams,
     empty_lse,
-    empty_output,
     output_layout,
     statistics_dtype,
 )
 
-_FEW_ROWS = 64
-"""With so few rows of queries to a key head, reading the keys is what takes time: tiles read them
-once for all query heads that share them."""
-
-_LONG = 768
-"""From so many rows on the op takes 256 of them at a time."""
-
 _SAYS = """
-query_start query_stop key_bounds query_offset window_left window_right scale block_q block_k
+query_start query_stop key_bounds dense bias alibi_slopes sinks
+query_offset window_left window_right scale block_q block_k
 """.split()
 _TERMS = [at for at, name in enumerate(AttentionParams._fields) if name not in _SAYS]
 """Every other field, those to come included, changes scores in a way that the op does not know."""
+
+_FINE = 2.0**10
+"""Beyond this, what a row's lse adds to its largest score is worn by rounding."""
 
 _OP = "_scaled_dot_product_flash_attention_for_cpu"
 
@@ -46,12 +47,12 @@ def declines(
     query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, by_name: bool
 ) -> str | None:
     """Why PyTorch's op does not compute this call, or why it does not pay."""
-    heads, rows = query.shape[1] // key.shape[1], query.shape[2]
     has_terms = any([_is_on(params[at]) for at in _TERMS])
     reason = _declines(
         query.device.type, query.shape[3] == value.shape[3], has_terms, params.scale == 0,
         params.block_q is not None or params.block_k is not None,
-        rows * heads <= _FEW_ROWS and not by_name, key.shape[2] == 0,
+        not by_name and choice.tiles_are_faster(query.dtype, _is_few(query, key)),
+        key.shape[2] == 0,
     )  # fmt: skip
     if reason is None:
         plan = _plan(query, key, params)
@@ -71,7 +72,7 @@ def _declines(
         return "this PyTorch has no fused op for CPUs"
     reasons = {
         f"it needs a CPU and the tensors are on {device}": device != "cpu",
-        "it has no bias, ALiBi, softcap, sinks, dropout or dense mask": terms,
+        "it has no softcap, no dropout": terms,
         "it needs keys and values of the same head_dim": not one_dim,
         "it has no scale of 0": scale_0,
         "it does not take q_bucket_size or k_bucket_size": sizes,
@@ -86,9 +87,15 @@ def load() -> tuple[Callable, Callable]:
     return forward, backward
 
 
+def _is_few(query: Tensor, key: Tensor) -> bool:
+    return query.shape[1] // key.shape[1] * query.shape[2] <= choice.FEW_ROWS
+
+
 def _plan(query: Tensor, key: Tensor, params: AttentionParams) -> Plan | str:
     batch, heads, rows, width = query.shape
-    return plan_of(params, batch, rows, key.shape[2], heads * width)
+    few = _is_few(query, key)
+    plan = plan_of(params, batch, rows, key.shape[2], heads * width, few)
+    return plan if isinstance(plan, str) else in_blocks(plan, params)
 
 
 def _pieces_of(query: Tensor, key: Tensor, params: AttentionParams) -> Plan:
@@ -102,24 +109,38 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, D] in the dtype of ``query`` and lse [B, Hq, Tq] in float32 (float64)."""
     plan = _pieces_of(query, key, params)
-    inputs = [_readable(x, query.dtype) for x in (query, key, value)]
-    out, lse = empty_output(query, value.shape[3]), empty_lse(query)
-    masks = _Masks(params, inputs[0])
-    for piece in plan.pieces:
+    dtype = choice.forward_dtype(query.dtype, params.sinks is not None)
+    inputs = [_readable(x, dtype) for x in (query, key, value)]
+    layout = output_layout(query, query.shape[3])
+    has_sinks = params.sinks is not None
+    out = query.new_empty_strided(*layout, dtype=dtype if has_sinks else query.dtype)
+    lse, additive = empty_lse(query), Additive(params, inputs[0])
+    for planned in plan.pieces:
+        piece, added, reverse = additive(planned)
+        rows = _Rows(piece, query, key, reverse, choice.doubled)
+        queries, keys, values = _cut(piece, *inputs)
         out_part, lse_part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *_cut(piece, *inputs), 0.0, piece.causal, attn_mask=masks(piece), scale=params.scale
-        )
-        at = (piece.batch, slice(None), piece.rows)
+            rows.arrange(queries), keys, values, 0.0, piece.causal,
+            attn_mask=rows.arrange_mask(added), scale=params.scale,
+        )  # fmt: skip
+        out_part, lse_part = rows.restore(out_part), rows.restore(lse_part[..., None])[..., 0]
+        if added is not None and _may_blind(params) and (lse_part == 0).any():
+            lse_part = lse_part.masked_fill(blind(piece, added), -torch.inf)
         if plan.is_whole:
-            out, lse = _result(out_part, query), lse_part.contiguous()
+            out, lse = _result(out_part, query, out.dtype), lse_part.contiguous()
         else:
+            at = (piece.batch, slice(None), piece.rows)
             out[at], lse[at] = out_part, lse_part
     if plan.blind is not None:
         out.masked_fill_(plan.blind[..., None], 0)
         lse.masked_fill_(plan.blind, -torch.inf)
+    if params.sinks is not None:
+        total = torch.logaddexp(lse, params.sinks[..., None])
+        out.mul_(torch.exp(lse - total).nan_to_num_(0.0)[..., None])
+        out, lse = _result(out, query, query.dtype), total
     for row in _polluted(out) if hides(query, key, params) else ():
         only = slice(row, row + 1)
-        part = blockwise.forward(query[only], key[only], value[only], _rows(params, only))
+        part = blockwise.forward(query[only], key[only], value[only], _rows_of(params, only))
         out[only], lse[only] = part
     return out, lse
 
@@ -135,62 +156,87 @@ def backward(
     params: AttentionParams,
     need_d_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of query, key and value; of lse PyTorch's op knows none, and tiles compute it."""
-    if d_lse is not None:
+    """Gradients of query, key, value and sinks.
+
+    PyTorch's op knows none of lse or of a bias, and tiles compute all.
+    """
+    if d_lse is not None or need_d_bias and params.bias is not None:
         return blockwise.backward(d_out, d_lse, query, key, value, out, lse, params, need_d_bias)
     plan = _pieces_of(query, key, params)
-    dtype = _backward_dtype(query.dtype, plan)
-    inputs = [_readable(x, dtype) for x in (query, key, value)]
     shown = lse.masked_fill(lse == -torch.inf, torch.inf)
-    results = [_readable(d_out, dtype), _readable(out, dtype), shown]
+
+    @lru_cache
+    def given(dtype: torch.dtype) -> tuple[list[Tensor], Additive]:
+        tensors = [_readable(x, dtype) for x in (query, key, value, d_out, out)]
+        return tensors, Additive(params, tensors[0])
+
     # Sums of several pieces are rounded once.
     wide, sums = statistics_dtype(query.dtype), ()
     if not plan.is_whole:
         layouts = [output_layout(x, x.shape[3]) for x in (query, key, value)]
         sums = tuple(query.new_empty_strided(*at, dtype=wide).zero_() for at in layouts)
-    masks = _Masks(params, inputs[0])
-    for piece in plan.pieces:
+    for planned in plan.pieces:
+        count = planned.rows.stop - planned.rows.start
+        dtype = choice.backward_dtype(query.dtype, count, count == query.shape[2])
+        inputs, additive = given(dtype)
+        piece, added, reverse = additive(planned)
+        rows = _Rows(piece, query, key, reverse)
         at = (piece.batch, slice(None), piece.rows)
-        d_out_part, out_part, lse_part = (x[at] for x in results)
-        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            d_out_part, *_cut(piece, *inputs), out_part, lse_part, 0.0, piece.causal,
-            attn_mask=masks(piece), scale=params.scale,
+        d_out_part, out_part, lse_part = (x[at] for x in (*inputs[3:], shown))
+        queries, keys, values = _cut(piece, *inputs[:3])
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            rows.arrange(d_out_part), rows.arrange(queries), keys, values, rows.arrange(out_part),
+            rows.arrange(lse_part[..., None])[..., 0], 0.0, piece.causal,
+            attn_mask=rows.arrange_mask(added), scale=params.scale,
         )  # fmt: skip
+        parts = rows.restore(dq), dk, dv
         if plan.is_whole:
             sums = parts
         else:
             for total, part in zip(_cut(piece, *sums), parts, strict=True):
                 total.add_(part)
-    grads = [_result(total, x) for total, x in zip(sums, (query, key, value), strict=True)]
-    for row in _polluted(*grads) if hides(query, key, params) else ():
+    inputs = (query, key, value)
+    grads = [_result(x, like, like.dtype) for x, like in zip(sums, inputs, strict=True)]
+    d_sinks = _d_sinks(d_out, out, lse, params)
+    results = [*grads] if d_sinks is None else [*grads, d_sinks[..., None, None]]
+    again = _polluted(*results) if hides(query, key, params) else []
+    if not params.plain:
+        again = sorted({*again, *_coarse(lse)})
+    for row in again:
         only = slice(row, row + 1)
-        dq, dk, dv, _, _ = blockwise.backward(
+        *parts, _, sinks_part = blockwise.backward(
             d_out[only], None, query[only], key[only], value[only], out[only], lse[only],
-            _rows(params, only), False,
+            _rows_of(params, only), False,
         )  # fmt: skip
-        for grad, part in zip(grads, (dq, dk, dv), strict=True):
+        for grad, part in zip(grads, parts, strict=True):
             grad[only] = part
-    return grads[0], grads[1], grads[2], None, None
+        if d_sinks is not None and sinks_part is not None:
+            d_sinks[only] = sinks_part
+    if d_sinks is not None and params.sinks is not None:
+        d_sinks = d_sinks.sum_to_size(params.sinks.shape)
+    return grads[0], grads[1], grads[2], None, d_sinks
 
 
-def _result(x: Tensor, like: Tensor) -> Tensor:
-    """``x`` in the dtype and layout that a result has for the input ``like``."""
-    _, strides = output_layout(like, like.shape[3])
-    if (x.dtype, x.stride()) == (like.dtype, strides):
+def _d_sinks(d_out: Tensor, out: Tensor, lse: Tensor, params: AttentionParams) -> Tensor | None:
+    """[B, Hq], by batch row."""
+    if params.sinks is None:
+        return None
+    weight = torch.exp(params.sinks[..., None] - lse).nan_to_num_(0.0)
+    delta = torch.linalg.vecdot(d_out.to(lse.dtype), out.to(lse.dtype))
+    return (weight * delta).sum(2).neg_()
+
+
+def _may_blind(params: AttentionParams) -> bool:
+    """Whether rows may see nothing that the plan does not know of."""
+    return params.bias is not None or params.dense is not None
+
+
+def _result(x: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in ``dtype`` and the layout that a result has for the input ``like``."""
+    layout = output_layout(like, like.shape[3])
+    if (x.dtype, x.stride()) == (dtype, layout[1]):
         return x
-    return empty_output(like, like.shape[3]).copy_(x)
-
-
-def _backward_dtype(dtype: torch.dtype, plan: Plan) -> torch.dtype:
-    """In which the op computes gradients: in half precision it adds up those of keys in it, too.
-
-    It does so over 64 rows at a time in pieces of fewer than 768, over 256 in longer ones. Of
-    float16 it is never faster than of float32.
-    """
-    if dtype == torch.float16:
-        return torch.float32
-    short = any(piece.rows.stop - piece.rows.start < _LONG for piece in plan.pieces)
-    return torch.float32 if dtype == torch.bfloat16 and short and not plan.is_whole else dtype
+    return like.new_empty_strided(*layout, dtype=dtype).copy_(x)
 
 
 def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -204,13 +250,59 @@ def _cut(piece: Piece, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tenso
     return query[piece.batch, :, piece.rows], key[of_keys], value[of_keys]
 
 
-def _rows(params: AttentionParams, batch: slice) -> AttentionParams:
+class _Rows:
+    """How the op is shown the rows of a piece: as they are, in reverse, or as rows of one key head.
+
+    Args:
+        doubles: whether a lone row of a dtype goes twice.
+    """
+
+    def __init__(
+        self,
+        piece: Piece,
+        query: Tensor,
+        key: Tensor,
+        reverse: bool,
+        doubles: Callable[[torch.dtype, int], bool] = lambda dtype, rows: False,
+    ) -> None:
+        self._reverse, self._few = reverse, piece.few
+        self._heads, self._key_heads = query.shape[1], key.shape[1]
+        self._group = self._heads // self._key_heads
+        self._count = piece.rows.stop - piece.rows.start
+        self._doubled = piece.few and doubles(query.dtype, self._group * self._count)
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """[B, Hq, rows, any] as the op takes it."""
+        if self._reverse:
+            return x.flip(2)
+        if self._few and self._group > 1:
+            x = x.reshape(x.shape[0], self._key_heads, -1, x.shape[3])
+        return x.repeat(1, 1, 2, 1) if self._doubled else x
+
+    def restore(self, x: Tensor) -> Tensor:
+        """The opposite."""
+        if self._reverse:
+            return x.flip(2)
+        x = x[:, :, :1] if self._doubled else x
+        if self._few and self._group > 1:
+            x = x.reshape(x.shape[0], self._heads, -1, x.shape[3])
+        return x
+
+    def arrange_mask(self, x: Tensor | None) -> Tensor | None:
+        """[B or 1, Hq or 1, rows or 1, keys or 1] as the op takes it; lines come in reverse."""
+        if x is None or not self._few or self._group == 1 or x.shape[1:3] == (1, 1):
+            return x
+        batch, heads, _, width = x.shape
+        if heads == 1:
+            x = x[:, :, None].expand(batch, 1, self._group, self._count, width)
+            return x.reshape(batch, 1, -1, width)
+        return x.expand(-1, -1, self._count, -1).reshape(batch, self._key_heads, -1, width)
+
+
+def _rows_of(params: AttentionParams, batch: slice) -> AttentionParams:
     """The settings of some batch rows."""
-    cut = {}
-    for name in ("query_start", "query_stop", "key_bounds"):
-        tensor = getattr(params, name)
-        if tensor is not None and tensor.shape[0] > 1:
-            cut[name] = tensor[batch]
+    tensors = {name: getattr(params, name) for name in TENSORS if name != "seed"}
+    cut = {name: x[batch] for name, x in tensors.items() if x is not None and x.shape[0] > 1}
     return params._replace(**cut)
 
 
@@ -223,22 +315,7 @@ def _polluted(*results: Tensor) -> list[int]:
     return (~sums.isfinite()).any(0).nonzero().flatten().tolist()
 
 
-class _Masks:
-    """Additive masks of pieces, [1, 1, rows, keys]: 0 or -inf."""
-
-    def __init__(self, params: AttentionParams, like: Tensor) -> None:
-        self._hidden, self._dtype = HiddenPairs(params, like.device), like.dtype
-        self._last: tuple[Tensor, Tensor] | None = None
-
-    def __call__(self, piece: Piece) -> Tensor | None:
-        if not piece.masked:
-            return None
-        # The batch rows of a piece are alike.
-        row = slice(piece.batch.start, piece.batch.start + 1)
-        hidden = self._hidden(row, piece.rows, piece.keys)
-        assert hidden is not None, "nothing is hidden without a band or intervals"
-        # The blocks of a band hide the same, one after the other.
-        if self._last is None or self._last[0] is not hidden:
-            mask = torch.zeros(hidden.shape, dtype=self._dtype).masked_fill_(hidden, -torch.inf)
-            self._last = hidden, mask[None]
-        return self._last[1]
+def _coarse(lse: Tensor) -> list[int]:
+    """The batch rows with an lse whose rounding shows in probabilities."""
+    far = (lse.abs() > _FINE) & (lse != -torch.inf)
+    return far.any(2).any(1).nonzero().flatten().tolist()

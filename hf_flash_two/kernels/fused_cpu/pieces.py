@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_flash_two.kernels.hidden import band_hides
 from hf_flash_two.kernels.params import AttentionParams
 from hf_flash_two.masks import FAR
 from hf_flash_two.tensor_cache import derive
@@ -21,6 +22,8 @@ _FEWEST_ROWS = 128
 """A causal or full piece has on average at least so many rows; shorter ones share masked calls."""
 _BLOCKS = (512, 128)
 """Rows of a masked piece."""
+KEYS = 512
+"""Keys that the op takes at a time."""
 _CALL = 2**19
 """What a call costs beside its products, in pairs of queries and keys times head dims."""
 _WASTE = 2.0
@@ -34,6 +37,8 @@ class Piece(NamedTuple):
         batch, rows, keys: what it attends with, and to.
         causal: the square in which the first row sees the first key only.
         masked: some pairs are hidden that ``causal`` does not tell of.
+        lag: row r sees keys up to r + lag, in a part of a causal square; else None.
+        few: few rows, of batch rows that need not be alike; else these see the same.
     """
 
     batch: slice
@@ -41,6 +46,8 @@ class Piece(NamedTuple):
     keys: slice
     causal: bool = False
     masked: bool = False
+    lag: int | None = None
+    few: bool = False
 
 
 class Plan(NamedTuple):
@@ -57,14 +64,23 @@ class Plan(NamedTuple):
 
 
 def plan_of(
-    params: AttentionParams, batch: int, query_length: int, key_length: int, width: int
+    params: AttentionParams,
+    batch: int,
+    query_length: int,
+    key_length: int,
+    width: int,
+    few: bool = False,
 ) -> Plan | str:
     """The pieces, or why there are none that pay.
 
     Args:
         width: query heads times head dim: what a pair of a query and a key costs.
+        few: so few queries that all go in one piece.
     """
-    lengths = (query_length, key_length, width)
+    lengths = (query_length, key_length, width, few)
+    if params.query_start is None and not band_hides(query_length, key_length, params):
+        piece = Piece(slice(0, batch), slice(0, query_length), slice(0, key_length), few=few)
+        return Plan((piece,), None, True)
     if params.query_start is None or params.query_stop is None:
         return _plan_of_band(
             batch, params.window_left, params.window_right, params.query_offset, *lengths
@@ -87,11 +103,12 @@ def _plan_of_band(
     query_length: int,
     key_length: int,
     width: int,
+    few: bool,
 ) -> Plan | str:
     key = np.arange(key_length)[None]
     first = np.full_like(key, -FAR) if right is None else key - right
     last = np.full_like(key, FAR) if left is None else key + left + 1
-    return _plan(first, last, offset, batch, query_length, key_length, width)
+    return _plan(first, last, offset, batch, query_length, key_length, width, few)
 
 
 def _plan(
@@ -102,10 +119,13 @@ def _plan(
     query_length: int,
     key_length: int,
     width: int,
+    few: bool,
 ) -> Plan | str:
     """Of the half-open runs of positions that see each key, [B or 1, Tk]."""
     starts = np.clip(first - offset, 0, query_length)
     stops = np.clip(last - offset, 0, query_length)
+    if few:
+        return _plan_of_few(starts, stops, batch, query_length)
     pieces: list[Piece] = []
     blind = np.zeros((len(starts), 1, query_length), dtype=bool)
     for rows in _alike(starts, stops):
@@ -121,6 +141,23 @@ def _plan(
     everything = (slice(0, batch), slice(0, query_length), slice(0, starts.shape[1]))
     whole = len(pieces) == 1 and pieces[0][:3] == everything
     return Plan(tuple(pieces), torch.from_numpy(blind) if blind.any() else None, whole)
+
+
+def _plan_of_few(starts: np.ndarray, stops: np.ndarray, batch: int, query_length: int) -> Plan:
+    """One piece of all rows, with the keys that any of them sees, in whole blocks of the op.
+
+    Where a block begins decides how sums are rounded: not what others of the batch see.
+    """
+    blind = np.stack([_blind(*run, query_length) for run in zip(starts, stops, strict=True)])
+    not_seeing = torch.from_numpy(blind[:, None]) if blind.any() else None
+    keys = np.flatnonzero((starts < stops).any(0))
+    if not len(keys):
+        return Plan((), not_seeing, False)
+    stop = -(-(int(keys[-1]) + 1) // KEYS) * KEYS
+    seen = slice(int(keys[0]) // KEYS * KEYS, min(stop, starts.shape[1]))
+    masked = bool((starts[:, seen] > 0).any() or (stops[:, seen] < query_length).any())
+    piece = Piece(slice(0, batch), slice(0, query_length), seen, masked=masked, few=True)
+    return Plan((piece,), not_seeing, seen == slice(0, starts.shape[1]))
 
 
 def _alike(starts: np.ndarray, stops: np.ndarray) -> list[slice]:
