@@ -15,7 +15,7 @@ from oracle import dense_attention, rms
 from torch import Tensor
 
 from hf_flash_two import AttentionMask, flash_attention, kernels
-from hf_flash_two.kernels.fused_cpu import additive, choice
+from hf_flash_two.kernels.fused_cpu import additive, choice, pieces
 from hf_flash_two.kernels.fused_cpu.pieces import Plan, plan_of
 from hf_flash_two.kernels.params import AttentionParams
 
@@ -66,9 +66,13 @@ def check_against_dense(rows: int, mask: AttentionMask, dtype=torch.float32, **a
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("small", [True, False], ids=["one call", "pieces"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("name", MASKS)
-def test_equals_the_dense_formula(name: str, dtype: torch.dtype) -> None:
+def test_equals_the_dense_formula(
+    name: str, dtype: torch.dtype, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "_ONE_CALL", 2**30 if small else 0)
     check_against_dense(LENGTH, MASKS[name](), dtype)
 
 
@@ -268,15 +272,20 @@ BATCHES = {
     **{f"{term}, causal": ("causal", term, LENGTH) for term in TERMS},
     **{f"few rows, {term}": ("left padding", term, 2) for term in ["none", *TERMS]},
     "few rows, padding with holes": ("padding with holes", "none", 1),
+    "small, short documents": ("short documents", "none", LENGTH),
     "dense": ("dense", "none", LENGTH),
     "dense, few rows": ("dense", "alibi and bias", 2),
 }
 
 
+@pytest.mark.parametrize("small", [True, False], ids=["one call", "pieces"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("name", BATCHES)
-def test_the_same_bits_again_and_alone(name: str, dtype: torch.dtype) -> None:
+def test_the_same_bits_again_and_alone(
+    name: str, dtype: torch.dtype, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A row's result does not depend on what else is in the batch."""
+    monkeypatch.setattr(pieces, "_ONE_CALL", 2**30 if small else 0)
     mask_name, term, rows = BATCHES[name]
     if mask_name == "dense":
         # One batch row sees the second half of the keys alone.

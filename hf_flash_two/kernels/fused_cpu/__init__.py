@@ -265,11 +265,11 @@ class _Rows:
         reverse: bool,
         doubles: Callable[[torch.dtype, int], bool] = lambda dtype, rows: False,
     ) -> None:
-        self._reverse, self._few = reverse, piece.few
+        self._reverse, self._few = reverse, _is_few(query, key) and not reverse
         self._heads, self._key_heads = query.shape[1], key.shape[1]
         self._group = self._heads // self._key_heads
         self._count = piece.rows.stop - piece.rows.start
-        self._doubled = piece.few and doubles(query.dtype, self._group * self._count)
+        self._doubled = self._few and doubles(query.dtype, self._group * self._count)
 
     def arrange(self, x: Tensor) -> Tensor:
         """[B, Hq, rows, any] as the op takes it."""

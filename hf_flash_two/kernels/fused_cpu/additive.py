@@ -17,6 +17,7 @@ from torch import Tensor
 from hf_flash_two.kernels.fused_cpu.pieces import KEYS, Piece, Plan
 from hf_flash_two.kernels.hidden import HiddenPairs
 from hf_flash_two.kernels.params import AttentionParams, statistics_dtype
+from hf_flash_two.tensor_cache import derive
 
 _MOST = 2**24
 """Numbers in a block that is written out."""
@@ -27,7 +28,7 @@ _LINE_ROWS = 768
 
 
 def in_blocks(plan: Plan, params: AttentionParams) -> Plan | str:
-    """The plan with the pieces cut whose terms have to be written out."""
+    """The plan with the pieces cut whose terms have to be written out, or why it cannot be."""
     if params.plain and params.dense is None:
         return plan
     pieces: list[Piece] = []
@@ -69,7 +70,7 @@ def _is_line(params: AttentionParams, piece: Piece) -> bool:
     if params.alibi_slopes is None or params.bias is not None or params.dense is not None:
         return False
     in_order = piece.causal or piece.lag is not None or params.query_start is None
-    return not piece.few and (in_order or not piece.masked)
+    return not piece.together and (in_order or not piece.masked)
 
 
 def _is_written(params: AttentionParams, piece: Piece) -> bool:
@@ -118,17 +119,25 @@ class Additive:
     def _of_hidden(self, piece: Piece) -> Tensor | None:
         if not piece.masked:
             return None
+        params, dtype = self._params, self._dtype
+        if piece.together and params.query_start is not None and params.query_stop is not None:
+            # All layers need it.
+            sizes = (piece.batch.stop, piece.rows.stop, piece.keys.start, piece.keys.stop)
+            key = ("additive", dtype, params.query_offset, *sizes)
+
+            def build() -> Tensor:
+                return _as_additive(self._hidden_by_runs(piece), dtype)
+
+            return derive(key, build, params.query_start, params.query_stop)
         hidden = self._hidden_by_runs(piece)
         # The blocks of a band hide the same, one after the other.
         if self._last is None or self._last[0] is not hidden:
-            mask = torch.zeros(hidden.shape, dtype=self._dtype).masked_fill_(hidden, -math.inf)
-            self._last = hidden, mask[:, None]
+            self._last = hidden, _as_additive(hidden, dtype)
         return self._last[1]
 
     def _hidden_by_runs(self, piece: Piece) -> Tensor:
         row = piece.batch.start
-        # The batch rows of a piece are alike, but for few queries.
-        batch = piece.batch if piece.few else slice(row, row + 1)
+        batch = piece.batch if piece.together else slice(row, row + 1)
         hidden = self._hidden(batch, piece.rows, piece.keys)
         assert hidden is not None, "nothing is hidden without a band or intervals"
         return hidden
@@ -187,6 +196,11 @@ class Additive:
         slopes = self._params.alibi_slopes
         assert slopes is not None
         return slopes[piece.batch] if slopes.shape[0] > 1 else slopes
+
+
+def _as_additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B or 1, rows, keys] as [B or 1, 1, rows, keys]"""
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf)[:, None]
 
 
 def _seen(hidden: Tensor, keys: slice) -> slice:

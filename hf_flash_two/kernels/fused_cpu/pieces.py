@@ -26,6 +26,8 @@ KEYS = 512
 """Keys that the op takes at a time."""
 _CALL = 2**19
 """What a call costs beside its products, in pairs of queries and keys times head dims."""
+_ONE_CALL = 2**24
+"""With so little to compute, in the same measure, a batch row is not worth calls of its own."""
 _WASTE = 2.0
 """Masked pieces may compute so many times the pairs that tiles of 64 by 64 would."""
 
@@ -38,7 +40,7 @@ class Piece(NamedTuple):
         causal: the square in which the first row sees the first key only.
         masked: some pairs are hidden that ``causal`` does not tell of.
         lag: row r sees keys up to r + lag, in a part of a causal square; else None.
-        few: few rows, of batch rows that need not be alike; else these see the same.
+        together: the batch rows need not be alike; else they see the same.
     """
 
     batch: slice
@@ -47,7 +49,7 @@ class Piece(NamedTuple):
     causal: bool = False
     masked: bool = False
     lag: int | None = None
-    few: bool = False
+    together: bool = False
 
 
 class Plan(NamedTuple):
@@ -75,12 +77,14 @@ def plan_of(
 
     Args:
         width: query heads times head dim: what a pair of a query and a key costs.
-        few: so few queries that all go in one piece.
+        few: so few queries that all batch rows go in one piece.
     """
-    lengths = (query_length, key_length, width, few)
+    # Nothing here depends on the batch: what others see must not decide how a row is rounded.
+    small = key_length <= KEYS and query_length * key_length * width <= _ONE_CALL
+    lengths = (query_length, key_length, width, few or small)
     if params.query_start is None and not band_hides(query_length, key_length, params):
-        piece = Piece(slice(0, batch), slice(0, query_length), slice(0, key_length), few=few)
-        return Plan((piece,), None, True)
+        everything = (slice(0, batch), slice(0, query_length), slice(0, key_length))
+        return Plan((Piece(*everything, together=lengths[-1]),), None, True)
     if params.query_start is None or params.query_stop is None:
         return _plan_of_band(
             batch, params.window_left, params.window_right, params.query_offset, *lengths
@@ -103,12 +107,12 @@ def _plan_of_band(
     query_length: int,
     key_length: int,
     width: int,
-    few: bool,
+    together: bool,
 ) -> Plan | str:
     key = np.arange(key_length)[None]
     first = np.full_like(key, -FAR) if right is None else key - right
     last = np.full_like(key, FAR) if left is None else key + left + 1
-    return _plan(first, last, offset, batch, query_length, key_length, width, few)
+    return _plan(first, last, offset, batch, query_length, key_length, width, together)
 
 
 def _plan(
@@ -119,13 +123,13 @@ def _plan(
     query_length: int,
     key_length: int,
     width: int,
-    few: bool,
+    together: bool,
 ) -> Plan | str:
     """Of the half-open runs of positions that see each key, [B or 1, Tk]."""
     starts = np.clip(first - offset, 0, query_length)
     stops = np.clip(last - offset, 0, query_length)
-    if few:
-        return _plan_of_few(starts, stops, batch, query_length)
+    if together:
+        return _one_piece(starts, stops, batch, query_length)
     pieces: list[Piece] = []
     blind = np.zeros((len(starts), 1, query_length), dtype=bool)
     for rows in _alike(starts, stops):
@@ -143,21 +147,27 @@ def _plan(
     return Plan(tuple(pieces), torch.from_numpy(blind) if blind.any() else None, whole)
 
 
-def _plan_of_few(starts: np.ndarray, stops: np.ndarray, batch: int, query_length: int) -> Plan:
+def _one_piece(starts: np.ndarray, stops: np.ndarray, batch: int, query_length: int) -> Plan:
     """One piece of all rows, with the keys that any of them sees, in whole blocks of the op.
 
     Where a block begins decides how sums are rounded: not what others of the batch see.
     """
     blind = np.stack([_blind(*run, query_length) for run in zip(starts, stops, strict=True)])
     not_seeing = torch.from_numpy(blind[:, None]) if blind.any() else None
+    key_length = starts.shape[1]
+    everything = (slice(0, batch), slice(0, query_length))
     keys = np.flatnonzero((starts < stops).any(0))
     if not len(keys):
         return Plan((), not_seeing, False)
+    if query_length == key_length and (stops == query_length).all():
+        if (starts == np.arange(key_length)).all():
+            square = Piece(*everything, slice(0, key_length), causal=True, together=True)
+            return Plan((square,), None, True)
     stop = -(-(int(keys[-1]) + 1) // KEYS) * KEYS
-    seen = slice(int(keys[0]) // KEYS * KEYS, min(stop, starts.shape[1]))
+    seen = slice(int(keys[0]) // KEYS * KEYS, min(stop, key_length))
     masked = bool((starts[:, seen] > 0).any() or (stops[:, seen] < query_length).any())
-    piece = Piece(slice(0, batch), slice(0, query_length), seen, masked=masked, few=True)
-    return Plan((piece,), not_seeing, seen == slice(0, starts.shape[1]))
+    piece = Piece(*everything, seen, masked=masked, together=True)
+    return Plan((piece,), not_seeing, seen == slice(0, key_length))
 
 
 def _alike(starts: np.ndarray, stops: np.ndarray) -> list[slice]:
