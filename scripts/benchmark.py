@@ -4,13 +4,15 @@
     python scripts/benchmark.py --workloads packed --lengths 8192 --dtypes bf16
     python scripts/benchmark.py --memory              # peak memory of a forward and backward
     python scripts/benchmark.py --model               # training steps and generation of models
+    python scripts/benchmark.py --device cpu --busy 2 # beside two processes that never rest
 
 Every implementation runs in turn within a row, so a ratio holds when the machine's speed drifts;
-times are medians. With --graphs every call is replayed from a CUDA graph: the kernels alone are
-timed, where small ones take less time than the host takes to launch them. A row is timed only if
-all agree on its result. FLOP/s count 4 * B * H * D per visible pair in the forward pass, 2.5 times
-that in the backward pass. Running out of memory is a row, not a gap. The last line of the output is
-the table as JSON.
+times are medians. Score terms (a bias, ALiBi, a softcap, dropout, sinks, a dense mask) are added to
+causal attention and compared with eager, the dense formula as Transformers writes it. With --graphs
+every call is replayed from a CUDA graph: the kernels alone are timed, where small ones take less
+time than the host takes to launch them. A row is timed only if all agree on its result. FLOP/s
+count 4 * B * H * D per visible pair in the forward pass, 2.5 times that in the backward pass.
+Running out of memory is a row, not a gap. The last line of the output is the table as JSON.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from importlib.util import find_spec
@@ -40,6 +43,9 @@ from tqdm import tqdm
 from hf_flash_two import AttentionMask, flash_attention
 
 WORKLOADS = ("full", "causal", "padded", "window", "packed", "decode")
+TERMS = ("bias", "d_bias", "alibi", "softcap", "dropout", "sinks", "dense")
+"""Workloads of CPUs; the bias of "d_bias" has a gradient."""
+SOFTCAP, DROPOUT = 50.0, 0.1
 DOCUMENT = 512
 _IN_A_ROW = 5
 # Multiples of the products of the forward: the gradients take two and a half times as many.
@@ -66,13 +72,30 @@ class Case:
         return 1 if self.workload == "decode" else self.length
 
     def tensors(self) -> list[Tensor]:
+        """Query, key and value, and a bias if there is one."""
         shapes = [
             (self.batch, self.heads, self.queries, self.head_dim),
             (self.batch, self.key_heads, self.length, self.head_dim),
             (self.batch, self.key_heads, self.length, self.head_dim),
         ]
+        if self.workload in ("bias", "d_bias"):
+            shapes.append((1, self.heads, self.length, self.length))
         kind = {"dtype": DTYPES[self.dtype], "device": self.device}
-        return [torch.randn(s, **kind, requires_grad=self.mode != "forward") for s in shapes]
+        tensors = [torch.randn(shape, **kind) for shape in shapes]
+        for tensor in tensors[: 4 if self.workload == "d_bias" else 3]:
+            tensor.requires_grad_(self.mode != "forward")
+        return tensors
+
+    def terms(self) -> dict:
+        """What `flash_attention` is given beside the mask and a bias."""
+        if self.workload == "alibi":
+            slopes = 2 ** (-8 * torch.arange(1, self.heads + 1) / self.heads)
+            return {"alibi_slopes": slopes.to(self.device)}
+        if self.workload == "sinks":
+            return {"sinks": torch.randn(self.heads, device=self.device)}
+        if self.workload == "dropout":
+            return {"dropout_p": DROPOUT, "dropout_seed": 0}
+        return {"softcap": SOFTCAP} if self.workload == "softcap" else {}
 
     def mask(self) -> AttentionMask:
         if self.workload == "padded":
@@ -84,12 +107,18 @@ class Case:
             return AttentionMask.from_documents(segment_ids=documents, causal=True)
         if self.workload == "window":
             return AttentionMask.causal(1024 if self.device == "cuda" else 512)
-        return AttentionMask.causal() if self.workload == "causal" else AttentionMask.full()
+        if self.workload == "dense":
+            # Some pairs are hidden, no query is blind.
+            index = torch.arange(self.length, device=self.device)
+            distance = index[:, None] - index
+            return AttentionMask.from_dense((distance >= 0) & (distance * index % 7 != 3))
+        causal = self.workload == "causal" or self.workload in TERMS
+        return AttentionMask.causal() if causal else AttentionMask.full()
 
     def flops(self) -> float:
         if self.workload in ("full", "decode"):
             pairs = float(self.batch * self.queries * self.length)
-        elif self.workload == "causal":
+        elif self.workload == "causal" or self.workload in TERMS and self.workload != "dense":
             pairs = self.batch * self.length * (self.length + 1) / 2
         else:
             dense = self.mask().to_dense(self.length, self.length, self.device)
@@ -101,9 +130,20 @@ def implementations(
     case: Case, wanted: list[str] | None
 ) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     """Name -> attention; ours first, then those ``wanted`` of all this machine has for the case."""
-    mask, length = case.mask(), case.length
-    found = {"flash_two": lambda q, k, v: flash_attention(q, k, v, mask=mask)}
+    mask, length, terms = case.mask(), case.length, case.terms()
+    found = {
+        "flash_two": lambda q, k, v, bias=None: flash_attention(
+            q, k, v, mask=mask, bias=bias, **terms
+        )
+    }
     gqa = case.heads != case.key_heads
+    if case.workload in TERMS:
+        found["eager"] = eager = Eager(case, mask, terms)
+        if not (terms.keys() - {"alibi_slopes"} or case.workload == "d_bias"):
+            found["sdpa"] = lambda q, k, v, bias=None: F.scaled_dot_product_attention(
+                q, k, v, attn_mask=eager.added(bias)
+            )
+        return {n: f for n, f in found.items() if wanted is None or n in ("flash_two", *wanted)}
     if case.workload in ("full", "causal", "decode"):
         settings = {"is_causal": case.workload == "causal", "enable_gqa": gqa}
     else:
@@ -120,6 +160,43 @@ def implementations(
         if wanted is None or "flex_attention" in wanted:
             found["flex_attention"] = _flex(case, mask)
     return {n: f for n, f in found.items() if wanted is None or n in ("flash_two", *wanted)}
+
+
+class Eager:
+    """The dense formula in the dtype of the inputs, as Transformers' models write it."""
+
+    def __init__(self, case: Case, mask: AttentionMask, terms: dict) -> None:
+        self._terms, self._scale = terms, case.head_dim**-0.5
+        dtype = DTYPES[case.dtype]
+        hidden = ~mask.to_dense(case.length, case.length, case.device)
+        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
+        self._added = mask
+        if "alibi_slopes" in terms:
+            index = torch.arange(case.length, device=case.device)
+            distance = (index[:, None] - index).abs()
+            self._added = mask + (-terms["alibi_slopes"][:, None, None] * distance).to(dtype)
+
+    def added(self, bias: Tensor | None) -> Tensor:
+        return self._added if bias is None else self._added + bias
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        scores = torch.matmul(query, key.transpose(2, 3)) * self._scale
+        if cap := self._terms.get("softcap"):
+            scores = torch.tanh(scores / cap) * cap
+        scores = scores + self.added(bias)
+        if (sinks := self._terms.get("sinks")) is not None:
+            column = sinks.to(scores.dtype).reshape(1, -1, 1, 1)
+            scores = torch.cat([scores, column.expand(*scores.shape[:3], 1)], dim=-1)
+            scores = scores - scores.max(dim=-1, keepdim=True).values
+        weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        if sinks is not None:
+            weights = weights[..., :-1]
+        if dropout := self._terms.get("dropout_p"):
+            weights = F.dropout(weights, dropout)
+        # Layers take the heads of a token side by side.
+        return torch.matmul(weights, value).transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _forced(backend: str, settings: dict):
@@ -162,12 +239,12 @@ def _flex(case: Case, mask: AttentionMask):
 def measure(case: Case, repeats: int, wanted: list[str] | None = None) -> list[dict]:
     """One result per implementation: ms, FLOP/s, peak memory on a GPU, or why there is no time."""
     tensors, results, runs, reference = case.tensors(), [], {}, None
-    timed = {}
+    found, timed = implementations(case, wanted), {}
     # A backward pass runs on the stream of its forward, and no graph takes the default one.
     stream = torch.cuda.Stream() if case.graphs else None
     if stream is not None:
         stream.wait_stream(torch.cuda.current_stream())
-    for name, attend in implementations(case, wanted).items():
+    for name, attend in found.items():
         row = vars(case) | {"attention": name}
         results.append(row)
         try:
@@ -183,7 +260,8 @@ def measure(case: Case, repeats: int, wanted: list[str] | None = None) -> list[d
         seen = _comparable(case, out.detach())
         reference = seen if reference is None else reference
         error = (seen - reference).norm() / reference.norm()
-        if not error < (1e-5 if case.dtype == "fp32" else 2e-2):
+        # No two draw the same dropout.
+        if case.workload != "dropout" and not error < (1e-5 if case.dtype == "fp32" else 2e-2):
             raise RuntimeError(f"{name} disagrees on {case}: relative error {error:.1e}")
         runs[name] = run
         if case.device == "cuda":
@@ -209,9 +287,11 @@ def _runner(case: Case, attend, tensors: list[Tensor]):
         dtype=DTYPES[case.dtype], device=case.device,
     )  # fmt: skip
 
+    leaves = [tensor for tensor in tensors if tensor.requires_grad]
+
     def both():
         out = attend(*tensors)
-        torch.autograd.grad(out, tensors, d_out)
+        torch.autograd.grad(out, leaves, d_out)
         return out
 
     if case.mode == "both":
@@ -219,7 +299,7 @@ def _runner(case: Case, attend, tensors: list[Tensor]):
     made = attend(*tensors)
 
     def backward():
-        torch.autograd.grad(made, tensors, d_out, retain_graph=True)
+        torch.autograd.grad(made, leaves, d_out, retain_graph=True)
         return made
 
     return backward
@@ -258,6 +338,18 @@ def _seconds(run, device: str) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+@contextmanager
+def busy(count: int) -> Iterator[None]:
+    """Beside ``count`` processes, each of which keeps a core at full load."""
+    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in spinning:
+            process.kill()
+            process.wait()
 
 
 def _cuda_peak(run) -> float:
@@ -348,11 +440,17 @@ def cases(args: argparse.Namespace) -> list[Case]:
         modes = args.modes or ["forward", "backward" if gpu else "both"]
         found += [
             Case(workload, dtype, length, head_dim, mode, args.device, *sizes, args.graphs)
-            for dtype in args.dtypes or (["bf16"] if gpu else ["fp32", "bf16"])
+            for dtype in args.dtypes or default_dtypes(args.device, workload)
             for length, head_dim, *sizes in shapes
             for mode in (["forward"] if workload == "decode" else modes)
         ]
     return found
+
+
+def default_dtypes(device: str, workload: str) -> list[str]:
+    if device == "cuda":
+        return ["bf16"]
+    return ["fp32", "bf16", "fp16"] if workload in ("full", "causal") else ["fp32", "bf16"]
 
 
 def cpu_shapes(args: argparse.Namespace, workload: str) -> Iterator[tuple[int, ...]]:
@@ -360,10 +458,16 @@ def cpu_shapes(args: argparse.Namespace, workload: str) -> Iterator[tuple[int, .
     lengths = args.lengths or [1024, 4096, 8192]
     for head_dim in args.head_dims or [64, 128]:
         if workload == "decode":
-            yield max(lengths), head_dim, 1, 32, 8
-        else:
+            for batch in (1, 8):
+                for length in lengths:
+                    yield length, head_dim, batch, 32, 8
+        elif workload not in TERMS:
             for length in lengths:
                 yield length, head_dim, 2 if workload == "padded" else 1, 8, 8
+        elif head_dim == 64 or args.head_dims:
+            # Eager holds several tensors of rows times keys.
+            for length in args.lengths or [256, 1024, 2048]:
+                yield length, head_dim, 1, 8, 8
 
 
 def gpu_shapes(args: argparse.Namespace, workload: str) -> Iterator[tuple[int, ...]]:
@@ -389,7 +493,7 @@ def main() -> None:
     parser.add_argument(
         "--workloads",
         nargs="+",
-        help=f"of {WORKLOADS}, or with --model {benchmark_model.WORKLOADS}",
+        help=f"of {WORKLOADS}, on CPUs {TERMS}, or with --model {benchmark_model.WORKLOADS}",
     )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
     parser.add_argument("--lengths", nargs="+", type=int)
@@ -403,6 +507,9 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument(
+        "--busy", type=int, default=0, metavar="N", help="run beside N processes that never rest"
+    )
     parser.add_argument("--plot", help="write a bar chart to this file (needs matplotlib)")
     parser.add_argument("--memory", action="store_true", help="measure peak memory instead")
     parser.add_argument("--model", action="store_true", help="time whole models instead")
@@ -412,7 +519,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32, help="that the models write")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    known = benchmark_model.WORKLOADS if args.model else WORKLOADS
+    known = WORKLOADS + TERMS if args.device == "cpu" else WORKLOADS
+    known = benchmark_model.WORKLOADS if args.model else known
     args.workloads = args.workloads or known
     if unknown := set(args.workloads) - set(known):
         parser.error(f"--workloads: expected some of {known}, got {sorted(unknown)}")
@@ -429,14 +537,19 @@ def main() -> None:
         f"{machine or platform.machine()} | {args.threads} threads | torch {torch.__version__} | "
         f"{date.today()} | median of {args.repeats}"
     )
+    if args.busy:
+        print(f"beside {args.busy} processes at full load")
     if args.memory:
         memory(args.device)
         return
     torch.manual_seed(0)
     timing = benchmark_model if args.model else sys.modules[__name__]
     results = []
-    for case in tqdm(timing.cases(args), unit="case", file=sys.stderr):
-        results += timing.measure(case, args.repeats, args.baselines)
+    with busy(args.busy):
+        for case in tqdm(timing.cases(args), unit="case", file=sys.stderr):
+            results += timing.measure(case, args.repeats, args.baselines)
+    if args.busy:
+        results = [row | {"busy": args.busy} for row in results]
     timing.show(results)
     print(json.dumps(results), flush=True)
     if args.plot:

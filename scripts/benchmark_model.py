@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor
 
-WORKLOADS = ("plain", "padded", "packed", "window", "softcap", "sinks")
+WORKLOADS = ("plain", "padded", "packed", "window", "softcap", "sinks", "demo")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 IMPLEMENTATIONS = ("flash_two", "sdpa", "flex_attention", "eager")
 WINDOW = DOCUMENT = 512
@@ -25,6 +25,10 @@ OUT_OF_MEMORY = "out of memory"
 _FAMILIES = {
     "window": "MistralConfig", "softcap": "Gemma2Config", "sinks": "GptOssConfig",
 }  # fmt: skip
+
+
+# What scripts/finetune.py trains without --model: 8 rows of 256 bytes, 4 layers.
+_DEMO = {"length": 256, "batch": 8, "layers": 4, "width": 128}
 
 
 @dataclass(frozen=True)
@@ -41,19 +45,27 @@ class Case:
     width: int
     new_tokens: int
 
+    @property
+    def vocab_size(self) -> int:
+        return 384 if self.workload == "demo" else 4096
+
     def model(self) -> transformers.PreTrainedModel:
         heads = self.width // 128 if self.width >= 1024 else self.width // 64
+        if self.workload == "demo":
+            heads = self.width // 32
         sizes = {
             "hidden_size": self.width,
             "intermediate_size": 4 * self.width,
             "num_hidden_layers": self.layers,
             "num_attention_heads": heads,
-            "num_key_value_heads": max(1, heads // 4),
+            "num_key_value_heads": max(1, heads // (2 if self.workload == "demo" else 4)),
             "head_dim": self.width // heads,
-            "vocab_size": 4096,
+            "vocab_size": self.vocab_size,
             "max_position_embeddings": max(4096, self.length + self.new_tokens),
             "pad_token_id": 0,
         }
+        if self.workload == "demo":
+            sizes |= {"intermediate_size": 3 * self.width, "tie_word_embeddings": True}
         if self.workload in ("window", "softcap", "sinks"):
             sizes["sliding_window"] = WINDOW
         if self.workload == "sinks":
@@ -72,13 +84,18 @@ class Case:
         generator = torch.Generator().manual_seed(0)
         rows = 1 if self.workload == "packed" else self.batch
         length = self.length * self.batch // rows
-        tokens = torch.randint(1, 4096, (rows, length), generator=generator)
+        tokens = torch.randint(1, self.vocab_size, (rows, length), generator=generator)
         inputs = {"input_ids": tokens}
         if self.workload == "padded":
             start = torch.arange(rows)[:, None] % 2 * (length // 2)
             inputs["attention_mask"] = (torch.arange(length) >= start).long()
         if self.workload == "packed":
             inputs["position_ids"] = torch.arange(length)[None] % DOCUMENT
+        if self.workload == "demo":
+            # In every row a document ends, each at another place.
+            start = (torch.arange(rows)[:, None] * 37 + 20) % length
+            position = torch.arange(length)
+            inputs["position_ids"] = torch.where(position < start, position, position - start)
         if self.mode == "train":
             seen = inputs.get("attention_mask", torch.ones_like(tokens)).bool()
             # What padding predicts differs between implementations, and is nobody's loss.
@@ -98,18 +115,23 @@ class Case:
 
 def cases(args: argparse.Namespace) -> list[Case]:
     large = args.device == "cuda"
-    return [
-        Case(
-            workload, mode, DTYPES[dtype], args.device, length, args.batch,
-            args.layers or (8 if large else 2), args.width or (2048 if large else 256),
-            args.new_tokens,
-        )
-        for workload in args.workloads
-        for mode in args.modes or ["train", "generate"]
-        if (workload, mode) != ("packed", "generate")
-        for dtype in args.dtypes or (["bf16"] if large else ["fp32"])
-        for length in args.lengths or [4096 if large else 1024]
-    ]  # fmt: skip
+    found = []
+    for workload in args.workloads:
+        for mode in args.modes or ["train", "generate"]:
+            if workload in ("packed", "demo") and mode == "generate":
+                continue
+            for dtype in args.dtypes or (["bf16"] if large else ["fp32"]):
+                for length in args.lengths or [4096 if large else 1024]:
+                    sizes = {
+                        "length": length, "batch": args.batch,
+                        "layers": args.layers or (8 if large else 2),
+                        "width": args.width or (2048 if large else 256),
+                    }  # fmt: skip
+                    sizes |= _DEMO if workload == "demo" else {}
+                    case = Case(workload, mode, DTYPES[dtype], args.device, **sizes,
+                                new_tokens=args.new_tokens)  # fmt: skip
+                    found += [case] if case not in found else []
+    return found
 
 
 def measure(case: Case, repeats: int, wanted: list[str] | None = None) -> list[dict]:

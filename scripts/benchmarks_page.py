@@ -42,6 +42,7 @@ _MODELS = {
     "window": "Mistral, window of 512",
     "softcap": "Gemma 2, softcap",
     "sinks": "gpt-oss, sinks",
+    "demo": "the small model of scripts/finetune.py, packed",
 }
 _MODES = ("forward", "backward", "both")
 _OURS = "flash_two"

@@ -30,9 +30,37 @@ def run(monkeypatch, capsys):
 
 def test_attention_is_timed_against_sdpa(run) -> None:
     rows = run("--lengths", "96", "--head-dims", "16", "--repeats", "2")
-    assert {row["workload"] for row in rows} == set(benchmark.WORKLOADS)
-    assert {row["attention"] for row in rows} == {"flash_two", "sdpa"}
+    assert {row["workload"] for row in rows} == {*benchmark.WORKLOADS, *benchmark.TERMS}
     assert all(row["ms"] > 0 and row["gflops"] > 0 and row["ratio"] > 0 for row in rows)
+    for row in rows:
+        baselines = {"sdpa"} if row["workload"] in benchmark.WORKLOADS else {"eager", "sdpa"}
+        assert row["attention"] in {"flash_two", *baselines}
+
+
+def test_a_busy_machine_is_told(run, monkeypatch) -> None:
+    """The processes run while it is timed, and end with it."""
+    started = []
+    start = benchmark.subprocess.Popen
+
+    def kept(*args):
+        started.append(start(*args))
+        return started[-1]
+
+    monkeypatch.setattr(benchmark.subprocess, "Popen", kept)
+    sizes = "--lengths 40 --head-dims 16 --repeats 1 --workloads causal --modes forward"
+    rows = run(*sizes.split(), "--busy", "2")
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
+    assert {row["busy"] for row in rows} == {2}
+    assert all("busy" not in row for row in run(*sizes.split()))
+
+
+def test_eager_is_the_dense_formula() -> None:
+    """It is what score terms are compared with."""
+    for workload in benchmark.TERMS:
+        if workload != "dropout":
+            case = benchmark.Case(workload, "fp32", 40, 16, "both", "cpu", 1, 2, 2)
+            tensors, found = case.tensors(), benchmark.implementations(case, None)
+            torch.testing.assert_close(found["flash_two"](*tensors), found["eager"](*tensors))
 
 
 def test_models_are_timed_against_eager(run, monkeypatch) -> None:
@@ -94,7 +122,7 @@ def test_faster_and_slower() -> None:
 
 def test_an_unknown_workload_is_refused(run, capsys) -> None:
     with pytest.raises(SystemExit):
-        run("--workloads", "softcap")
+        run("--workloads", "plain")
     assert "expected some of" in capsys.readouterr().err
 
 
