@@ -913,10 +913,11 @@ def test_softcap_zero_is_off(kernel: str, device: str) -> None:
     assert torch.equal(capped, flash_attention(*tensors, kernel=kernel))
 
 
-@pytest.mark.parametrize(("rows", "name"), [(9, "blockwise"), (99, "fused_cpu")])
-def test_auto_is_a_kernel_by_name(rows: int, name: str) -> None:
-    tensors = inputs(rows, 20)
-    assert torch.equal(flash_attention(*tensors), flash_attention(*tensors, kernel=name))
+@pytest.mark.parametrize(("softcap", "name"), [(5.0, "blockwise"), (None, "fused_cpu")])
+def test_auto_is_a_kernel_by_name(softcap: float | None, name: str) -> None:
+    tensors = inputs(99, 20)
+    by_name = flash_attention(*tensors, softcap=softcap, kernel=name)
+    assert torch.equal(flash_attention(*tensors, softcap=softcap), by_name)
 
 
 def test_values_per_head_may_be_strided(kernel: str, device: str) -> None:

@@ -131,7 +131,7 @@ def _backward(
                 )
                 dq[block.index][:, :, rows] = block.ungroup(block_dq)
             block.store(dk, dk_blocks, params.scale)
-            block.store(dv, dv_blocks, 1)
+            block.store(dv, dv_blocks, 1 / (1 - params.dropout_p))
     if params.bias is not None and d_bias is not None:
         d_bias = d_bias.to(params.bias.dtype)
     return dq, dk, dv, d_bias, d_sinks
@@ -140,7 +140,9 @@ def _backward(
 def _attend(block: HeadBlock, tile: QueryTile) -> tuple[Tensor, Tensor]:
     """Output and natural-log lse of one tile of queries, [heads, group * rows, Dv or 1]."""
     reference, row_sum, acc = _softmax(block, tile)
-    out = acc.div_(row_sum.masked_fill(row_sum == 0, 1))
+    # The sum is that of all probabilities, also of those that dropout takes.
+    kept = row_sum * (1 - block.params.dropout_p) if block.params.dropout_p else row_sum
+    out = acc.div_(kept.masked_fill(row_sum == 0, 1))
     return out, reference.div_(block.unit).add_(row_sum.log())
 
 
@@ -214,7 +216,10 @@ def _attend_online(
 
 
 def _drop(block: HeadBlock, p: Tensor, rows: slice, keys: KeyTile) -> Tensor:
-    return p * block.kept(rows, keys.cols) if block.params.dropout_p else p
+    """``p`` without what dropout takes, in its place."""
+    if not block.params.dropout_p:
+        return p
+    return p.masked_fill_(block.dropped(rows, keys.cols, by_key=not p.is_contiguous()), 0)
 
 
 def _differentiate(
@@ -246,18 +251,18 @@ def _differentiate(
         reference = reference.masked_fill(reference == -math.inf, 0)
         correction = row_sum.masked_fill(row_sum == 0, 1).reciprocal()
         d_out, delta = d_out * correction, delta * correction
-    shift, d_shift = reference.neg(), delta.neg()
+    shift, d_shift, rate = reference.neg(), delta.neg(), 1 / (1 - params.dropout_p)
     dq = torch.zeros(query.shape, dtype=block.dtype, device=query.device)
     for keys in tile.key_tiles:
         key, value = block.key(keys), block.value(keys)
-        s, capped = block.scores(query, rows, keys, shift, by_key=True)
+        s, capped = block.scores(query, rows, keys, shift, by_key=True, keep_capped=True)
         seen = block.seen(s)
         p = _where(seen, block.exp(s))
         if params.dropout_p:
-            kept = block.kept(rows, keys.cols)
-            ds = block.product("ds", d_out, value, None, 1, by_key=True)
-            ds = ds.mul_(kept).sub_(delta).mul_(p)
-            p = p * kept
+            dropped = block.dropped(rows, keys.cols, by_key=True)
+            ds = block.product("ds", d_out, value, None, rate, by_key=True)
+            ds = ds.masked_fill_(dropped, 0).sub_(delta).mul_(p)
+            p = p.masked_fill_(dropped, 0)
         else:
             ds = block.product("ds", d_out, value, d_shift, 1, by_key=True)
             ds = ds.mul_(p)
@@ -268,7 +273,7 @@ def _differentiate(
             part = block.part(d_bias, rows, keys.cols)
             part += block.by_head(ds).sum_to_size(part.shape)
         if capped is not None:
-            ds = _where(seen, ds.mul_(1 - capped.square()))
+            ds = _where(seen, ds.addcmul_(ds, capped.square_(), value=-1))
         block.add_product(dk_blocks[keys.block][:, keys.inside], ds.transpose(1, 2), query, by_key)
         block.add_product(dq, ds, key, seen)
     return dq.mul_(params.scale)

@@ -238,9 +238,15 @@ class HeadBlock:
         return hidden
 
     def scores(
-        self, query: Tensor, rows: slice, tile: KeyTile, shift: Tensor | None, by_key: bool = False
+        self,
+        query: Tensor,
+        rows: slice,
+        tile: KeyTile,
+        shift: Tensor | None,
+        by_key: bool = False,
+        keep_capped: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Scores [heads, group * rows, cols] in `unit` plus ``shift``, and softcap's tanh.
+        """Scores [heads, group * rows, cols] in `unit` plus ``shift``, and softcap's tanh if kept.
 
         Plain scores are shifted inside the product, before it rounds.
 
@@ -252,21 +258,34 @@ class HeadBlock:
         key, capped = self.key(tile), None
         if self.plain:
             s = self.product("scores", query, key, shift, params.scale * self.unit, by_key)
+            shift = None
         else:
-            s = self.product("scores", query, key, None, 1, by_key)
-            s = s.mul_(params.scale)
-            if params.softcap:
-                capped = s.div_(params.softcap).tanh_()
-                s = capped * params.softcap
+            # Without a factor a product does not look at its factors, which may be NaN.
+            factor = params.scale / params.softcap if params.softcap else 0.0
+            s = self.product("scores", query, key, None, factor or 1, by_key)
+            if not factor:
+                s.mul_(params.scale)
+        if params.softcap:
+            s = capped = s.tanh_()
+            if keep_capped:
+                s = self.workspace.take("capped", s.mT.shape if by_key else s.shape, s.dtype)
+                s = s.mT if by_key else s
+            # In one pass where nothing comes between.
+            if shift is not None and params.bias is None and params.alibi_slopes is None:
+                torch.add(shift, capped, alpha=params.softcap, out=s)
+                shift = None
+            else:
+                torch.mul(capped, params.softcap, out=s)
+        if params.bias is not None:
             by_head = self.by_head(s)
-            if params.bias is not None:
-                by_head += self.part(params.bias, rows, cols)
-            if params.alibi_slopes is not None:
-                position, key_position = self.positions(rows, cols)
-                slopes = self.by_head(self.per_row(params.alibi_slopes, rows))
-                by_head -= slopes * (position - key_position).abs()
-            if shift is not None:
-                s.add_(shift)
+            by_head += self.part(params.bias, rows, cols)
+        if params.alibi_slopes is not None:
+            position, key_position = self.positions(rows, cols)
+            slopes = self.by_head(self.per_row(params.alibi_slopes, rows))
+            by_head = self.by_head(s)
+            by_head -= slopes * (position - key_position).abs()
+        if shift is not None:
+            s.add_(shift)
         for run in tile.masked:
             at = slice(cols.start + run.start, cols.start + run.stop)
             self.by_head(s[:, :, run]).masked_fill_(self.hidden(rows, at), -math.inf)
@@ -319,12 +338,23 @@ class HeadBlock:
             return torch.bmm(a, b)
         return acc.baddbmm_(a, b)
 
-    def kept(self, rows: slice, cols: slice) -> Tensor:
-        """Dropout's multiplier of the probabilities, [heads, group * rows, cols]."""
+    def dropped(self, rows: slice, cols: slice, by_key: bool = False) -> Tensor:
+        """bool [heads, group * rows, cols]: the probabilities that are dropped.
+
+        Args:
+            by_key: as in `scores`.
+        """
         params = self.params
         assert params.seed is not None
         heads = torch.arange(self.heads.start, self.heads.stop, device=self.device)
         row = torch.arange(rows.start, rows.stop, device=self.device)
-        col = torch.arange(cols.start, cols.stop, device=self.device)
-        keep = dropout.keep(params.seed, self.batch.start, heads, row, col, params.dropout_p)
-        return self.group(keep).to(self.dtype).div_(1 - params.dropout_p)
+        of_rows = dropout.row_bits(params.seed, self.batch.start, heads, row)
+        of_rows = self.group(of_rows[..., None])
+        of_cols = dropout.col_bits(torch.arange(cols.start, cols.stop, device=self.device))
+        a, b = of_rows, of_cols
+        if by_key:
+            a, b = of_cols[:, None], of_rows.mT
+        shape = tuple(torch.broadcast_shapes(a.shape, b.shape))
+        bits, scratch = (self.workspace.take(name, shape, torch.int32) for name in ("bits", "more"))
+        dropped = dropout.is_dropped(torch.bitwise_xor(a, b, out=bits), scratch, params.dropout_p)
+        return dropped.mT if by_key else dropped

@@ -11,6 +11,7 @@ rows whose bias is as low as a float can be.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -111,10 +112,12 @@ def forward(
     plan = _pieces_of(query, key, params)
     dtype = choice.forward_dtype(query.dtype, params.sinks is not None)
     inputs = [_readable(x, dtype) for x in (query, key, value)]
-    layout = output_layout(query, query.shape[3])
-    has_sinks = params.sinks is not None
-    out = query.new_empty_strided(*layout, dtype=dtype if has_sinks else query.dtype)
-    lse, additive = empty_lse(query), Additive(params, inputs[0])
+    # What sinks take comes off before the output is rounded.
+    out_dtype = query.dtype if params.sinks is None else dtype
+    out, lse, additive = None, None, Additive(params, inputs[0])
+    if not plan.is_whole:
+        layout = output_layout(query, query.shape[3])
+        out, lse = query.new_empty_strided(*layout, dtype=out_dtype), empty_lse(query)
     for planned in plan.pieces:
         piece, added, reverse = additive(planned)
         rows = _Rows(piece, query, key, reverse, choice.doubled)
@@ -126,11 +129,12 @@ def forward(
         out_part, lse_part = rows.restore(out_part), rows.restore(lse_part[..., None])[..., 0]
         if added is not None and _may_blind(params) and (lse_part == 0).any():
             lse_part = lse_part.masked_fill(blind(piece, added), -torch.inf)
-        if plan.is_whole:
-            out, lse = _result(out_part, query, out.dtype), lse_part.contiguous()
+        if out is None or lse is None:
+            out, lse = _result(out_part, query, out_dtype), lse_part.contiguous()
         else:
             at = (piece.batch, slice(None), piece.rows)
             out[at], lse[at] = out_part, lse_part
+    assert out is not None and lse is not None
     if plan.blind is not None:
         out.masked_fill_(plan.blind[..., None], 0)
         lse.masked_fill_(plan.blind, -torch.inf)
@@ -163,7 +167,9 @@ def backward(
     if d_lse is not None or need_d_bias and params.bias is not None:
         return blockwise.backward(d_out, d_lse, query, key, value, out, lse, params, need_d_bias)
     plan = _pieces_of(query, key, params)
-    shown = lse.masked_fill(lse == -torch.inf, torch.inf)
+    shown = lse
+    if plan.blind is not None or _may_blind(params):
+        shown = lse.masked_fill(lse == -torch.inf, torch.inf)
 
     @lru_cache
     def given(dtype: torch.dtype) -> tuple[list[Tensor], Additive]:
@@ -311,8 +317,13 @@ def _polluted(*results: Tensor) -> list[int]:
 
     The op computes what is hidden and multiplies it by 0, which is no help against NaN.
     """
-    sums = torch.stack([x.sum((1, 2, 3), dtype=statistics_dtype(x.dtype)) for x in results])
-    return (~sums.isfinite()).any(0).nonzero().flatten().tolist()
+    wide = [statistics_dtype(x.dtype) for x in results]
+    if all(
+        math.isfinite(x.sum(dtype=dtype).item()) for x, dtype in zip(results, wide, strict=True)
+    ):
+        return []
+    sums = [x.sum((1, 2, 3), dtype=dtype) for x, dtype in zip(results, wide, strict=True)]
+    return (~torch.stack(sums).isfinite()).any(0).nonzero().flatten().tolist()
 
 
 def _coarse(lse: Tensor) -> list[int]:
