@@ -138,6 +138,20 @@ def test_terms_in_other_dtypes(term: str, dtype: torch.dtype) -> None:
         check_against_dense(LENGTH, AttentionMask.causal(), dtype, **arguments)
 
 
+@pytest.mark.parametrize("term", ["none", *TERMS])
+@pytest.mark.parametrize("rows", [3, 22])
+def test_a_few_tokens(rows: int, term: str) -> None:
+    """The causal square is not one where rows are those of several heads."""
+    arguments = {} if term == "none" else TERMS[term](rows)
+    if "bias" in arguments and arguments["bias"].shape[3] > 1:
+        arguments["bias"] = arguments["bias"][..., :rows]
+    for mask in (AttentionMask.causal(), AttentionMask.full(), AttentionMask.causal(window=2)):
+        check(
+            "fused_cpu", *inputs(rows, rows), mask=mask, visible=mask.to_dense(rows, rows),
+            through_lse=False, constant=("bias",), **arguments,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 6), (2, 6)])
 @pytest.mark.parametrize("rows", [2, LENGTH])
 def test_dense_masks(shape: tuple[int, int], rows: int) -> None:

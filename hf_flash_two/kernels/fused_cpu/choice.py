@@ -20,9 +20,13 @@ _LONG = 768
 @lru_cache
 def has_products(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices of ``dtype`` at least as fast as of float32."""
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype != torch.float16 or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    asked = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported",
+    }  # fmt: skip
+    if dtype not in asked:
+        return True
+    ask = getattr(torch.ops.mkldnn, asked[dtype], None)
+    return ask is not None and ask()
 
 
 def tiles_are_faster(dtype: torch.dtype, few: bool) -> bool:

@@ -81,10 +81,10 @@ def plan_of(
     """
     # Nothing here depends on the batch: what others see must not decide how a row is rounded.
     small = key_length <= KEYS and query_length * key_length * width <= _ONE_CALL
-    lengths = (query_length, key_length, width, few or small)
+    lengths = (query_length, key_length, width, few, small)
     if params.query_start is None and not band_hides(query_length, key_length, params):
         everything = (slice(0, batch), slice(0, query_length), slice(0, key_length))
-        return Plan((Piece(*everything, together=lengths[-1]),), None, True)
+        return Plan((Piece(*everything, together=few or small),), None, True)
     if params.query_start is None or params.query_stop is None:
         return _plan_of_band(
             batch, params.window_left, params.window_right, params.query_offset, *lengths
@@ -107,12 +107,13 @@ def _plan_of_band(
     query_length: int,
     key_length: int,
     width: int,
-    together: bool,
+    few: bool,
+    small: bool,
 ) -> Plan | str:
     key = np.arange(key_length)[None]
     first = np.full_like(key, -FAR) if right is None else key - right
     last = np.full_like(key, FAR) if left is None else key + left + 1
-    return _plan(first, last, offset, batch, query_length, key_length, width, together)
+    return _plan(first, last, offset, batch, query_length, key_length, width, few, small)
 
 
 def _plan(
@@ -123,13 +124,14 @@ def _plan(
     query_length: int,
     key_length: int,
     width: int,
-    together: bool,
+    few: bool,
+    small: bool,
 ) -> Plan | str:
     """Of the half-open runs of positions that see each key, [B or 1, Tk]."""
     starts = np.clip(first - offset, 0, query_length)
     stops = np.clip(last - offset, 0, query_length)
-    if together:
-        return _one_piece(starts, stops, batch, query_length)
+    if few or small:
+        return _one_piece(starts, stops, batch, query_length, few)
     pieces: list[Piece] = []
     blind = np.zeros((len(starts), 1, query_length), dtype=bool)
     for rows in _alike(starts, stops):
@@ -147,7 +149,9 @@ def _plan(
     return Plan(tuple(pieces), torch.from_numpy(blind) if blind.any() else None, whole)
 
 
-def _one_piece(starts: np.ndarray, stops: np.ndarray, batch: int, query_length: int) -> Plan:
+def _one_piece(
+    starts: np.ndarray, stops: np.ndarray, batch: int, query_length: int, few: bool
+) -> Plan:
     """One piece of all rows, with the keys that any of them sees, in whole blocks of the op.
 
     Where a block begins decides how sums are rounded: not what others of the batch see.
@@ -159,7 +163,8 @@ def _one_piece(starts: np.ndarray, stops: np.ndarray, batch: int, query_length: 
     keys = np.flatnonzero((starts < stops).any(0))
     if not len(keys):
         return Plan((), not_seeing, False)
-    if query_length == key_length and (stops == query_length).all():
+    # Few rows are those of several heads, one after the other, and no square.
+    if not few and query_length == key_length and (stops == query_length).all():
         if (starts == np.arange(key_length)).all():
             square = Piece(*everything, slice(0, key_length), causal=True, together=True)
             return Plan((square,), None, True)
