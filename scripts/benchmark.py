@@ -82,6 +82,9 @@ class Case:
             shapes.append((1, self.heads, self.length, self.length))
         kind = {"dtype": DTYPES[self.dtype], "device": self.device}
         tensors = [torch.randn(shape, **kind) for shape in shapes]
+        if self.device == "cpu":
+            # As the projections of a layer lay them out: the heads of a token side by side.
+            tensors[:3] = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors[:3]]
         for tensor in tensors[: 4 if self.workload == "d_bias" else 3]:
             tensor.requires_grad_(self.mode != "forward")
         return tensors

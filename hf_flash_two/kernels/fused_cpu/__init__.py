@@ -21,7 +21,7 @@ from torch import Tensor
 from hf_flash_two.kernels import blockwise
 from hf_flash_two.kernels.fused_cpu import choice
 from hf_flash_two.kernels.fused_cpu.additive import Additive, blind, in_blocks
-from hf_flash_two.kernels.fused_cpu.pieces import Piece, Plan, plan_of
+from hf_flash_two.kernels.fused_cpu.pieces import Piece, Plan, plan_of, share_no_key
 from hf_flash_two.kernels.hidden import hides
 from hf_flash_two.kernels.params import (
     TENSORS,
@@ -176,11 +176,17 @@ def backward(
         tensors = [_readable(x, dtype) for x in (query, key, value, d_out, out)]
         return tensors, Additive(params, tensors[0])
 
-    # Sums of several pieces are rounded once.
-    wide, sums = statistics_dtype(query.dtype), ()
+    tensors, grads = (query, key, value), []
+    alone = share_no_key(plan.pieces)
     if not plan.is_whole:
-        layouts = [output_layout(x, x.shape[3]) for x in (query, key, value)]
-        sums = tuple(query.new_empty_strided(*at, dtype=wide).zero_() for at in layouts)
+        # Sums of several pieces are rounded once.
+        grads = [
+            x.new_empty_strided(
+                *output_layout(x, x.shape[3]),
+                dtype=x.dtype if alone else statistics_dtype(x.dtype),
+            ).zero_()
+            for x in tensors
+        ]
     for planned in plan.pieces:
         count = planned.rows.stop - planned.rows.start
         dtype = choice.backward_dtype(query.dtype, count, count == query.shape[2])
@@ -197,12 +203,14 @@ def backward(
         )  # fmt: skip
         parts = rows.restore(dq), dk, dv
         if plan.is_whole:
-            sums = parts
-        else:
-            for total, part in zip(_cut(piece, *sums), parts, strict=True):
-                total.add_(part)
-    inputs = (query, key, value)
-    grads = [_result(x, like, like.dtype) for x, like in zip(sums, inputs, strict=True)]
+            grads = list(parts)
+            break
+        for grad, part in zip(_cut(piece, *grads), parts, strict=True):
+            if alone:
+                grad.copy_(part)
+            else:
+                grad.add_(part)
+    grads = [_result(x, like, like.dtype) for x, like in zip(grads, tensors, strict=True)]
     d_sinks = _d_sinks(d_out, out, lse, params)
     results = [*grads] if d_sinks is None else [*grads, d_sinks[..., None, None]]
     again = _polluted(*results) if hides(query, key, params) else []

@@ -149,6 +149,15 @@ def _plan(
     return Plan(tuple(pieces), torch.from_numpy(blind) if blind.any() else None, whole)
 
 
+def share_no_key(pieces: tuple[Piece, ...]) -> bool:
+    """Whether no key of a batch row is in two pieces: gradients are then no sums."""
+    ordered = sorted(pieces, key=lambda piece: (piece.batch.start, piece.keys.start))
+    return all(
+        a.batch.start != b.batch.start or a.keys.stop <= b.keys.start
+        for a, b in zip(ordered, ordered[1:], strict=False)
+    )
+
+
 def _one_piece(
     starts: np.ndarray, stops: np.ndarray, batch: int, query_length: int, few: bool
 ) -> Plan:
