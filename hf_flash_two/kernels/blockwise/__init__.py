@@ -104,7 +104,9 @@ def _backward(
     stats = statistics_dtype(query.dtype)
     d_bias = None
     if need_d_bias and params.bias is not None:
-        d_bias = torch.zeros(params.bias.shape, dtype=stats, device=params.bias.device)
+        # Sums, of a bias that broadcasts, are rounded once.
+        dtype = stats if _broadcasts(params.bias, query, key) else params.bias.dtype
+        d_bias = torch.zeros(params.bias.shape, dtype=dtype, device=params.bias.device)
     d_sinks = None if params.sinks is None else torch.zeros_like(params.sinks)
     with torch.autocast(query.device.type, enabled=False):
         for block in head_blocks(query, key, value, params, guarded, gradients=True):
@@ -234,7 +236,8 @@ def _differentiate(
 ) -> Tensor:
     """dQ of one tile of queries, [heads, group * rows, D]; adds its share to dK, dV and d_bias.
 
-    Tiles are laid out key by key: two of the three products that follow read them transposed.
+    Tiles are laid out key by key: two of the three products that follow read them transposed. With
+    a bias they are laid out as it is.
     """
     params, rows, query = block.params, tile.rows, block.query(tile.rows)
     reference = (lse * block.unit).masked_fill(lse == -math.inf, 0)
@@ -252,31 +255,40 @@ def _differentiate(
         correction = row_sum.masked_fill(row_sum == 0, 1).reciprocal()
         d_out, delta = d_out * correction, delta * correction
     shift, d_shift, rate = reference.neg(), delta.neg(), 1 / (1 - params.dropout_p)
+    by_key = params.bias is None
     dq = torch.zeros(query.shape, dtype=block.dtype, device=query.device)
     for keys in tile.key_tiles:
         key, value = block.key(keys), block.value(keys)
-        s, capped = block.scores(query, rows, keys, shift, by_key=True, keep_capped=True)
+        s, capped = block.scores(query, rows, keys, shift, by_key, keep_capped=True)
         seen = block.seen(s)
         p = _where(seen, block.exp(s))
         if params.dropout_p:
-            dropped = block.dropped(rows, keys.cols, by_key=True)
-            ds = block.product("ds", d_out, value, None, rate, by_key=True)
+            dropped = block.dropped(rows, keys.cols, by_key)
+            ds = block.product("ds", d_out, value, None, rate, by_key)
             ds = ds.masked_fill_(dropped, 0).sub_(delta).mul_(p)
             p = p.masked_fill_(dropped, 0)
         else:
-            ds = block.product("ds", d_out, value, d_shift, 1, by_key=True)
+            ds = block.product("ds", d_out, value, d_shift, 1, by_key)
             ds = ds.mul_(p)
         ds = _where(seen, ds)
-        by_key = None if seen is None else seen.transpose(1, 2)
-        block.add_product(dv_blocks[keys.block][:, keys.inside], p.transpose(1, 2), d_out, by_key)
+        seen_by_key = None if seen is None else seen.mT
+        block.add_product(dv_blocks[keys.block][:, keys.inside], p.mT, d_out, seen_by_key)
         if d_bias is not None:
-            part = block.part(d_bias, rows, keys.cols)
-            part += block.by_head(ds).sum_to_size(part.shape)
+            part, shares = block.part(d_bias, rows, keys.cols), block.by_head(ds)
+            if _broadcasts(d_bias, block.call.query, block.call.key):
+                part += shares.sum_to_size(part.shape)
+            else:
+                part.copy_(shares)
         if capped is not None:
             ds = _where(seen, ds.addcmul_(ds, capped.square_(), value=-1))
-        block.add_product(dk_blocks[keys.block][:, keys.inside], ds.transpose(1, 2), query, by_key)
+        block.add_product(dk_blocks[keys.block][:, keys.inside], ds.mT, query, seen_by_key)
         block.add_product(dq, ds, key, seen)
     return dq.mul_(params.scale)
+
+
+def _broadcasts(bias: Tensor, query: Tensor, key: Tensor) -> bool:
+    """Whether pairs share a number of the bias."""
+    return bias.shape != (*query.shape[:3], key.shape[2])
 
 
 def _where(seen: Tensor | None, x: Tensor) -> Tensor:
