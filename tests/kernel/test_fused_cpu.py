@@ -417,7 +417,8 @@ def test_gradients_in_half_precision_add_up_few_blocks() -> None:
         (torch.float32, 300, False, torch.float32), (torch.float64, 300, False, torch.float64),
     ]  # fmt: skip
     for dtype, rows, all_rows, expected in table:
-        assert choice.backward_dtype(dtype, rows, all_rows) == expected
+        assert choice.backward_dtype(dtype, rows, all_rows, sinks=False) == expected
+    assert choice.backward_dtype(torch.bfloat16, 5000, True, sinks=True) == torch.float32
 
 
 def test_a_mask_with_holes_is_for_tiles() -> None:
@@ -469,27 +470,74 @@ def test_pieces_show_what_the_mask_shows(data: st.DataObject) -> None:
     assert (plan.blind is not None) == bool(blind.any())
 
 
-@pytest.mark.parametrize("name", ["causal", "left padding", "long documents", "window", "prefix"])
+EXACT = {
+    **{
+        name: (name, LENGTH, (4, 4), "none")
+        for name in ("causal", "left padding", "long documents", "window", "prefix")
+    },
+    "grouped heads": ("causal", LENGTH, (8, 2), "none"),
+    "one token": ("left padding", 1, (8, 2), "none"),
+    "few tokens": ("causal", 4, (8, 2), "none"),
+    **{term: ("causal", LENGTH, (6, 6), term) for term in ("bias", "bias by key", "alibi")},
+    "few tokens, alibi and bias": ("left padding", 3, (6, 2), "alibi and bias"),
+    "softcap": ("causal", LENGTH, (6, 2), "softcap"),
+    "bias with a gradient": ("causal", LENGTH, (6, 6), "bias"),
+    "sinks": ("causal", LENGTH, (6, 2), "sinks"),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
 def test_as_exact_as_sdpa_in_bfloat16(name: str) -> None:
-    """No result is rounded more often than PyTorch's own with the dense mask."""
-    mask = MASKS[name]()
-    visible = mask.to_dense(LENGTH, LENGTH)
-    tensors = inputs(LENGTH, LENGTH, heads=(4, 4), head_dim=64, dtype=torch.bfloat16)
-    upstream = torch.randn(2, 4, LENGTH, 64, dtype=torch.bfloat16)
+    """No result is rounded more often than PyTorch's own with the dense mask.
+
+    What PyTorch has no word for is compared with the dense formula in bfloat16.
+    """
+    mask_name, rows, heads, term = EXACT[name]
+    mask = MASKS[mask_name]().slice_queries(LENGTH - rows, LENGTH, LENGTH, LENGTH)
+    visible = mask.to_dense(rows, LENGTH)
+    terms = {"softcap": 5.0} if term == "softcap" else TERMS[term](rows) if term != "none" else {}
+    if "bias" in terms:
+        terms["bias"] = terms["bias"].bfloat16()
+    tensors = inputs(rows, LENGTH, heads=heads, head_dim=64, dtype=torch.bfloat16)
+    if name == "bias with a gradient":
+        tensors.append(terms.pop("bias"))
+    upstream = torch.randn(2, heads[0], rows, 64, dtype=torch.bfloat16)
     seen = visible.expand(2, 1, -1, -1).any(3, keepdim=True)
 
     def results(attend: Callable, dtype: torch.dtype) -> list[Tensor]:
         leaves = [x.to(dtype).requires_grad_() for x in tensors]
-        out = attend(*leaves)
+        given = {key: x.to(dtype) if key == "bias" else x for key, x in terms.items()}
+        if len(leaves) == 4:
+            given["bias"] = leaves[3]
+        out = attend(*leaves[:3], **given)
         grads = torch.autograd.grad(out, leaves, (upstream * seen).to(dtype))
         return [out.detach() * seen, *grads]
 
-    exact = results(lambda *x: dense_attention(*x, visible=visible)[0], torch.float64)
-    ours = results(lambda *x: flash_attention(*x, mask=mask, kernel="fused_cpu"), torch.bfloat16)
-    # Rows that see nothing would be NaN.
-    shown = visible | ~seen
-    theirs = results(lambda *x: F.scaled_dot_product_attention(*x, attn_mask=shown), torch.bfloat16)
-    for what, got, other, right in zip(("out", "dq", "dk", "dv"), ours, theirs, exact, strict=True):
+    def dense(*tensors: Tensor, **given) -> Tensor:
+        offset = LENGTH - rows if "alibi_slopes" in given else None
+        return dense_attention(*tensors, visible=visible, alibi_offset=offset, **given)[0]
+
+    def sdpa(*tensors: Tensor, bias: Tensor | None = None, alibi_slopes=None) -> Tensor:
+        # Rows that see nothing would be NaN.
+        added = torch.zeros(visible.shape).masked_fill(~(visible | ~seen), -math.inf)
+        added = added if bias is None else added + bias
+        if alibi_slopes is not None:
+            position = torch.arange(LENGTH - rows, LENGTH)[:, None]
+            added = added - alibi_slopes[:, None, None] * (position - torch.arange(LENGTH)).abs()
+        mask = added.to(tensors[0].dtype) if bias is None else added
+        return F.scaled_dot_product_attention(*tensors, attn_mask=mask, enable_gqa=True)
+
+    def ours(*tensors: Tensor, **given) -> Tensor:
+        out = flash_attention(*tensors, mask=mask, **given)
+        assert isinstance(out, Tensor)
+        return out
+
+    has_words = not {"sinks", "softcap"} & terms.keys() and len(tensors) == 3
+    exact = results(dense, torch.float64)
+    theirs = results(sdpa if has_words else dense, torch.bfloat16)
+    found = results(ours, torch.bfloat16)
+    names = ("out", "dq", "dk", "dv", "d_bias")
+    for what, got, other, right in zip(names, found, theirs, exact, strict=False):
         error, allowed = (rms(x.double() - right) for x in (got, other))
         assert error <= 1.1 * allowed, f"{what}: {error:.2e} > 1.1 * {allowed:.2e}"
 

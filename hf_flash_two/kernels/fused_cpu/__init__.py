@@ -189,7 +189,8 @@ def backward(
         ]
     for planned in plan.pieces:
         count = planned.rows.stop - planned.rows.start
-        dtype = choice.backward_dtype(query.dtype, count, count == query.shape[2])
+        all_rows, has_sinks = count == query.shape[2], params.sinks is not None
+        dtype = choice.backward_dtype(query.dtype, count, all_rows, has_sinks)
         inputs, additive = given(dtype)
         piece, added, reverse = additive(planned)
         rows = _Rows(piece, query, key, reverse)

@@ -40,13 +40,14 @@ def forward_dtype(dtype: torch.dtype, sinks: bool) -> torch.dtype:
     return torch.float32 if half and (sinks or not has_products(dtype)) else dtype
 
 
-def backward_dtype(dtype: torch.dtype, rows: int, all_rows: bool) -> torch.dtype:
+def backward_dtype(dtype: torch.dtype, rows: int, all_rows: bool, sinks: bool) -> torch.dtype:
     """In which the op computes the gradients of a piece.
 
     In half precision it adds up those of keys in it, too: over 64 rows at a time in pieces of fewer
-    than 768, over 256 in longer ones. A piece of all rows is as exact as `sdpa`.
+    than 768, over 256 in longer ones. A piece of all rows is as exact as `sdpa`, which has no
+    sinks: with them, eager is what others compute.
     """
-    if dtype == torch.bfloat16 and (all_rows or rows >= _LONG):
+    if dtype == torch.bfloat16 and not sinks and (all_rows or rows >= _LONG):
         return dtype
     return torch.float32 if dtype.itemsize == 2 else dtype
 
