@@ -281,6 +281,27 @@ def test_what_is_hidden_touches_nothing(name: str, dirt: float) -> None:
         assert torch.equal(got[1], want[1])
 
 
+@pytest.mark.parametrize("where", ["query", "key", "value", "d_out"])
+@pytest.mark.parametrize("name", ["causal", "long documents", "left padding", "short documents"])
+def test_dirt_goes_where_it_is_seen(name: str, where: str) -> None:
+    """One number that is not finite: what is finite in tiles is so here, and equal."""
+    mask = MASKS[name]()
+    for dirt, at in ((math.nan, 80), (math.inf, 290), (-math.inf, 139)):
+        tensors = dict(zip(("query", "key", "value"), inputs(LENGTH, LENGTH), strict=True))
+        tensors["d_out"], sinks = torch.randn(2, 6, LENGTH, 16), torch.zeros(6)
+        tensors[where][0, 0, at, 3] = dirt
+        found = []
+        for kernel in ("fused_cpu", "blockwise"):
+            leaves = [tensors[x].clone().requires_grad_() for x in ("query", "key", "value")]
+            leaves.append(sinks.clone().requires_grad_())
+            out = flash_attention(*leaves[:3], sinks=leaves[3], mask=mask, kernel=kernel)
+            assert isinstance(out, Tensor)
+            found.append([out.detach(), *torch.autograd.grad(out, leaves, tensors["d_out"])])
+        for got, want in zip(*found, strict=True):
+            seen = want.isfinite()
+            torch.testing.assert_close(got[seen], want[seen], rtol=1e-3, atol=1e-4)
+
+
 BATCHES = {
     **{name: (name, "none", LENGTH) for name in MASKS},
     **{f"{term}, causal": ("causal", term, LENGTH) for term in TERMS},

@@ -41,6 +41,9 @@ _TERMS = [at for at, name in enumerate(AttentionParams._fields) if name not in _
 _FINE = 2.0**10
 """Beyond this, what a row's lse adds to its largest score is worn by rounding."""
 
+_FEW_PIECES = 4
+"""Of more pieces, all results are looked at instead of a row and a key of each."""
+
 _OP = "_scaled_dot_product_flash_attention_for_cpu"
 
 
@@ -142,7 +145,7 @@ def forward(
         total = torch.logaddexp(lse, params.sinks[..., None])
         out.mul_(torch.exp(lse - total).nan_to_num_(0.0)[..., None])
         out, lse = _result(out, query, query.dtype), total
-    for row in _polluted(out) if hides(query, key, params) else ():
+    for row in _polluted(plan, params, [out], []) if hides(query, key, params) else ():
         only = slice(row, row + 1)
         part = blockwise.forward(query[only], key[only], value[only], _rows_of(params, only))
         out[only], lse[only] = part
@@ -213,10 +216,12 @@ def backward(
                 grad.add_(part)
     grads = [_result(x, like, like.dtype) for x, like in zip(grads, tensors, strict=True)]
     d_sinks = _d_sinks(d_out, out, lse, params)
-    results = [*grads] if d_sinks is None else [*grads, d_sinks[..., None, None]]
-    again = _polluted(*results) if hides(query, key, params) else []
+    again = _polluted(plan, params, grads[:1], grads[1:]) if hides(query, key, params) else []
     if not params.plain:
         again = sorted({*again, *_coarse(lse)})
+    if d_sinks is not None and hides(query, key, params):
+        dirty = (~d_sinks.isfinite()).any(1)
+        again = sorted({*again, *dirty.nonzero().flatten().tolist()})
     for row in again:
         only = slice(row, row + 1)
         *parts, _, sinks_part = blockwise.backward(
@@ -321,17 +326,24 @@ def _rows_of(params: AttentionParams, batch: slice) -> AttentionParams:
     return params._replace(**cut)
 
 
-def _polluted(*results: Tensor) -> list[int]:
+def _polluted(
+    plan: Plan, params: AttentionParams, of_rows: list[Tensor], of_keys: list[Tensor]
+) -> list[int]:
     """The batch rows with numbers that are not finite, which may come from hidden inputs.
 
-    The op computes what is hidden and multiplies it by 0, which is no help against NaN.
+    The op computes what is hidden and multiplies it by 0, which is no help against NaN. In a causal
+    square the last row sees every key and the first key is seen by every row: what is not finite
+    anywhere is not finite there.
     """
-    wide = [statistics_dtype(x.dtype) for x in results]
-    if all(
-        math.isfinite(x.sum(dtype=dtype).item()) for x, dtype in zip(results, wide, strict=True)
-    ):
+    results = of_rows + of_keys
+    probes = results
+    is_square = params.dense is None and not any([piece.masked for piece in plan.pieces])
+    if is_square and len(plan.pieces) <= _FEW_PIECES:
+        probes = [x[piece.batch, :, piece.rows.stop - 1] for piece in plan.pieces for x in of_rows]
+        probes += [x[piece.batch, :, piece.keys.start] for piece in plan.pieces for x in of_keys]
+    if all(math.isfinite(x.sum(dtype=statistics_dtype(x.dtype)).item()) for x in probes):
         return []
-    sums = [x.sum((1, 2, 3), dtype=dtype) for x, dtype in zip(results, wide, strict=True)]
+    sums = [x.sum((1, 2, 3), dtype=statistics_dtype(x.dtype)) for x in results]
     return (~torch.stack(sums).isfinite()).any(0).nonzero().flatten().tolist()
 
 
