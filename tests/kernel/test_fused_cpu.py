@@ -302,6 +302,19 @@ def test_dirt_goes_where_it_is_seen(name: str, where: str) -> None:
             torch.testing.assert_close(got[seen], want[seen], rtol=1e-3, atol=1e-4)
 
 
+def test_dirt_in_a_later_block_of_keys() -> None:
+    """The op takes keys in blocks: the first rows do not meet what pollutes later ones."""
+    leaves = [x.requires_grad_() for x in inputs(700, 700, batch=1)]
+    with torch.no_grad():
+        leaves[2][:, :, 600] = math.nan
+    out = flash_attention(*leaves, mask=AttentionMask.causal(), kernel="fused_cpu")
+    assert isinstance(out, Tensor)
+    assert out[:, :, :600].isfinite().all()
+    d_out = torch.randn(out.shape)
+    d_query, _, _ = torch.autograd.grad(out, leaves, d_out)
+    assert d_query[:, :, :600].isfinite().all()
+
+
 BATCHES = {
     **{name: (name, "none", LENGTH) for name in MASKS},
     **{f"{term}, causal": ("causal", term, LENGTH) for term in TERMS},
