@@ -675,6 +675,25 @@ def test_a_bad_batch_row_stays_alone(kernel: str, device: str, name: str, poison
             assert not got[1].isfinite().all(), result
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_large_scores_of_a_batch_row_stay_there(
+    kernel: str, device: str, dtype: torch.dtype
+) -> None:
+    """Which maximum a row is computed with is no matter of its neighbours: the same bits."""
+    query, key, value = inputs(24, 700, head_dim=64, value_dim=64, dtype=dtype, device=device)
+
+    def run(query: Tensor) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+        out, lse = attend(kernel, *leaves)
+        return [out, lse, *torch.autograd.grad(out.float().sin().sum(), leaves)]
+
+    calm = run(query)
+    large = query.clone()
+    large[1] *= 60
+    for got, want in zip(run(large), calm, strict=True):
+        assert torch.equal(got[0], want[0])
+
+
 def documents_mask(length: int) -> AttentionMask:
     return AttentionMask.from_documents(torch.tensor([0, 20, 61, length - 10]), key_length=length)
 

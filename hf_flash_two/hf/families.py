@@ -13,10 +13,12 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from types import CodeType, FunctionType
 from typing import TypeVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -369,11 +371,11 @@ def hides_future(model: PreTrainedModel) -> bool:
 def family_of(module: nn.Module) -> str | None:
     """The ``model_type`` of the layer's config."""
     config = getattr(module, "config", None)
-    try:
+    if not torch.compiler.is_compiling():
         # Past the look-up of Transformers' configs, which every layer would wait for.
-        return object.__getattribute__(config, "model_type")
-    except AttributeError:
-        return getattr(config, "model_type", None)
+        with suppress(AttributeError):
+            return object.__getattribute__(config, "model_type")
+    return getattr(config, "model_type", None)
 
 
 def is_hand_written(config: PreTrainedConfig) -> bool:

@@ -180,9 +180,9 @@ def _writes(func: Callable, args: tuple, kwargs: dict) -> bool:
         return True
     if not isinstance(first, Lazy):
         return False
-    if isinstance(func, FunctionType) and "inplace" in signature(func).parameters:
-        return bool(signature(func).bind(*args, **kwargs).arguments.get("inplace"))
-    return _is_in_place(name) or name == "__setitem__"
+    parameters = func.__code__.co_varnames if isinstance(func, FunctionType) else ()
+    given = dict(zip(parameters, args, strict=False)) | kwargs
+    return _is_in_place(name) or name == "__setitem__" or given.get("inplace") is True
 
 
 def _may_share(result: object, tensor: Tensor) -> bool:

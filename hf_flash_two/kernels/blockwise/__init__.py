@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -154,10 +155,18 @@ def _softmax(block: HeadBlock, tile: QueryTile) -> tuple[Tensor, Tensor, Tensor]
     Rows that see nothing have reference -inf and sum 0.
     """
     query = block.query(tile.rows)
-    state = None
     if tile.probe is not None and len(tile.key_tiles) > 1:
-        state = _attend_lazily(block, query, tile, tile.probe)
-    reference, row_sum, acc = state or _attend_online(block, query, tile)
+        reference, row_sum, acc = _attend_lazily(block, query, tile, tile.probe)
+        # Scores far above the reference have lost bits where the product rounded their distance to
+        # it. If the reference is NaN, so is the row's sum, and the test fails as well. Each row is
+        # judged by itself: what it is computed with in a tile must not matter.
+        safe = row_sum < _SAFE_MEAN * sum(keys.width for keys in tile.key_tiles)
+        if not safe.all():
+            online = _attend_online(block, query, tile)
+            lazy = (reference, row_sum, acc)
+            reference, row_sum, acc = map(partial(torch.where, safe), lazy, online)
+    else:
+        reference, row_sum, acc = _attend_online(block, query, tile)
     if block.params.sinks is not None:
         sink = block.per_row(block.params.sinks, tile.rows) * block.unit
         row_max = torch.maximum(reference, sink)
@@ -169,8 +178,8 @@ def _softmax(block: HeadBlock, tile: QueryTile) -> tuple[Tensor, Tensor, Tensor]
 
 def _attend_lazily(
     block: HeadBlock, query: Tensor, tile: QueryTile, probe: KeyTile
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(reference, sum, sum of p V) with one reference; None if a row's sum shows it a poor one."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(reference, sum, sum of p V) with one reference, which may be a poor one for some rows."""
     reference = block.scores(query, tile.rows, probe, None)[0].amax(-1, keepdim=True)
     shift = reference.neg()
     row_sum: Tensor | None = None
@@ -182,11 +191,8 @@ def _attend_lazily(
         part = p.sum(-1, keepdim=True)
         row_sum = part if row_sum is None else row_sum.add_(part)
         acc = block.add_product(acc, _drop(block, p, tile.rows, keys), block.value(keys), seen)
-    # Scores far above the reference have lost bits where the product rounded their distance to it;
-    # if the reference is NaN, so is the row's sum, and the test fails as well.
     assert row_sum is not None and acc is not None
-    safe = row_sum.amax() < _SAFE_MEAN * sum(keys.width for keys in tile.key_tiles)
-    return (reference, row_sum, acc) if safe else None
+    return reference, row_sum, acc
 
 
 def _attend_online(
