@@ -6,8 +6,8 @@
     python scripts/benchmarks_page.py
 
 A run is a file docs/benchmarks/NAME.json, and stands on the page where the text says
-``<!-- NAME -->``. Entering a run replaces the file. What scripts/benchmark.py and
-scripts/bucket_sizes.py print can be entered.
+``<!-- NAME -->``. Entering a run replaces the file. What scripts/benchmark.py,
+scripts/small_calls.py and scripts/bucket_sizes.py print can be entered.
 """
 
 from __future__ import annotations
@@ -227,6 +227,16 @@ def _models(rows: list[dict]) -> Iterator[str]:
         yield _line(*labels, *(cell(found.get(name)) for name in names))
 
 
+def _small_calls(rows: list[dict]) -> Iterator[str]:
+    """Microseconds that the host takes."""
+    names = [name for name in rows[0]["us"] if name != "floor"]
+    yield _line("us", "T", *(f"`{name}`" for name in names), "autograd alone")
+    yield "|---|---:" + "|---:" * (len(names) + 1) + "|"
+    for row in rows:
+        call = row["call"].replace("both", "forward + backward")
+        yield _line(call, row["length"], *(row["us"][name] for name in (*names, "floor")))
+
+
 def _memory(rows: list[dict]) -> Iterator[str]:
     yield _line("MiB beyond inputs, output and gradients", "D", "peak")
     yield "|---|---:|---:|"
@@ -245,6 +255,7 @@ def _buckets(rows: list[dict]) -> Iterator[str]:
 _TABLES: list[tuple[Callable[[dict], bool], Callable[[list[dict]], Iterator[str]]]] = [
     (lambda row: "beyond_mib" in row, _memory),
     (lambda row: "q_bucket_size" in row, _buckets),
+    (lambda row: "us" in row, _small_calls),
     (lambda row: "layers" in row, _models),
     (lambda row: row.get("device") == "cuda" and row["workload"] != "decode", _attention_in_tflops),
     (lambda row: row.get("device") == "cuda" and row["workload"] == "decode", _decode),

@@ -44,7 +44,7 @@ def runner(attend: Callable, tensors: list[Tensor], mode: str) -> Callable[[], o
     return lambda: torch.autograd.grad(attend(*tensors), wanted, upstream)
 
 
-def measure(device: str, length: int, dtype: torch.dtype, in_a_row: int, repeats: int) -> dict:
+def measure(device: str, length: int, dtype: torch.dtype, in_a_row: int, repeats: int) -> list:
     shape = (1, 8, length, 64)
     tensors = [torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in range(3)]
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -61,8 +61,12 @@ def measure(device: str, length: int, dtype: torch.dtype, in_a_row: int, repeats
                 wait()
                 if repeat:
                     times.setdefault((name, mode), []).append(1e6 * spent / in_a_row)
-    medians = {at: statistics.median(found) for at, found in times.items()}
-    return {mode: {name: round(medians[name, mode], 1) for name in ATTEND} for mode in MODES}
+    found = {at: round(statistics.median(spent), 1) for at, spent in times.items()}
+    about = {"device": device, "length": length, "dtype": str(dtype).removeprefix("torch.")}
+    return [
+        {"call": mode, **about, "us": {name: found[name, mode] for name in ATTEND}}
+        for mode in MODES
+    ]
 
 
 def main() -> None:
@@ -83,16 +87,15 @@ def main() -> None:
     length = args.length or (128 if on_gpu else 16)
     dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
     found = measure(args.device, length, getattr(torch, dtype), args.in_a_row, args.repeats)
-    machine = torch.cuda.get_device_name() if on_gpu else platform.processor() or "CPU"
-    about = {
-        "machine": machine, "torch": torch.__version__, "date": str(date.today()),
-        "length": length, "dtype": dtype, "threads": torch.get_num_threads(),
-    }  # fmt: skip
-    print(*about.values(), sep=" | ")
-    print(f"{'':12}", *(f"{name:>10}" for name in ATTEND))
-    for mode, row in found.items():
-        print(f"{mode:12}", *(f"{row[name]:10.1f}" for name in ATTEND))
-    print(json.dumps({**about, "rows": found}))
+    machine = torch.cuda.get_device_name() if on_gpu else platform.processor()
+    print(
+        f"{machine or platform.machine()} | {torch.get_num_threads()} threads | "
+        f"torch {torch.__version__} | {date.today()} | median of {args.repeats}"
+    )
+    print(f"{'us':12}", *(f"{name:>10}" for name in ATTEND))
+    for row in found:
+        print(f"{row['call']:12}", *(f"{us:10.1f}" for us in row["us"].values()))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import benchmark  # noqa: E402
 import benchmarks_page  # noqa: E402
+import small_calls  # noqa: E402
 
 CASE = {"dtype": "bf16", "length": 4096, "head_dim": 128, "heads": 32, "key_heads": 8, "batch": 4}
 GPU = CASE | {"device": "cuda", "workload": "window", "mode": "forward"}
@@ -138,3 +139,11 @@ def test_a_run_that_the_text_leaves_out_is_told(enter, docs, capsys) -> None:
 def test_the_page_in_the_documentation_is_what_the_script_writes() -> None:
     page = benchmarks_page.page(ROOT / "docs" / "benchmarks")
     assert (ROOT / "docs" / "benchmarks.md").read_text() == page
+
+
+def test_small_calls_in_microseconds(enter) -> None:
+    rows = small_calls.measure("cpu", 4, torch.float32, in_a_row=1, repeats=1)
+    rows[2]["us"] = {"flash_two": 9.5, "sdpa": 8.0, "floor": 3.0}
+    text = enter(f"CPU | 2 threads | torch 2.15.0 | 2026-11-26 | median of 1\n{json.dumps(rows)}\n")
+    assert "| us | T | `flash_two` | `sdpa` | autograd alone |" in text
+    assert "| forward + backward | 4 | 9.5 | 8.0 | 3.0 |" in text
