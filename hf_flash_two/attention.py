@@ -110,7 +110,7 @@ def flash_attention(
     settings = (head_dim, scale, softcap, dropout_p, q_bucket_size, k_bucket_size, kernel)
     constant = eager and all([type(x) in _CONSTANTS for x in settings])
     check = _check_settings_once if constant else _check_settings
-    scale, softcap, dropout_p = check(*settings)
+    scale, softcap, dropout_p, q_bucket_size, k_bucket_size = check(*settings)
     params = AttentionParams(
         mask.query_start,
         mask.query_stop,
@@ -282,8 +282,8 @@ def _check_settings(
     q_bucket_size: int | None,
     k_bucket_size: int | None,
     kernel: str,
-) -> tuple[float, float, float]:
-    """scale, softcap and dropout_p as numbers; softcap 0 is off."""
+) -> tuple[float, float, float, int | None, int | None]:
+    """All but the first and the last as numbers of Python; softcap 0 is off."""
     _check_constant("scale", scale, "multiply query by it")
     number = head_dim**-0.5 if scale is None else _number("scale", scale)
     if not -math.inf < number < math.inf:
@@ -295,12 +295,19 @@ def _check_settings(
     dropout_p = _number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {dropout_p}")
-    for name, size in (("q_bucket_size", q_bucket_size), ("k_bucket_size", k_bucket_size)):
-        if size is not None and (not isinstance(size, Integral) or size < 1):
-            raise ValueError(f"{name}: expected None or an integer of at least 1, got {size!r}")
+    q_bucket_size = _check_bucket("q_bucket_size", q_bucket_size)
+    k_bucket_size = _check_bucket("k_bucket_size", k_bucket_size)
     if kernel not in KERNELS:
         raise ValueError(f"kernel: expected one of {KERNELS}, got {kernel!r}")
-    return number, softcap, dropout_p
+    return number, softcap, dropout_p, q_bucket_size, k_bucket_size
+
+
+def _check_bucket(name: str, size: int | None) -> int | None:
+    if size is None:
+        return None
+    if not isinstance(size, Integral) or size < 1:
+        raise ValueError(f"{name}: expected None or an integer of at least 1, got {size!r}")
+    return int(size)
 
 
 _check_settings_once = lru_cache(_MOST_KINDS, typed=True)(_check_settings)

@@ -94,7 +94,7 @@ def test_the_range_of_transformers_is_that_of_the_constraints() -> None:
     ends = (pinned("transformers", f"constraints{x}.txt") for x in ("-lowest", ""))
     supported = " to ".join(ends)
     assert f"Transformers {supported}:" in (ROOT / "CHANGELOG.md").read_text()
-    assert f"transformers {supported};" in (compat.__doc__ or "")
+    assert f"transformers {supported}." in (compat.__doc__ or "")
 
 
 def test_extras_bring_what_the_readme_says() -> None:

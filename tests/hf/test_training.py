@@ -96,7 +96,9 @@ def test_checkpointed_encoder_and_decoder() -> None:
     checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
     for model in (plain, checkpointed):
         backward(model(**family.inputs(), use_cache=False).logits)
-    assert_same_gradients(checkpointed, plain, limit=0.0)
+    # Under checkpointing T5 asks for the gradient of a bias in cross attention as well, which on a
+    # CPU another kernel computes.
+    assert_same_gradients(checkpointed, plain, limit=1e-5)
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])

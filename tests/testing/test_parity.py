@@ -579,7 +579,7 @@ def test_script_refuses_to_pack_what_takes_no_positions(checkpoint, parity, caps
 @pytest.mark.parametrize(
     ("batch", "code", "shown"),
     [
-        ({"input_ids": tokens(2, 9)}, 0, f"flash_two, {'triton' if GPU else 'blockwise'}"),
+        ({"input_ids": tokens(2, 9)}, 0, f"flash_two, {'triton' if GPU else 'fused_cpu'}"),
         ({"input_ids": tokens(2, 9), "window_size": 1}, 2, "TypeError: window_size"),
         (None, 2, "error: argument MODEL: there is no folder"),
     ],

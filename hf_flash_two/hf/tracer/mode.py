@@ -189,7 +189,7 @@ def _may_share(result: object, tensor: Tensor) -> bool:
     """Whether ``result`` is a tensor in the memory of ``tensor``, as far as that can be told."""
     if not isinstance(result, Tensor):
         return False
-    if torch.compiler.is_compiling():
+    if is_symbolic():
         return True
     return result.untyped_storage()._cdata == tensor.untyped_storage()._cdata
 
