@@ -38,9 +38,9 @@ counts those that called our kernel, of the attention layers that ran.
   - *tokens*: 5 tokens of greedy generation, left-padded, with dynamic and static cache.
 - **equal in part**: the same, but no layer called our kernel, or layers ran their own code for
   other reasons; the remarks say which and why.
-- Where a limit is passed, eager is run with each weight moved by its last bit, and in float64. If
-  its own results move at least half as far, the family is ill-conditioned and counts as equal; the
-  remarks give the numbers.
+- Where a limit is passed, eager is run with each weight moved by its last bit, four times in other
+  ways, and in float64. If its own results move at least half as far, the family is ill-conditioned
+  and counts as equal; the remarks give the numbers.
 """
 
 
