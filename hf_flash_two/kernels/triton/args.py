@@ -96,13 +96,14 @@ class HeadTerms(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What the backward knows of each row, float32 [B, Hq, Tq].
+    """What the dQ pass leaves for the others to know of each row, float32 [B, Hq, Tq rounded up].
+
+    All three are 0 behind the last row.
 
     Attributes:
-        lse_ptr: its log-sum-exp, sinks included; -inf of rows that see nothing.
-        delta_ptr: sum(dO * O) - d_lse; 0 of rows that see nothing. The dQ pass writes it.
+        lse_ptr: its log-sum-exp in `tile.unit`; 0 of rows that see nothing.
+        delta_ptr: sum(dO * O) - d_lse; 0 of rows that see nothing.
         weight_ptr: makes the sum of its probabilities 1, where a bias makes lse too coarse for it.
-            The dQ pass writes it.
     """
 
     lse_ptr: Any

@@ -78,6 +78,9 @@ from hf_flash_two.masks import KEY_GROUP
 
 _LOG2E = tl.constexpr(LOG2E)
 _KEY_GROUP = tl.constexpr(KEY_GROUP)
+# `Rows` are padded to multiples of this, so that no tile needs a bounds check.
+_ROW_MULTIPLE = 128
+_ROW_MULTIPLE_ = tl.constexpr(_ROW_MULTIPLE)
 
 
 def backward(
@@ -98,18 +101,18 @@ def backward(
     with on_device(query):
         plan = planned(_plan, params, (query, key, value), (d_out, out, lse, d_lse))
         dq, dk, dv = [query.new_empty_strided(*layout) for layout in plan.gradients]
-        delta = torch.empty_like(lse)
+        row_lse, delta = lse.new_empty(plan.rows_shape), lse.new_empty(plan.rows_shape)
         weigh = params.bias is not None and params.sinks is None
-        rows = Rows(lse, delta, torch.empty_like(lse) if weigh else None)
+        rows = Rows(row_lse, delta, torch.empty_like(delta) if weigh else None)
         terms = (params.dense, plan.terms(params), params.seed)
         ranges = key_ranges(params, plan.tiles.dq, query.shape[2], key.shape[2])
         of_keys = intervals_of(params, ranges)
         plan.dq(
-            query, key, value, d_out, rows, out, d_lse,
+            query, key, value, d_out, rows, out, lse, d_lse,
             key, value, params.query_start, params.query_stop, of_keys, *terms, dq,
         )  # fmt: skip
         if dk.numel():
-            by_queries = (query, d_out, lse, delta, intervals_of(params, params.key_bounds))
+            by_queries = (query, d_out, row_lse, delta, intervals_of(params, params.key_bounds))
             args = (query, key, value, d_out, rows, *by_queries, *terms)
             if plan.dv is None:
                 plan.dkdv(*args, dk, dv)
@@ -123,7 +126,7 @@ def backward(
                 plan.dbias(query, key, value, d_out, rows, of_keys, *terms, d_bias)
     if params.sinks is not None:
         weight = torch.exp(params.sinks[:, :, None] - lse).nan_to_num_(nan=0.0)
-        d_sinks = -(weight * delta).sum(2).sum_to_size(params.sinks.shape)
+        d_sinks = -(weight * delta[:, :, : lse.shape[2]]).sum(2).sum_to_size(params.sinks.shape)
     return dq, dk, dv, d_bias, d_sinks
 
 
@@ -131,6 +134,7 @@ def backward(
 class _Plan:
     tiles: BackwardTiles
     gradients: tuple[Layout, Layout, Layout]
+    rows_shape: tuple[int, int, int]
     terms: Callable[[AttentionParams], ScoreTerms]
     dkdv: Launch
     dv: Launch | None
@@ -171,6 +175,7 @@ def _plan(
         params.query_offset, params.window_left or 0, params.window_right or 0,
         broadcast_strides(params.query_start, batch, key_length)[0],
     )  # fmt: skip
+    rows_shape = (batch, heads, triton.cdiv(query_length, _ROW_MULTIPLE) * _ROW_MULTIPLE)
     # A row is read in parts where it is wider than a tile.
     block = tiles.dq
     whole_rows = head_dim <= block.block_d and value_dim <= block.block_v
@@ -181,7 +186,7 @@ def _plan(
     def launch(kernel, grid: tuple[int, ...], block: Tiles, *own_scalars: tuple) -> Launch:
         by_key = tiles_of(key, block.block_k, block.block_d)
         by_query = tiles_of(query, block.block_q, block.block_d)
-        of_row = tma_run(lse, by_query)
+        of_row = tma_run(lse.new_empty(rows_shape, device="meta"), by_query)
         descriptors = {
             "k_desc": by_key, "v_desc": tiles_of(value, block.block_k, block.block_v),
             "start_desc": tma_run(params.query_start, by_key),
@@ -221,13 +226,13 @@ def _plan(
             * bias_heads
         )
         dbias = launch(_dbias_kernel, (programs,), block, BiasShape(batch, *params.bias.shape))
-    return _Plan(tiles, gradients, score_terms(params, *shape), dkdv, dv, dq, dbias)
+    return _Plan(tiles, gradients, rows_shape, score_terms(params, *shape), dkdv, dv, dq, dbias)
 
 
 @triton.jit
-def _row_lse(lse, row_inside, PLAIN: tl.constexpr):
-    """Log-sum-exps in `unit`; 0 for rows that see nothing or are none."""
-    return tl.where(row_inside & (lse != float("-inf")), lse * (_LOG2E / unit(PLAIN)), 0.0)
+def _first_row(batch, heads, head, length):
+    """Where the `Rows` of a head begin."""
+    return (batch * heads + head) * (tl.cdiv(length, _ROW_MULTIPLE_) * _ROW_MULTIPLE_)
 
 
 @triton.jit
@@ -259,6 +264,18 @@ def _delta(out_at, do_at, row_inside, DV: tl.constexpr, BLOCK_V: tl.constexpr, R
         size += tl.sum(tl.abs(out_tile), 1)
     # A row that sees sinks only is all 0, and what arrives for it, NaN perhaps, is of no account.
     return tl.where(size == 0, 0.0, total)
+
+
+@triton.jit
+def _clear_rows(rows, rows_at, length, tile, BLOCK_Q: tl.constexpr):
+    """Zeros behind the last tile of a head: other tiles may end later."""
+    for _ in range(tile + 1, tl.cdiv(length, _ROW_MULTIPLE_) * (_ROW_MULTIPLE_ // BLOCK_Q)):
+        rows_at += BLOCK_Q
+        zeros = tl.zeros([BLOCK_Q], tl.float32)
+        tl.store(rows.lse_ptr + rows_at, zeros)
+        tl.store(rows.delta_ptr + rows_at, zeros)
+        if rows.weight_ptr is not None:
+            tl.store(rows.weight_ptr + rows_at, zeros)
 
 
 _PER_LENGTH = ["query_length", "key_length", "offset", "left", "right", "interval_stride_b"]
@@ -328,7 +345,7 @@ def _dkdv_kernel(
             head = key_head * heads.group + member
             q_head = head_ptr(q, batch, head)
             do_head = head_ptr(do, batch, head)
-            first_row = (batch * heads.count + head) * query_length
+            first_row = _first_row(batch, heads.count, head, query_length)
             dense_offset = pair_offset(dense, batch, head)
             of_head = head_terms(terms, batch, head)
             for phase in tl.static_range(2 * attempt, 2 + attempt):
@@ -361,10 +378,7 @@ def _dkdv_kernel(
                     if lse_desc is not None:
                         lse = lse_desc.load([rows_at.to(tl.int32)])
                     else:
-                        lse = tl.load(
-                            rows.lse_ptr + rows_at + tl.arange(0, BLOCK_Q), row_inside, 0.0
-                        )
-                    lse = _row_lse(lse, row_inside, FLAGS.PLAIN)
+                        lse = tl.load(rows.lse_ptr + rows_at + tl.arange(0, BLOCK_Q))
                     if IN_PARTS:
                         s = _product_in_parts(
                             k_at, q_at, col_inside, row_inside,
@@ -376,10 +390,7 @@ def _dkdv_kernel(
                         if delta_desc is not None:
                             delta = delta_desc.load([rows_at.to(tl.int32)])
                         else:
-                            delta = tl.load(
-                                rows.delta_ptr + rows_at + tl.arange(0, BLOCK_Q), row_inside, 0.0
-                            )
-                        delta = tl.where(row_inside, delta, 0.0)
+                            delta = tl.load(rows.delta_ptr + rows_at + tl.arange(0, BLOCK_Q))
                         if IN_PARTS:
                             dp = _product_in_parts(
                                 v_at, do_at, col_inside, row_inside,
@@ -397,9 +408,7 @@ def _dkdv_kernel(
                         )  # fmt: skip
                     weight = 1.0
                     if rows.weight_ptr is not None:
-                        weight = tl.load(
-                            rows.weight_ptr + rows_at + tl.arange(0, BLOCK_Q), row_inside, 0.0
-                        )[None, :]
+                        weight = tl.load(rows.weight_ptr + rows_at + tl.arange(0, BLOCK_Q))[None, :]
                     p, d_cap = probabilities(
                         s, lse[None, :], weight, row[None, :], position[None, :], col[:, None],
                         seen, terms, of_head, phase != 0, FLAGS,
@@ -459,7 +468,7 @@ def _dkdv_kernel(
 @triton.jit(do_not_specialize=_PER_LENGTH)
 def _dq_kernel(
     q: Operand, k: Operand, v: Operand, do: Operand, rows: Rows,
-    out: Operand, d_lse: Operand,
+    out: Operand, lse_ptr, d_lse: Operand,
     k_desc, v_desc, start_desc, stop_desc,
     of_keys: Intervals, dense: PerPair, terms: ScoreTerms, dropout: Dropout,
     dq: Operand,
@@ -474,7 +483,7 @@ def _dq_kernel(
 
     Args:
         q: [B, Hq, Tq, D]. k: [B, Hk, Tk, D]. v: [B, Hk, Tk, Dv]. out, do: [B, Hq, Tq, Dv].
-        d_lse: [B, Hq, Tq].
+        lse_ptr: float32 [B, Hq, Tq]. d_lse: [B, Hq, Tq].
         dq: [B, Hq, Tq, D].
         k_desc, v_desc, start_desc, stop_desc: TMA descriptors of k, v and the intervals, or None.
     """
@@ -507,12 +516,16 @@ def _dq_kernel(
     if d_lse.ptr is not None:
         d_lse_at = head_ptr(d_lse, batch, head) + row.to(tl.int64) * d_lse.stride_t
         delta -= tl.load(d_lse_at, row_inside, 0.0)
-    rows_at = (batch * heads.count + head) * query_length + row
-    lse = tl.load(rows.lse_ptr + rows_at, row_inside, 0.0)
+    lse_at = lse_ptr + (batch * heads.count + head) * query_length + row
+    lse = tl.load(lse_at, row_inside, float("-inf"))
     delta = tl.where(lse == float("-inf"), 0.0, delta)
-    lse = _row_lse(lse, row_inside, FLAGS.PLAIN)
+    lse = tl.where(lse == float("-inf"), 0.0, lse * (_LOG2E / unit(FLAGS.PLAIN)))
+    rows_at = _first_row(batch, heads.count, head, query_length) + row
     if tl.program_id(1) == 0:
-        tl.store(rows.delta_ptr + rows_at, delta, row_inside)
+        tl.store(rows.lse_ptr + rows_at, lse)
+        tl.store(rows.delta_ptr + rows_at, delta)
+        if tile == query_tiles_all - 1:
+            _clear_rows(rows, rows_at, query_length, tile, BLOCK_Q)
     ranges_at = of_keys.tiles_ptr
     if FLAGS.MASK == INTERVALS:
         ranges_at += batch_row(batch, query_tiles_all, interval_stride_b)
@@ -600,7 +613,7 @@ def _dq_kernel(
         weight = 1 / tl.where(row_sum == 0, 1.0, row_sum)
         dq_sum *= weight[:, None]
         if tl.program_id(1) == 0:
-            tl.store(rows.weight_ptr + rows_at, weight, row_inside)
+            tl.store(rows.weight_ptr + rows_at, weight)
     dq_at = head_ptr(dq, batch, head) + row.to(tl.int64) * dq.stride_t
     tl.store(
         dq_at[:, None] + d[None, :],
@@ -662,13 +675,12 @@ def _dbias_kernel(
                 row = row_tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
                 row_inside = row < query_length
                 position = row + offset
-                rows_at = (batch * heads.count + head) * query_length + row
-                lse = tl.load(rows.lse_ptr + rows_at, row_inside, 0.0)
-                lse = _row_lse(lse, row_inside, FLAGS.PLAIN)
-                delta = tl.load(rows.delta_ptr + rows_at, row_inside, 0.0)
+                rows_at = _first_row(batch, heads.count, head, query_length) + row
+                lse = tl.load(rows.lse_ptr + rows_at)
+                delta = tl.load(rows.delta_ptr + rows_at)
                 weight = 1.0
                 if rows.weight_ptr is not None:
-                    weight = tl.load(rows.weight_ptr + rows_at, row_inside, 0.0)[:, None]
+                    weight = tl.load(rows.weight_ptr + rows_at)[:, None]
                 start = row_tile * BLOCK_Q + offset
                 stop = tl.minimum(row_tile * BLOCK_Q + BLOCK_Q, query_length) + offset
                 tile_start, tile_stop, full_start, full_stop = key_tiles(
