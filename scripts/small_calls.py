@@ -62,7 +62,7 @@ def measure(device: str, length: int, dtype: torch.dtype, in_a_row: int, repeats
                 if repeat:
                     times.setdefault((name, mode), []).append(1e6 * spent / in_a_row)
     found = {at: round(statistics.median(spent), 1) for at, spent in times.items()}
-    about = {"device": device, "length": length, "dtype": str(dtype).removeprefix("torch.")}
+    about = {"length": length, "dtype": str(dtype).removeprefix("torch.")}
     return [
         {"call": mode, **about, "us": {name: found[name, mode] for name in ATTEND}}
         for mode in MODES
