@@ -44,7 +44,7 @@ _BACKWARD_SCHEMA = (
 FORWARD_NAMES, BACKWARD_NAMES = tuple(_FORWARD_SCHEMA), tuple(_BACKWARD_SCHEMA)
 """The arguments of the two ops in order."""
 DIFFERENTIABLE = (*_INPUTS, "bias", "sinks")
-"""The arguments whose gradients the backward op returns, in this order."""
+"""The arguments whose gradients the backward op returns, and those that `_Eager` takes first."""
 
 
 def _signature(schema: dict[str, str]) -> str:
@@ -331,7 +331,8 @@ class _Eager(_SingleLevelFunction):
         tensors = iter(saved)
         fields = ([next(tensors) if x else None for x in are_saved], numbers)
         params = AttentionParams._make(chain(*fields))
-        need_d_bias = ctx.needs_input_grad[3]
+        needed = dict(zip(DIFFERENTIABLE, ctx.needs_input_grad, strict=False))
+        need_d_bias = needed["bias"]
         args = (d_out, d_lse, query, key, value, out, lse)
         batched = any([x is not None and is_legacy_batchedtensor(x) for x in grad_outputs])
         if batched or torch.is_grad_enabled() or not is_eager(*args):
@@ -342,7 +343,7 @@ class _Eager(_SingleLevelFunction):
         dq, dk, dv, d_bias, d_sinks = grads
         if not need_d_bias:
             d_bias = None
-        if not ctx.needs_input_grad[4]:
+        if not needed["sinks"]:
             d_sinks = None
         return dq, dk, dv, d_bias, d_sinks, None, None, None
 

@@ -60,6 +60,11 @@ class AttentionParams(NamedTuple):
         return self[len(TENSORS) :]  # pyright: ignore[reportReturnType]
 
     @property
+    def fixed_numbers(self) -> tuple[float | None, ...]:
+        """The `numbers` that stay as they are while keys are added."""
+        return self[_QUERY_OFFSET + 1 :]  # pyright: ignore[reportReturnType]
+
+    @property
     def plain(self) -> bool:
         """Whether scores are the scaled products and nothing else."""
         return self.bias is None and self.alibi_slopes is None and not self.softcap
@@ -75,6 +80,7 @@ SCHEMA = {
 
 TENSORS = tuple(name for name, kind in SCHEMA.items() if kind == "Tensor?")
 """The fields that are tensors; they come before all others."""
+_QUERY_OFFSET = AttentionParams._fields.index("query_offset")
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

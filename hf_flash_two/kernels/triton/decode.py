@@ -155,7 +155,7 @@ def _kind(
     """What decides a `_Plan`; of numbers that go up with the keys, how they are compiled for."""
     kind = [
         "decode", query.device.index, query.dtype, query.shape, query.stride(), key.shape[1],
-        value.shape[3], key.numel() >= _TMA_KEYS, hides(query, key, params), params.numbers[1:],
+        value.shape[3], key.numel() >= _TMA_KEYS, hides(query, key, params), params.fixed_numbers,
         slopes[1:], sinks[1:], params.bias is not None and params.bias.dtype,
     ]  # fmt: skip
     if (start := params.query_start) is not None:
