@@ -177,8 +177,9 @@ def _encoded(compiled: Any) -> tuple[Callable, Callable | None]:
     that does so cannot be told from the one that launches, both stay as they are.
     """
     run, tiles = compiled.run, getattr(compiled.metadata, "tensordesc_meta", None)
+    launch = getattr(run, "launch", None)
     encode = getattr(sys.modules.get(type(run).__module__), "make_tensordesc_arg", None)
-    wrapped = inspect.getclosurevars(run.launch).nonlocals if inspect.isfunction(run.launch) else {}
+    wrapped = inspect.getclosurevars(launch).nonlocals if inspect.isfunction(launch) else {}
     if not tiles or encode is None or "launcher" not in wrapped:
         return run, None
     run = copy(run)
