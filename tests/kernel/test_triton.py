@@ -90,7 +90,7 @@ def test_tma_changes_nothing(
     mask = masks(132, device)[name]
     found = []
     for least in (64, 1000):
-        monkeypatch.setattr(config, "TMA_LENGTH", least)
+        monkeypatch.setattr(config, "_TMA_LENGTH", least)
         launch.plans.clear()
         copied.clear()
         found.append(results(tensors, upstream, mask=mask))

@@ -22,7 +22,7 @@ from hf_flash_two.kernels.triton.tile import BAND, INTERVALS, NO_MASK
 _MOST_COLUMNS = 256
 _DECODE_ROWS = 64
 _SPLIT_KEYS = 256
-TMA_LENGTH = 256
+_TMA_LENGTH = 256
 _MOST_SCORES = 2**13
 
 
@@ -302,7 +302,7 @@ def tma_tiles(tensor: Tensor, params: AttentionParams, rows: int, columns: int) 
         not _device(tensor).tma
         or size != 2
         or params.dense is not None  # ptxas 12.8 crashes on both in one loop
-        or tensor.shape[2] < TMA_LENGTH
+        or tensor.shape[2] < _TMA_LENGTH
         or tensor.data_ptr() % 16
         or any(length > 1 and (stride == 0 or stride * size % 16) for length, stride in axes)
     ):

@@ -122,7 +122,7 @@ def decode(
             dense,
             ScoreTerms(params.scale, params.softcap or 1.0, bias, slopes),
             sinks,
-            Dropout(params.seed, *plan.dropout[1:]),
+            plan.dropout._replace(seed_ptr=params.seed),
             Heads(heads, heads // key.shape[1]),
             query_length,
             key_length,
