@@ -338,11 +338,16 @@ def tma_of_run(tensor: Tensor, length: int) -> Tma:
     return Tma((tensor.numel(),), (1,), (length,))
 
 
-def _tf32(query: Tensor) -> bool:
-    """Whether PyTorch's own switch gives float32 products to TF32; only some of AMD's have it."""
+def fp32_precision(query: Tensor) -> str | bool | None:
+    """PyTorch's own switch for products of float32; None where it has no say."""
     # The switch of old, allow_tf32, cannot be read once this one was set.
-    asked = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return asked and query.dtype == torch.float32 and query.is_cuda and not torch.version.hip
+    is_single = query.dtype == torch.float32
+    return torch.backends.cuda.matmul.fp32_precision if is_single else None
+
+
+def _tf32(query: Tensor) -> bool:
+    """Whether products take TF32; only some of AMD's GPUs have it."""
+    return fp32_precision(query) == "tf32" and query.is_cuda and not torch.version.hip
 
 
 def launch_flags(query: Tensor, key: Tensor, params: AttentionParams) -> Flags:

@@ -38,6 +38,7 @@ from hf_flash_two.kernels.triton.attend import attend_constants, attend_kernel
 from hf_flash_two.kernels.triton.config import (
     DecodeTiles,
     decode_tiles,
+    fp32_precision,
     launch_flags,
     tma_of,
     tma_of_run,
@@ -157,6 +158,7 @@ def _kind(
         "decode", query.device.index, query.dtype, query.shape, query.stride(), key.shape[1],
         value.shape[3], key.numel() >= _TMA_KEYS, hides(query, key, params), params.fixed_numbers,
         slopes[1:], sinks[1:], params.bias is not None and params.bias.dtype,
+        fp32_precision(query),
     ]  # fmt: skip
     if (start := params.query_start) is not None:
         kind += [start.shape[0], start.shape[0] == 1 or key.shape[2] % 4 == 0]
@@ -165,8 +167,6 @@ def _kind(
     kind += [(step & 15) | (step < 2) << 4 | (step >> 31) << 5 for step in steps]
     tensors = (query, key, value, *params.tensors)
     kind += [x is not None and x.data_ptr() % 16 for x in tensors]
-    if query.dtype == torch.float32:
-        kind.append(torch.backends.cuda.matmul.fp32_precision)
     return tuple(kind)
 
 

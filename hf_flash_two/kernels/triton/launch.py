@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_flash_two.kernels.params import AttentionParams
 from hf_flash_two.kernels.triton.args import Tiled, Tma
-from hf_flash_two.kernels.triton.config import Tiles
+from hf_flash_two.kernels.triton.config import Tiles, fp32_precision
 
 Plan = TypeVar("Plan")
 _MOST_PLANS = 4096
@@ -48,14 +48,12 @@ def planned(
         results: what was computed of them, whose shapes follow from theirs.
     """
     query = inputs[0]
-    parts: list = [make, query.device.index, params.numbers]
+    parts: list = [make, query.device.index, params.numbers, fp32_precision(query)]
     parts += [(x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for x in inputs]
     parts += [x is not None and (x.dtype, x.stride(), x.data_ptr() % 16) for x in results]
     parts += [
         x is not None and (x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for x in params.tensors
     ]
-    if query.dtype == torch.float32:
-        parts.append(torch.backends.cuda.matmul.fp32_precision)
     return plan_for(tuple(parts), make, params, *inputs, *results)
 
 
