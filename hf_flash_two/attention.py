@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
 from numbers import Integral
 from typing import Never
 
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor
 
 from hf_flash_two.kernels import NAMES as KERNELS
-from hf_flash_two.kernels.params import AttentionParams, statistics_dtype
+from hf_flash_two.kernels.params import TENSORS, AttentionParams, Forward, statistics_dtype
 from hf_flash_two.masks import AttentionMask
-from hf_flash_two.op import flash_attn, is_eager
+from hf_flash_two.op import flash_attn, is_eager, is_recorded, prepared
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 576
@@ -98,19 +97,27 @@ def flash_attention(
     if unknown:
         _refuse(unknown)
     eager = is_eager(query, key, value)
-    _check_inputs(query, key, value, eager)
+    mask = _as_mask(mask)
+    settings = (scale, softcap, dropout_p, q_bucket_size, k_bucket_size, kernel)
+    kind, run, with_lse = None, None, return_lse
+    if eager and bias is None and alibi_slopes is None and sinks is None and not dropout_p:
+        with_lse = return_lse or is_recorded(query, key, value)
+        kind = _kind(query, key, value, mask, (*settings, with_lse))
+        known = None if kind is None else _calls.get(kind)
+        if known is not None:
+            numbers, run = known
+            intervals = mask.query_start, mask.query_stop, mask.key_bounds()
+            params = AttentionParams._make((*intervals, *_NO_TENSORS, *numbers))
+            return flash_attn(query, key, value, params, kernel, return_lse, eager, run)
+    _check_inputs(query, key, value)
     query, key, value = _resolve_dtype(query, key, value)
     batch, heads, query_length, head_dim = query.shape
     shape = (batch, heads, query_length, key.shape[2])
-    mask = _as_mask(mask)
     mask.check(*shape)
     for tensor in (mask.query_start, mask.dense):
         if tensor is not None and tensor.device != query.device:
             mask = mask.to(query.device)
-    settings = (head_dim, scale, softcap, dropout_p, q_bucket_size, k_bucket_size, kernel)
-    constant = eager and all([type(x) in _CONSTANTS for x in settings])
-    check = _check_settings_once if constant else _check_settings
-    scale, softcap, dropout_p, q_bucket_size, k_bucket_size = check(*settings)
+    scale, softcap, dropout_p, q_bucket_size, k_bucket_size = _check_settings(head_dim, *settings)
     params = AttentionParams(
         mask.query_start,
         mask.query_stop,
@@ -131,7 +138,12 @@ def flash_attention(
     )
     if params.alibi_slopes is not None:
         _check_constant("alibi_slopes", params.alibi_slopes, "pass `bias`")
-    return flash_attn(query, key, value, params, kernel, return_lse, eager)
+    if kind is not None:
+        run = prepared(query, key, value, params, kernel, with_lse)
+        if len(_calls) >= _MOST_KINDS:
+            _calls.clear()
+        _calls[kind] = params.numbers, run
+    return flash_attn(query, key, value, params, kernel, return_lse, eager, run)
 
 
 def _refuse(unknown: Mapping[str, object]) -> None:
@@ -140,27 +152,42 @@ def _refuse(unknown: Mapping[str, object]) -> None:
     raise TypeError(f"flash_attention() got an unexpected keyword argument {name!r}{hint}")
 
 
-_CONSTANTS = (float, int, str, type(None))
-_MOST_KINDS = 4096
-_checked: set[tuple] = set()
+_CONSTANTS = frozenset({float, int, str, bool, type(None)})
+_MOST_KINDS = 1024
+_NO_TENSORS = (None,) * (len(TENSORS) - 3)
+_calls: dict[tuple, tuple[tuple[float | None, ...], Forward | None]] = {}
+"""Of calls that passed all checks, what others of their kind need not find out again."""
 
 
-def _check_inputs(query: Tensor, key: Tensor, value: Tensor, eager: bool) -> None:
-    """Raise what `_check_shapes` raises, which looks at each kind of call once."""
-    if not eager or query is None or key is None or value is None:
-        return _check_shapes(query, key, value)
-    kind = (
-        query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype,
-        query.device, key.device, value.device,
+def _kind(
+    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, settings: tuple
+) -> tuple | None:
+    """All that decides how a call without further tensors is run, but tensors' values.
+
+    None of calls that may depend on more.
+    """
+    if query is None or key is None or value is None or mask.dense is not None:
+        return None
+    dtype, device = query.dtype, query.device
+    if not (dtype == key.dtype == value.dtype and device == key.device == value.device):
+        return None
+    types = tuple([type(x) for x in settings])
+    if torch.is_autocast_enabled(device.type) or not _CONSTANTS.issuperset(types):
+        return None
+    intervals = None
+    if (start := mask.query_start) is not None and (stop := mask.query_stop) is not None:
+        if start.device != device:
+            return None
+        at = start.data_ptr() % 16, stop.data_ptr() % 16
+        intervals = start.shape, start.stride(), stop.stride(), at
+    return (
+        query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(),
+        query.data_ptr() % 16, key.data_ptr() % 16, value.data_ptr() % 16, dtype, device,
+        mask.window_left, mask.window_right, mask.query_offset, intervals, settings, types,
     )  # fmt: skip
-    if kind not in _checked:
-        _check_shapes(query, key, value)
-        if len(_checked) >= _MOST_KINDS:
-            _checked.clear()
-        _checked.add(kind)
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _check_device(name, tensor, query)
         if tensor.dim() != 4:
@@ -308,9 +335,6 @@ def _check_bucket(name: str, size: int | None) -> int | None:
     if not isinstance(size, Integral) or size < 1:
         raise ValueError(f"{name}: expected None or an integer of at least 1, got {size!r}")
     return int(size)
-
-
-_check_settings_once = lru_cache(_MOST_KINDS, typed=True)(_check_settings)
 
 
 def _resolve_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ same kernels: small models are bound by what the host does before a kernel runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import chain
 from typing import ClassVar
 
@@ -26,6 +27,7 @@ from hf_flash_two.kernels.params import (
     SCHEMA,
     TENSORS,
     AttentionParams,
+    Forward,
     empty_lse,
     empty_output,
 )
@@ -83,6 +85,11 @@ def are_plain(tensors: Iterable[Tensor | None]) -> bool:
         if x is not None and (type(x) is not Tensor and type(x) is not Parameter or x.is_meta):
             return False
     return True
+
+
+def is_recorded(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is done to any of them."""
+    return torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors])
 
 
 def _laid_out(params: AttentionParams, keys: int) -> AttentionParams:
@@ -315,8 +322,8 @@ class _Eager(_SingleLevelFunction):
     _compiled_autograd_key = Function._compiled_autograd_key
 
     @staticmethod
-    def forward(ctx, query, key, value, bias, sinks, params, kernel, return_lse):
-        out, lse = _forward(query, key, value, params, kernel)
+    def forward(ctx, query, key, value, bias, sinks, params, kernel, run, return_lse):
+        out, lse = run(query, key, value, params)
         ctx.set_materialize_grads(False)
         tensors = params.tensors
         ctx.save_for_backward(query, key, value, out, lse, *[x for x in tensors if x is not None])
@@ -345,7 +352,20 @@ class _Eager(_SingleLevelFunction):
             d_bias = None
         if not needed["sinks"]:
             d_sinks = None
-        return dq, dk, dv, d_bias, d_sinks, None, None, None
+        return dq, dk, dv, d_bias, d_sinks, None, None, None, None
+
+
+def prepared(
+    query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, kernel: str, with_lse: bool
+) -> Forward | None:
+    """In eager mode, the forward of calls that differ in their tensors' values only; see `kernels`.
+
+    None if there is no such thing.
+    """
+    laid_out = _laid_out(params, key.shape[2])
+    if not query.numel() or laid_out is not params or not are_plain(params.tensors):
+        return None
+    return select(kernel, query, key, value, params).prepare(query, key, value, params, with_lse)
 
 
 def flash_attn(
@@ -356,17 +376,22 @@ def flash_attn(
     kernel: str,
     return_lse: bool,
     eager: bool,
+    run: Forward | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """out or (out, lse) of validated settings, with gradients of query, key, value, bias and sinks.
 
     Args:
         eager: `is_eager` of query, key and value.
+        run: `prepared` of a call like this one.
     """
     if eager and are_plain(params.tensors):
+        if run is None or observers:
+            run = partial(_forward, kernel=kernel)
         inputs = (query, key, value, params.bias, params.sinks)
-        if torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in inputs]):
-            return _Eager.apply(*inputs, params, kernel, return_lse)
-        result = _forward(query, key, value, params, kernel)
+        if is_recorded(*inputs):
+            return _Eager.apply(*inputs, params, kernel, run, return_lse)
+        result = run(query, key, value, params)
     else:
         result = torch.ops.hf_flash_two.flash_attn_fwd(query, key, value, *params, kernel)
-    return result if return_lse else result[0]
+    out, lse = result
+    return out if not return_lse or lse is None else (out, lse)

@@ -48,7 +48,7 @@ def op_arguments(monkeypatch: pytest.MonkeyPatch, tensors: list[Tensor], **argum
     """What `flash_attention` passes to the forward op."""
     seen = []
 
-    def record(query, key, value, params, kernel, return_lse, eager):
+    def record(query, key, value, params, kernel, return_lse, eager, run):
         seen.extend([query, key, value, *params, kernel])
         return query
 

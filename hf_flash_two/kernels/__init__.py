@@ -5,10 +5,12 @@ A kernel is a package here with two functions:
 - ``declines(query, key, value, params, by_name) -> str | None``: why it does not compute this call,
   or None. It may look at everything but the tensors' values. It runs in each call, so it remembers
   its answers.
-- ``load() -> (forward, backward)``, imported on first use:
+- ``load() -> (forward, backward)`` or ``(forward, backward, prepare)``, imported on first use:
   ``forward(query, key, value, params) -> (out, lse)`` and
   ``backward(d_out, d_lse, query, key, value, out, lse, params, need_d_bias) -> (dq, dk, dv, d_bias,
-  d_sinks)``.
+  d_sinks)``;
+  ``prepare(query, key, value, params, with_lse)`` gives the forward of all calls that differ from
+  this one in their tensors' values only, or None. The kernel then declines by nothing else either.
 
 CONTRIBUTING.md says what a new one touches.
 """
@@ -22,7 +24,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from hf_flash_two.kernels import blockwise, fused_cpu, triton
-from hf_flash_two.kernels.params import AttentionParams
+from hf_flash_two.kernels.params import AttentionParams, Forward
 
 _PACKAGES = {"triton": triton, "fused_cpu": fused_cpu, "blockwise": blockwise}
 """The kernels, in the order in which "auto" asks them."""
@@ -33,6 +35,7 @@ class Kernel(NamedTuple):
     name: str
     forward: Callable
     backward: Callable
+    prepare: Callable[..., Forward | None] = lambda *call: None
 
 
 def select(name: str, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Kernel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, get_type_hints
 
 import torch
@@ -69,6 +70,9 @@ class AttentionParams(NamedTuple):
         """Whether scores are the scaled products and nothing else."""
         return self.bias is None and self.alibi_slopes is None and not self.softcap
 
+
+Forward = Callable[[Tensor, Tensor, Tensor, AttentionParams], tuple[Tensor, Tensor | None]]
+"""A kernel's forward: query, key, value and settings -> out and lse."""
 
 SCHEMA_TYPES = {
     Tensor | None: "Tensor?", int: "SymInt", int | None: "SymInt?", float: "float",

@@ -17,7 +17,7 @@ from hf_flash_two.kernels.params import SCHEMA, TENSORS, AttentionParams
 def picky(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """A kernel before all others that computes calls without a bias; the passes that it ran."""
     runs = []
-    _, forward, backward = kernels._loaded("blockwise")
+    _, forward, backward, _ = kernels._loaded("blockwise")
 
     def declines(query, key, value, params, by_name):
         return None if params.bias is None else "it adds no bias"

@@ -64,7 +64,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list:
     launches: list = []
     for module, names in (
         (forward, ("attend_kernel",)),
-        (decode, ("attend_kernel", "_merge_kernel")),
+        (decode, ("attend_kernel",)),
         (ranges, ("_ranges_kernel",)),
         (backward, ("_dkdv_kernel", "_dq_kernel", "_dbias_kernel")),
     ):
@@ -147,7 +147,10 @@ def test_compiles(monkeypatch, launches, target, feature):
     for kernel, _, args, kwargs in launches:
         compiled = compile_launch(kernel, args, kwargs, gpu)
         assert compiled.metadata.shared <= device.shared_memory, kernel.__name__
-        assert "atomic" not in compiled.asm["ttir"], kernel.__name__
+        # Programs that split keys count who has come; no result is added up in order of arrival.
+        added = [line for line in compiled.asm["ttir"].splitlines() if "atomic" in line]
+        assert all(": (!tt.ptr<i32>, i32, i1) -> i32" in line for line in added), kernel.__name__
+        assert len(added) == (feature == "decode"), kernel.__name__
 
 
 @pytest.mark.parametrize("target", TARGETS)

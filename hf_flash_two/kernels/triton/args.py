@@ -95,6 +95,22 @@ class HeadTerms(NamedTuple):
     slope: Any
 
 
+class Parts(NamedTuple):
+    """Where programs that share a tile of queries leave what they made of their part of the keys.
+
+    ``rows`` is B * Hq * Tq; "tiles of Dv" are those of `attend_kernel`'s grid.
+
+    Attributes:
+        ptr: float32 [parts, rows, Dv], sums not yet divided, then [tiles of Dv, 2, parts, rows],
+            maximum and sum of each row.
+        arrived_ptr: int32 [tiles of queries, tiles of Dv], how many have left theirs; 0 before and
+            after.
+    """
+
+    ptr: Any = None
+    arrived_ptr: Any = None
+
+
 class Rows(NamedTuple):
     """What the dQ pass leaves for the others to know of each row, float32 [B, Hq, Tq rounded up].
 

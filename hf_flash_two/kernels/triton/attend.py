@@ -23,6 +23,7 @@ from hf_flash_two.kernels.triton.args import (
     Heads,
     Intervals,
     Operand,
+    Parts,
     PerHead,
     PerPair,
     ScoreTerms,
@@ -50,17 +51,19 @@ from hf_flash_two.kernels.triton.tile import (
 )
 
 _LOG2E = tl.constexpr(LOG2E)
+_MOST_MERGED = 2**13
+"""Numbers of parts that a program reads at a time, which its registers have to hold."""
 
 
-def attend_constants(
-    tiles: Tiles, query: Tensor, value: Tensor, flags: Flags, split: bool
-) -> dict[str, object]:
+def attend_constants(tiles: Tiles, query: Tensor, value: Tensor, flags: Flags) -> dict[str, object]:
     """What `attend_kernel` is compiled for."""
+    rows = min(triton.next_power_of_2(tiles.pack_gqa * query.shape[2]), tiles.block_q)
     return {
         "FLAGS": flags, "D": query.shape[3], "DV": value.shape[3],
         "BLOCK_Q": tiles.block_q, "BLOCK_K": tiles.block_k,
         "BLOCK_D": tiles.block_d, "BLOCK_V": tiles.block_v, "STAGES": tiles.stages,
-        "PACK_GQA": tiles.pack_gqa, "SPLIT": split,
+        "PACK_GQA": tiles.pack_gqa, "ROWS": rows,
+        "MERGED": min(max(_MOST_MERGED // (rows * tiles.block_v), 1), 16),
     }  # fmt: skip
 
 
@@ -68,32 +71,35 @@ def attend_constants(
     "query_length", "key_length", "offset", "left", "right", "interval_stride_b", "split_rows",
 ])  # fmt: skip
 def attend_kernel(
-    q: Operand, k: Operand, v: Operand, out: Operand, lse_ptr,
+    q: Operand, k: Operand, v: Operand, out: Operand, lse_ptr, parts: Parts,
     k_desc, v_desc, start_desc, stop_desc,
     of_keys: Intervals, dense: PerPair, terms: ScoreTerms, sinks: PerHead, dropout: Dropout,
     heads: Heads, query_length, key_length, offset, left, right, interval_stride_b, split_rows,
     FLAGS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    STAGES: tl.constexpr, PACK_GQA: tl.constexpr, SPLIT: tl.constexpr,
+    STAGES: tl.constexpr, PACK_GQA: tl.constexpr, ROWS: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
-    """Output and lse of one tile of queries, over all keys or one split of them.
+    """Output and lse of one tile of queries, over all keys or one part of them.
 
     Goes through the tiles of keys that hold a visible pair, first through those that need no mask,
     with the online softmax: ``acc`` and ``row_sum`` are relative to ``row_max``, the largest score
     so far in `unit`, and are multiplied by ``alpha`` where a tile raises it.
 
-    The grid is row tiles x batch rows x heads by ``PACK_GQA``, tiles of Dv, splits.
+    The grid is row tiles x batch rows x heads by ``PACK_GQA``, tiles of Dv, parts. Of the programs
+    that share a tile the last to come merges the parts of all, in their order, whoever it is.
 
     Args:
         q: [B, Hq, Tq, D]. k: [B, Hk, Tk, D]. v: [B, Hk, Tk, Dv].
-        out: [B, Hq, Tq, Dv] in the dtype of q; of a split, [splits, B, Hq, Tq, Dv] in float32,
-            neither divided by ``row_sum`` nor with the sinks.
-        lse_ptr: float32 [B, Hq, Tq]; of a split, [2, splits, B, Hq, Tq] for row_max and row_sum.
+        out: [B, Hq, Tq, Dv] in the dtype of q.
+        lse_ptr: float32 [B, Hq, Tq], or None where nobody wants it.
+        parts: its pointers are None where a program goes over all keys.
         k_desc, v_desc, start_desc, stop_desc: TMA descriptors of k, v and the intervals, or None.
         offset: position of query 0 among the keys.
         left, right: the band; see `AttentionParams`.
         interval_stride_b: Tk, or 0 where all batch rows share their intervals.
-        split_rows: B * Hq * Tq, rows from one split to the next.
+        split_rows: B * Hq * Tq, rows from one part to the next.
+        ROWS: how many rows of a tile there are at most.
+        MERGED: parts that are read at a time.
     """
     CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     PRECISION: tl.constexpr = FLAGS.PRECISION
@@ -104,7 +110,8 @@ def attend_kernel(
     tile = row_tiles - 1 - program % row_tiles
     head_tiles = heads.count // PACK_GQA
     batch = (program // row_tiles // head_tiles).to(tl.int64)
-    head = ((program // row_tiles) % head_tiles * PACK_GQA).to(tl.int64)
+    head_tile = (program // row_tiles) % head_tiles
+    head = (head_tile * PACK_GQA).to(tl.int64)
     key_head = head // heads.group
     row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     row_inside = row < query_length
@@ -141,7 +148,7 @@ def attend_kernel(
     )  # fmt: skip
     whole = full_stop - full_start
     split_start, split_stop = 0, tile_stop - tile_start
-    if SPLIT:
+    if parts.ptr is not None:
         total = tile_stop - tile_start
         split_start = tl.program_id(2) * total // tl.num_programs(2)
         split_stop = (tl.program_id(2) + 1) * total // tl.num_programs(2)
@@ -249,32 +256,106 @@ def attend_kernel(
             else:
                 acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
 
-    out_at = head_ptr(out, batch, head) + row.to(tl.int64) * out.stride_t
-    lse_at = lse_ptr + (batch * heads.count + head) * query_length + row
-    if SPLIT:
-        # The parts' sums stand behind all of their maxima: one number would round their share away.
-        out_at += tl.program_id(2).to(tl.int64) * split_rows * DV
-        lse_at += tl.program_id(2).to(tl.int64) * split_rows
-        lse = row_max
-        if tl.program_id(1) == 0:
-            sum_at = lse_at + tl.num_programs(2).to(tl.int64) * split_rows
-            tl.store(sum_at, row_sum, row_inside)
+    if parts.ptr is not None:
+        part_row = (batch * heads.count + head) * query_length + row
+        part_row += tl.program_id(2).to(tl.int64) * split_rows
+        sums_at = _sums_of(parts, split_rows, DV) + part_row
+        tl.store(sums_at, row_max, row_inside)
+        tl.store(sums_at + tl.num_programs(2) * split_rows, row_sum, row_inside)
+        acc_at = parts.ptr + part_row[:, None] * DV + d_v[None, :]
+        tl.store(acc_at, acc, row_inside[:, None] & (d_v < DV)[None, :])
+        # All threads have stored before one of them tells, and read after it has been told.
+        tl.debug_barrier()
+        arrived_at = parts.arrived_ptr + program * tl.num_programs(1) + tl.program_id(1)
+        arrived = tl.atomic_add(arrived_at, 1, sem="acq_rel")
+        if arrived == tl.num_programs(2) - 1:
+            tl.store(arrived_at, 0)
+            _merge(
+                out, lse_ptr, parts, sinks, batch, head_tile, tile * BLOCK_Q + tl.arange(0, ROWS),
+                d_v, heads, query_length, split_rows, UNIT, DV, PACK_GQA, MERGED,
+            )  # fmt: skip
     else:
-        if sinks.ptr is not None:
-            sink = head_number(sinks, batch, head) * (_LOG2E / UNIT)
-            new_max = tl.maximum(row_max, sink)
-            safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-            alpha = tl.exp2((row_max - safe_max) * UNIT)
-            row_sum = row_sum * alpha + tl.exp2((sink - safe_max) * UNIT)
-            acc = acc * alpha[:, None]
-            row_max = new_max
-        acc = acc / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
-        lse = row_max * (UNIT / _LOG2E) + tl.log2(row_sum) / _LOG2E
-        lse = tl.where(row_sum == 0, float("-inf"), lse)
+        _finish(
+            out, lse_ptr, sinks, batch, head, row, d_v, row_max, row_sum, acc,
+            heads, query_length, UNIT, DV,
+        )  # fmt: skip
+
+
+@triton.jit
+def _sums_of(parts: Parts, split_rows, DV: tl.constexpr):
+    """Where the maxima of this tile of Dv begin; the sums stand behind all of them."""
+    # One number for both would round the share of small parts away.
+    return parts.ptr + tl.num_programs(2).to(tl.int64) * split_rows * (DV + 2 * tl.program_id(1))
+
+
+@triton.jit
+def _merge(
+    out: Operand, lse_ptr, parts: Parts, sinks: PerHead, batch, head_tile, row, d_v,
+    heads: Heads, query_length, split_rows,
+    UNIT: tl.constexpr, DV: tl.constexpr, PACK_GQA: tl.constexpr, MERGED: tl.constexpr,
+):  # fmt: skip
+    """Rows of a tile from all parts, each as it would be had all of them the largest maximum."""
+    head = (head_tile * PACK_GQA + row % PACK_GQA).to(tl.int64)
+    row = row // PACK_GQA
+    part_row = (batch * heads.count + head) * query_length + row
+    row_inside = row < query_length
+    splits = tl.num_programs(2)
+    row_max = tl.full([row.shape[0]], float("-inf"), tl.float32)
+    row_sum = tl.zeros([row.shape[0]], tl.float32)
+    acc = tl.zeros([row.shape[0], d_v.shape[0]], tl.float32)
+    maxima = _sums_of(parts, split_rows, DV)
+    sums = maxima + splits * split_rows
+    for some in range(0, splits, MERGED):
+        split = some + tl.arange(0, MERGED)
+        at = (split.to(tl.int64) * split_rows)[:, None] + part_row[None, :]
+        inside = (split < splits)[:, None] & row_inside[None, :]
+        # Past the first cache, which does not see what other processors have stored.
+        part_max = tl.load(maxima + at, inside, float("-inf"), cache_modifier=".cg")
+        part_sum = tl.load(sums + at, inside, 0.0, cache_modifier=".cg")
+        partial = tl.load(
+            parts.ptr + at[:, :, None] * DV + d_v[None, None, :],
+            inside[:, :, None] & (d_v < DV)[None, None, :],
+            0.0,
+            cache_modifier=".cg",
+        )
+        new_max = tl.maximum(row_max, tl.max(part_max, 0))
+        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        alpha = tl.exp2((row_max - safe_max) * UNIT)
+        share = tl.exp2((part_max - safe_max[None, :]) * UNIT)
+        acc = acc * alpha[:, None] + tl.sum(partial * share[:, :, None], 0)
+        row_sum = row_sum * alpha + tl.sum(part_sum * share, 0)
+        row_max = new_max
+    _finish(
+        out, lse_ptr, sinks, batch, head, row, d_v, row_max, row_sum, acc,
+        heads, query_length, UNIT, DV,
+    )  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    out: Operand, lse_ptr, sinks: PerHead, batch, head, row, d_v, row_max, row_sum, acc,
+    heads: Heads, query_length, UNIT: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """Stores output and lse of rows whose keys all have been seen."""
+    row_inside = row < query_length
+    if sinks.ptr is not None:
+        sink = head_number(sinks, batch, head) * (_LOG2E / UNIT)
+        new_max = tl.maximum(row_max, sink)
+        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        alpha = tl.exp2((row_max - safe_max) * UNIT)
+        row_sum = row_sum * alpha + tl.exp2((sink - safe_max) * UNIT)
+        acc = acc * alpha[:, None]
+        row_max = new_max
+    acc = acc / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
+    out_at = head_ptr(out, batch, head) + row.to(tl.int64) * out.stride_t
     tl.store(
         out_at[:, None] + d_v[None, :],
         acc.to(out.ptr.dtype.element_ty),
         row_inside[:, None] & (d_v < DV)[None, :],
     )
-    if tl.program_id(1) == 0:
-        tl.store(lse_at, lse, row_inside)
+    if lse_ptr is not None:
+        if tl.program_id(1) == 0:
+            lse = row_max * (UNIT / _LOG2E) + tl.log2(row_sum) / _LOG2E
+            lse = tl.where(row_sum == 0, float("-inf"), lse)
+            lse_at = lse_ptr + (batch * heads.count + head) * query_length + row
+            tl.store(lse_at, lse, row_inside)

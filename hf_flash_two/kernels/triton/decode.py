@@ -1,15 +1,10 @@
 """The forward pass of few queries over many keys: decode.
 
-The keys of a head are split over programs, whose results a second kernel merges (Flash-Decoding).
-A cache grows with every token. So that a step needs nothing worked out or compiled anew, a plan is
-kept for all numbers of keys: lengths, the strides that follow from them and the grid are arguments
-of each launch.
+The keys of a head are split over programs (Flash-Decoding); the last of them to come merges what
+all have made. A cache grows with every token. So that a step needs nothing worked out or compiled
+anew, a plan is kept for all numbers of keys: lengths, the strides that follow from them and the
+grid are arguments of each launch.
 """
-
-# What stands in a kernel is Triton's language, which its types do not describe.
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 
@@ -17,20 +12,21 @@ from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from hf_flash_two.kernels.hidden import hides
-from hf_flash_two.kernels.params import LOG2E, AttentionParams, Layout, output_layout
+from hf_flash_two.kernels.params import AttentionParams, Forward, Layout, output_layout
 from hf_flash_two.kernels.triton.args import (
     Dropout,
     Heads,
     Operand,
+    Parts,
     PerHead,
     PerPair,
     ScoreTerms,
     Tiled,
     Tma,
+    broadcast_strides,
     dropout_of,
     intervals_of,
 )
@@ -45,15 +41,20 @@ from hf_flash_two.kernels.triton.config import (
     tma_run,
     tma_tiles,
 )
-from hf_flash_two.kernels.triton.launch import Launch, on_device, plan_for
+from hf_flash_two.kernels.triton.launch import (
+    Launch,
+    current_stream,
+    is_capturing,
+    on_device,
+    plan_for,
+)
 from hf_flash_two.kernels.triton.ranges import key_ranges
-from hf_flash_two.kernels.triton.tile import head_number, head_ptr, unit
 
-_LOG2E = tl.constexpr(LOG2E)
-_MERGED = tl.constexpr(16)
 _TMA_KEYS = 2**23
 """With fewer elements of keys, descriptors take the host longer than reading takes the GPU."""
-_NO_PAIRS, _NO_HEADS = PerPair(None, 0, 0, 0, 0), PerHead(None, 0, 0)
+_NO_PARTS = Parts()
+_ZEROS: dict[tuple[int | None, int], Tensor] = {}
+"""Of each device and stream; see `_kept_zeros`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class _Plan:
     Attributes:
         rows, columns: tiles of queries of all heads and batch rows, and of Dv.
         tma_key, tma_value, tma_runs: whether TMA copies keys, values, intervals.
-        whole, split: launches over all keys and over parts of them.
+        attend: by whether keys are split, and whether lse is wanted.
     """
 
     sizes: DecodeTiles
@@ -74,73 +75,119 @@ class _Plan:
     tma_key: bool
     tma_value: bool
     tma_runs: bool
-    whole: Launch
-    split: Launch
-    merge: Launch
+    attend: dict[tuple[bool, bool], Launch]
 
 
-def decode(
-    query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
-) -> tuple[Tensor, Tensor]:
-    """out [B, Hq, Tq, Dv] in the dtype of ``query`` and lse [B, Hq, Tq] in float32."""
+def prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    params: AttentionParams,
+    *,
+    with_lse: bool,
+    eager: bool,
+) -> Forward:
+    """The forward of all calls that differ from this one in their tensors' values only.
+
+    It returns out [B, Hq, Tq, Dv] in the dtype of ``query`` and, if wanted, lse [B, Hq, Tq] in
+    float32.
+
+    Args:
+        eager: whether memory may be kept from call to call; CUDA graphs of torch.compile forbid it.
+    """
     batch, heads, query_length, _ = query.shape
-    key_length, start, stop = key.shape[2], params.query_start, params.query_stop
-    shape = (batch, heads, query_length, key_length)
-    dense, bias, slopes, sinks = _NO_PAIRS, _NO_PAIRS, _NO_HEADS, _NO_HEADS
-    if params.dense is not None:
-        dense = PerPair(params.dense, *params.dense.expand(shape).stride())
-    if params.bias is not None:
-        bias = PerPair(params.bias, *params.bias.expand(shape).stride())
-    if params.alibi_slopes is not None:
-        slopes = PerHead(params.alibi_slopes, *params.alibi_slopes.expand(shape[:2]).stride())
-    if params.sinks is not None:
-        sinks = PerHead(params.sinks, *params.sinks.expand(shape[:2]).stride())
-    kind = _kind(query, key, value, params, dense, bias, slopes, sinks)
+    key_length = key.shape[2]
+    steps = _steps(params, (batch, heads, query_length, key_length))
+    kind = _kind(query, key, value, params, steps)
     with on_device(query):
         plan = plan_for(kind, _plan, params, query, key, value)
-        tiles, splits = plan.sizes.tiles, plan.sizes.splits(key_length)
-        out = query.new_empty_strided(*plan.out)
-        lse = query.new_empty(plan.out[0][:3], dtype=torch.float32)
-        part, part_lse, attend, split_rows = Operand(out, *plan.out[1][:3]), lse, plan.whole, 0
-        if splits > 1:
-            split_rows, width = batch * heads * query_length, value.shape[3]
-            parts = query.new_empty(splits, split_rows, width, dtype=torch.float32)
-            part = Operand(parts, heads * query_length * width, query_length * width, width)
-            part_lse = query.new_empty(2, splits, split_rows, dtype=torch.float32)
-            attend = plan.split
-        attend(
-            (plan.rows, plan.columns, splits),
-            Operand(query, *query.stride()[:3]),
-            Operand(key, *key.stride()[:3]),
-            Operand(value, *value.stride()[:3]),
-            part,
-            part_lse,
-            Tiled(key, tma_of(key, tiles.block_k, tiles.block_d)) if plan.tma_key else None,
-            Tiled(value, tma_of(value, tiles.block_k, tiles.block_v)) if plan.tma_value else None,
-            Tiled(start, tma_of_run(start, tiles.block_k)) if plan.tma_runs else None,
-            Tiled(stop, tma_of_run(stop, tiles.block_k)) if plan.tma_runs else None,
-            intervals_of(params, key_ranges(params, tiles, query_length, key_length)),
-            dense,
-            ScoreTerms(params.scale, params.softcap or 1.0, bias, slopes),
-            sinks,
-            plan.dropout._replace(seed_ptr=params.seed),
-            Heads(heads, heads // key.shape[1]),
-            query_length,
-            key_length,
-            params.query_offset,
-            params.window_left or 0,
-            params.window_right or 0,
-            0 if start is None or start.shape[0] == 1 else key_length,
-            split_rows,
-        )
-        if splits > 1:
-            to = Operand(out, *plan.out[1][:3])
-            split_stride = split_rows * value.shape[3]
-            plan.merge(
-                (split_rows, 1, 1), part, part_lse, to, lse, sinks,
-                heads, query_length, split_rows, split_stride, splits,
-            )  # fmt: skip
-    return out, lse
+    tiles, splits = plan.sizes.tiles, plan.sizes.splits(key_length)
+    attend, grid = plan.attend[splits > 1, with_lse], (plan.rows, plan.columns, splits)
+    queries, keys, values = (x.stride()[:3] for x in (query, key, value))
+    shape, outs = plan.out
+    split_rows = batch * heads * query_length if splits > 1 else 0
+    parts_size = splits * split_rows * (value.shape[3] + 2 * plan.columns)
+    dense, bias, slopes, sinks = steps
+    start, block_k = params.query_start, tiles.block_k
+    terms = ScoreTerms(
+        params.scale, params.softcap or 1.0, PerPair(None, *bias), PerHead(None, *slopes)
+    )
+    arrived = _kept_zeros if eager else _zeros
+    is_plain = params.bias is None and params.alibi_slopes is None
+    numbers = (
+        Heads(heads, heads // key.shape[1]), query_length, key_length, params.query_offset,
+        params.window_left or 0, params.window_right or 0,
+        0 if start is None or start.shape[0] == 1 else key_length, split_rows,
+    )  # fmt: skip
+
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+    ) -> tuple[Tensor, Tensor | None]:
+        with on_device(query):
+            out = query.new_empty_strided(shape, outs)
+            lse = query.new_empty(shape[:3], dtype=torch.float32) if with_lse else None
+            parts, of_call, runs = _NO_PARTS, terms, (None, None)
+            if splits > 1:
+                room = query.new_empty(parts_size, dtype=torch.float32)
+                parts = Parts(room, arrived(query, plan.rows * plan.columns))
+            if not is_plain:
+                of_call = terms._replace(
+                    bias=PerPair(params.bias, *bias), slopes=PerHead(params.alibi_slopes, *slopes)
+                )
+            if plan.tma_runs:
+                runs = [
+                    Tiled(x, tma_of_run(x, block_k)) for x in params.tensors[:2] if x is not None
+                ]
+            attend(
+                grid,
+                Operand(query, *queries),
+                Operand(key, *keys),
+                Operand(value, *values),
+                Operand(out, *outs[:3]),
+                lse,
+                parts,
+                Tiled(key, tma_of(key, block_k, tiles.block_d)) if plan.tma_key else None,
+                Tiled(value, tma_of(value, block_k, tiles.block_v)) if plan.tma_value else None,
+                *runs,
+                intervals_of(params, key_ranges(params, tiles, query_length, key_length)),
+                PerPair(params.dense, *dense),
+                of_call,
+                PerHead(params.sinks, *sinks),
+                plan.dropout._replace(seed_ptr=params.seed) if params.dropout_p else plan.dropout,
+                *numbers,
+            )
+        return out, lse
+
+    return run
+
+
+def _zeros(query: Tensor, count: int) -> Tensor:
+    """int32 [count], for programs to count in, which leave it as it was."""
+    return query.new_zeros(count, dtype=torch.int32)
+
+
+def _kept_zeros(query: Tensor, count: int) -> Tensor:
+    """`_zeros`, of at least so many, once for a stream: its kernels follow one another."""
+    if is_capturing(query):
+        # The graph may run beside anything else.
+        return _zeros(query, count)
+    at = query.device.index, current_stream(query)
+    zeros = _ZEROS.get(at)
+    if zeros is None or zeros.numel() < count:
+        zeros = _ZEROS[at] = _zeros(query, max(count, 1024))
+    return zeros
+
+
+def _steps(
+    params: AttentionParams, shape: tuple[int, int, int, int]
+) -> tuple[tuple[int, ...], ...]:
+    """Strides of the dense mask, the bias, the slopes and the sinks of a call; 0 of what is not."""
+    return (
+        broadcast_strides(params.dense, *shape),
+        broadcast_strides(params.bias, *shape),
+        broadcast_strides(params.alibi_slopes, *shape[:2]),
+        broadcast_strides(params.sinks, *shape[:2]),
+    )
 
 
 def _kind(
@@ -148,23 +195,21 @@ def _kind(
     key: Tensor,
     value: Tensor,
     params: AttentionParams,
-    dense: PerPair,
-    bias: PerPair,
-    slopes: PerHead,
-    sinks: PerHead,
+    steps: tuple[tuple[int, ...], ...],
 ) -> tuple:
     """What decides a `_Plan`; of numbers that go up with the keys, how they are compiled for."""
+    dense, bias, slopes, sinks = steps
     kind = [
         "decode", query.device.index, query.dtype, query.shape, query.stride(), key.shape[1],
         value.shape[3], key.numel() >= _TMA_KEYS, hides(query, key, params), params.fixed_numbers,
-        slopes[1:], sinks[1:], params.bias is not None and params.bias.dtype,
+        slopes, sinks, params.bias is not None and params.bias.dtype,
         fp32_precision(query),
     ]  # fmt: skip
     if (start := params.query_start) is not None:
         kind += [start.shape[0], start.shape[0] == 1 or key.shape[2] % 4 == 0]
     # Triton compiles anew for 1, for multiples of 16 and beyond 32 bits; TMA wants multiples of 8.
-    steps = (*key.stride(), *value.stride(), *dense[1:], *bias[1:])
-    kind += [(step & 15) | (step < 2) << 4 | (step >> 31) << 5 for step in steps]
+    varying = (*key.stride(), *value.stride(), *dense, *bias)
+    kind += [(step & 15) | (step < 2) << 4 | (step >> 31) << 5 for step in varying]
     tensors = (query, key, value, *params.tensors)
     kind += [x is not None and x.data_ptr() % 16 for x in tensors]
     return tuple(kind)
@@ -179,15 +224,7 @@ def _plan(params: AttentionParams, query: Tensor, key: Tensor, value: Tensor) ->
         tma_key = tma_tiles(key, params, tiles.block_k, tiles.block_d)
         tma_value = tma_tiles(value, params, tiles.block_k, tiles.block_v)
     flags = launch_flags(query, key, params)
-
-    def launch(kernel, constants: dict) -> Launch:
-        return Launch(kernel, None, {}, (), constants, tiles)
-
-    whole, split = (
-        launch(attend_kernel, attend_constants(tiles, query, value, flags, split))
-        for split in (False, True)
-    )
-    width = triton.next_power_of_2(value_dim)
+    constants = attend_constants(tiles, query, value, flags)
     return _Plan(
         sizes,
         rows=triton.cdiv(tiles.pack_gqa * query_length, tiles.block_q)
@@ -199,56 +236,9 @@ def _plan(params: AttentionParams, query: Tensor, key: Tensor, value: Tensor) ->
         tma_key=bool(tma_key.block),
         tma_value=bool(tma_value.block),
         tma_runs=bool(tma_run(params.query_start, tma_key).block),
-        whole=whole,
-        split=split,
-        merge=launch(_merge_kernel, {"PLAIN": flags.PLAIN, "DV": value_dim, "BLOCK_V": width}),
+        attend={
+            (split, with_lse): Launch(attend_kernel, None, {}, (), constants, tiles)
+            for split in (False, True)
+            for with_lse in (False, True)
+        },
     )
-
-
-@triton.jit(do_not_specialize=["query_length", "split_rows", "split_stride", "splits"])
-def _merge_kernel(
-    part: Operand, part_lse_ptr, out: Operand, lse_ptr, sinks: PerHead,
-    heads, query_length, split_rows, split_stride, splits,
-    PLAIN: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """One row: the sums of its splits, each as it would be had all keys the largest maximum.
-
-    Args:
-        part, part_lse_ptr: ``out`` and ``lse_ptr`` of `attend_kernel` where keys are split.
-        out: [B, Hq, Tq, Dv].
-        lse_ptr: float32 [B, Hq, Tq].
-    """
-    UNIT: tl.constexpr = unit(PLAIN)
-    program = tl.program_id(0).to(tl.int64)
-    row = program % query_length
-    head = (program // query_length) % heads
-    batch = program // query_length // heads
-    d_v = tl.arange(0, BLOCK_V)
-    part_row = head_ptr(part, batch, head) + row * part.stride_t + d_v
-    row_max = float("-inf")
-    row_sum = 0.0
-    acc = tl.zeros([BLOCK_V], tl.float32)
-    if sinks.ptr is not None:
-        row_max = head_number(sinks, batch, head) * (_LOG2E / UNIT)
-        row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
-    # All splits together are a few tiles per processor: 32 bits reach them.
-    for some in range(0, splits, _MERGED):
-        split = some + tl.arange(0, _MERGED)
-        inside = split < splits
-        part_at = part_lse_ptr + split * split_rows + program
-        part_max = tl.load(part_at, inside, float("-inf"))
-        part_sum = tl.load(part_at + splits * split_rows, inside, 0.0)
-        new_max = tl.maximum(row_max, tl.max(part_max, 0))
-        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        alpha = tl.exp2((row_max - safe_max) * UNIT)
-        share = tl.exp2((part_max - safe_max) * UNIT)
-        at = part_row[None, :] + (split * split_stride)[:, None]
-        partial = tl.load(at, inside[:, None] & (d_v < DV)[None, :], 0.0)
-        acc = acc * alpha + tl.sum(partial * share[:, None], 0)
-        row_sum = row_sum * alpha + tl.sum(part_sum * share, 0)
-        row_max = new_max
-    acc = acc / tl.where(row_sum == 0, 1.0, row_sum)
-    lse = row_max * (UNIT / _LOG2E) + tl.log2(row_sum) / _LOG2E
-    lse = tl.where(row_sum == 0, float("-inf"), lse)
-    tl.store(head_ptr(out, batch, head) + row * out.stride_t + d_v, acc, d_v < DV)
-    tl.store(lse_ptr + program, lse)

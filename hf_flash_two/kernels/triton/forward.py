@@ -9,10 +9,12 @@ import torch
 import triton
 from torch import Tensor
 
-from hf_flash_two.kernels.params import AttentionParams, Layout, output_layout
+from hf_flash_two.kernels.params import AttentionParams, Forward, Layout, output_layout
+from hf_flash_two.kernels.triton import decode
 from hf_flash_two.kernels.triton.args import (
     Heads,
     Operand,
+    Parts,
     PerHead,
     PerPair,
     ScoreTerms,
@@ -31,7 +33,6 @@ from hf_flash_two.kernels.triton.config import (
     tma_run,
     tma_tiles,
 )
-from hf_flash_two.kernels.triton.decode import decode
 from hf_flash_two.kernels.triton.launch import Launch, on_device, planned
 from hf_flash_two.kernels.triton.ranges import key_ranges
 
@@ -46,21 +47,54 @@ class _Plan:
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """out [B, Hq, Tq, Dv] in the dtype of ``query`` and lse [B, Hq, Tq] in float32."""
     query, key, value = [x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value)]
     if decodes(query, key, value):
-        return decode(query, key, value, params)
+        run = decode.prepare(query, key, value, params, with_lse=True, eager=False)
+        return run(query, key, value, params)
     with on_device(query):
         plan = planned(_plan, params, (query, key, value))
-        out = query.new_empty_strided(*plan.out)
-        lse = query.new_empty(plan.out[0][:3], dtype=torch.float32)
-        ranges = key_ranges(params, plan.tiles, query.shape[2], key.shape[2])
-        plan.attend(
-            query, key, value, out, lse, key, value, params.query_start, params.query_stop,
-            intervals_of(params, ranges), params.dense, plan.terms(params), params.sinks,
-            params.seed,
-        )  # fmt: skip
+        return _attend(plan, query, key, value, params)
+
+
+def prepare(
+    query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, with_lse: bool
+) -> Forward | None:
+    """`forward` in eager mode for all calls that differ from this one in tensors' values only.
+
+    None where more decides: what float32 products are made of is PyTorch's to say at any time.
+
+    Args:
+        with_lse: otherwise lse may be None.
+    """
+    if query.dtype == torch.float32 or any(x.stride(3) != 1 for x in (query, key, value)):
+        return None
+    if decodes(query, key, value):
+        return decode.prepare(query, key, value, params, with_lse=with_lse, eager=True)
+    with on_device(query):
+        plan = planned(_plan, params, (query, key, value))
+
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+    ) -> tuple[Tensor, Tensor]:
+        with on_device(query):
+            return _attend(plan, query, key, value, params)
+
+    return run
+
+
+def _attend(
+    plan: _Plan, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+) -> tuple[Tensor, Tensor]:
+    out = query.new_empty_strided(*plan.out)
+    lse = query.new_empty(plan.out[0][:3], dtype=torch.float32)
+    ranges = key_ranges(params, plan.tiles, query.shape[2], key.shape[2])
+    plan.attend(
+        query, key, value, out, lse, None, key, value, params.query_start, params.query_stop,
+        intervals_of(params, ranges), params.dense, plan.terms(params), params.sinks,
+        params.seed,
+    )  # fmt: skip
     return out, lse
 
 
@@ -83,6 +117,7 @@ def _plan(params: AttentionParams, query: Tensor, key: Tensor, value: Tensor) ->
             "k": Operand(None, *key.stride()[:3]),
             "v": Operand(None, *value.stride()[:3]),
             "out": Operand(None, *out[1][:3]),
+            "parts": Parts(),
             "k_desc": tma_key,
             "v_desc": tma_value,
             "start_desc": tma_run(params.query_start, tma_key),
@@ -96,7 +131,7 @@ def _plan(params: AttentionParams, query: Tensor, key: Tensor, value: Tensor) ->
             params.query_offset, params.window_left or 0, params.window_right or 0,
             broadcast_strides(params.query_start, batch, key_length)[0], 0,
         ),
-        attend_constants(tiles, query, value, launch_flags(query, key, params), split=False),
+        attend_constants(tiles, query, value, launch_flags(query, key, params)),
         tiles,
     )  # fmt: skip
     return _Plan(tiles, out, score_terms(params, *shape), attend)

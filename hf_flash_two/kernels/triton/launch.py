@@ -77,6 +77,19 @@ def on_device(tensor: Tensor) -> AbstractContextManager:
     return torch.cuda.device(tensor.device)
 
 
+def current_stream(tensor: Tensor) -> int:
+    """The stream that kernels on the device of ``tensor`` are put on; 0 without a GPU."""
+    if not tensor.is_cuda:
+        return 0
+    active: Any = driver.active
+    return active.get_current_stream(tensor.device.index)
+
+
+def is_capturing(tensor: Tensor) -> bool:
+    """Whether kernels on the device of ``tensor`` are recorded into a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class Launch:
     """A kernel with all but its tensors decided; called with them, in order.
 
