@@ -113,15 +113,19 @@ class AttentionMask:
                 f"{query_start.dtype} {list(query_start.shape)} and "
                 f"{query_stop.dtype} {list(query_stop.shape)}"
             )
+        first, last = (x.clamp(-FAR, FAR).to(torch.int32).contiguous() for x in (first, last))
+        return cls._of_runs(first, last, query_offset)
+
+    @classmethod
+    def _of_runs(cls, first: Tensor, last: Tensor, query_offset: int | None) -> AttentionMask:
+        """`from_intervals` of int32 [B or 1, Tk] no larger than `FAR`.
+
+        Each step of decoding comes here: every operation less is a kernel less to launch.
+        """
         # One spelling of "nobody": it is neutral in the minima and maxima of `key_bounds`.
         nobody = first >= last
-        first = first.clamp(-FAR, FAR).masked_fill(nobody, FAR)
-        last = last.clamp(-FAR, FAR).masked_fill(nobody, -FAR)
-        return cls(
-            query_offset=query_offset,
-            query_start=own(first.to(torch.int32).contiguous()),
-            query_stop=own(last.to(torch.int32).contiguous()),
-        )
+        start, stop = first.masked_fill(nobody, FAR), last.masked_fill(nobody, -FAR)
+        return cls(query_offset=query_offset, query_start=own(start), query_stop=own(stop))
 
     @classmethod
     def from_padding(cls, keep: Tensor) -> AttentionMask:
@@ -135,8 +139,10 @@ class AttentionMask:
             raise ValueError(f"keep: expected shape [Tk] or [B, Tk], got {list(keep.shape)}")
         check_zeros_and_ones("keep", keep)
         keep = keep if keep.dtype == torch.bool else keep != 0
-        first = torch.full_like(keep, -FAR, dtype=torch.int32)
-        return cls.from_intervals(first, torch.where(keep, FAR, -FAR))
+        keep = keep if keep.dim() == 2 else keep[None]
+        start = torch.full_like(keep, FAR, dtype=torch.int32).masked_fill(keep, -FAR)
+        start = start.contiguous()
+        return cls(query_start=own(start), query_stop=own(-start))
 
     @classmethod
     def from_documents(
@@ -321,6 +327,8 @@ class AttentionMask:
         if not runs:
             return AttentionMask(left, right, offset, dense=dense)
         (first, last), *more = runs
+        if not more and left is None and right is None:
+            return AttentionMask(None, None, offset, first, last, dense)
         for other_first, other_last in more:
             if first.shape[1] != other_first.shape[1]:
                 raise ValueError(
@@ -328,12 +336,10 @@ class AttentionMask:
                     f"{first.shape[1]} and {other_first.shape[1]}"
                 )
             first, last = torch.maximum(first, other_first), torch.minimum(last, other_last)
-        key = torch.arange(first.shape[1], device=first.device, dtype=torch.int32)
-        if right is not None:
-            first = torch.maximum(first, key - right)
-        if left is not None:
-            last = torch.minimum(last, key + left + 1)
-        mask = AttentionMask.from_intervals(first, last, query_offset=offset)
+        band_first, band_last = _of_band(left, right, first.shape[1], first.device)
+        first = first if band_first is None else torch.maximum(first, band_first)
+        last = last if band_last is None else torch.minimum(last, band_last)
+        mask = AttentionMask._of_runs(first, last, offset)
         return mask if dense is None else replace(mask, dense=dense)
 
     def to(self, device: torch.device | str, *_, **__) -> AttentionMask:
@@ -406,6 +412,17 @@ class AttentionMask:
         parts = (self.query_start, self.query_stop, self.dense)
         return [part for part in parts if part is not None]
 
+    def to_intervals(self, key_length: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """``query_start`` and ``query_stop`` of a mask that may be a band, [B or 1, Tk].
+
+        The dense part is left out.
+        """
+        if self.query_start is not None and self.query_stop is not None:
+            return self.query_start, self.query_stop
+        first, last = _of_band(self.window_left, self.window_right, key_length, device)
+        everyone = torch.full((1, key_length), FAR, dtype=torch.int32, device=device)
+        return -everyone if first is None else first[None], everyone if last is None else last[None]
+
     @property
     def hides_nothing(self) -> bool:
         parts = (self.window_left, self.window_right, self.query_start, self.dense)
@@ -463,6 +480,17 @@ class AttentionMask:
         return derive("bounds", lambda: own(_group_bounds(first, last)), first, last)
 
 
+def _of_band(
+    left: int | None, right: int | None, keys: int, device: torch.device | str
+) -> tuple[Tensor | None, Tensor | None]:
+    """``query_start`` and ``query_stop`` of a band, int32 [keys]; None where it has no end."""
+    if left is None and right is None:
+        return None, None
+    key = torch.arange(keys, device=device, dtype=torch.int32)
+    first = None if right is None else key if right == 0 else key - right
+    return first, None if left is None else key + (left + 1)
+
+
 def _tighter(a: int | None, b: int | None) -> int | None:
     return a if b is None else b if a is None else min(a, b)
 
@@ -509,7 +537,11 @@ def _group_bounds(first: Tensor, last: Tensor) -> Tensor:
         # torch.compile specialises on a size of 1: make one group more, which the op drops.
         groups += 1
     # The last key again and again: a repeated value changes neither minimum nor maximum.
-    start = torch.arange(groups, device=first.device)[:, None] * KEY_GROUP
-    index = (start + torch.arange(KEY_GROUP, device=first.device)).clamp(max=keys - 1)
-    first, last = first[:, index], last[:, index]
+    missing = groups * KEY_GROUP - keys
+
+    def grouped(x: Tensor) -> Tensor:
+        padded = torch.cat([x, x[:, -1:].expand(-1, missing)], dim=1)
+        return padded.unflatten(1, (groups, KEY_GROUP))
+
+    first, last = grouped(first), grouped(last)
     return torch.stack([first.amin(-1), first.amax(-1), last.amin(-1), last.amax(-1)], dim=-1)

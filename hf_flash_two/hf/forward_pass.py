@@ -56,7 +56,7 @@ class ForwardPass:
         frame: the call that opened it; None while tracing.
         ones: the mask with 1 for every visible token, where the caller's may number documents.
         apart: whether all documents that were described are kept apart.
-        returns_weights: whether layers do by themselves, by what decides that.
+        returns_weights: whether layers are to, by what decides that.
         wants_weights: whether the caller asks for them; None until a layer wants to know.
         derived: what layers share; one for all passes within the outermost.
     """

@@ -153,11 +153,13 @@ def _refuse_what_others_use(module: torch.nn.Module, kwargs: dict[str, object]) 
 
 
 def _causality(module: torch.nn.Module, attention_mask, is_causal: bool | None) -> bool:
-    modules, family = getattr(module, "is_causal", True), families.family_of(module)
+    modules = getattr(module, "is_causal", True)
     if is_causal is None:
-        masked = attention_mask is not None
-        return modules and (masked or family not in families.NOT_CAUSAL_WITHOUT_MASK)
+        if attention_mask is not None or not modules:
+            return modules
+        return families.family_of(module) not in families.NOT_CAUSAL_WITHOUT_MASK
     if not is_causal and modules and isinstance(attention_mask, MaskProxy):
+        family = families.family_of(module)
         if attention_mask.causal and family not in families.CAUSALITY_IN_MASK:
             raise ValueError(
                 "is_causal: False was passed, but the model made a causal mask; set "
@@ -260,9 +262,11 @@ def _wants_weights(module: torch.nn.Module, asked: bool | None) -> bool:
     if running is None or torch.compiler.is_compiling():
         return _returns_weights(module, asked) or forward_pass.asks_for_weights()
     alike = (id(getattr(module, "config", None)), asked, getattr(module, "is_decoder", True))
-    if alike not in running.returns_weights:
-        running.returns_weights[alike] = _returns_weights(module, asked)
-    return running.returns_weights[alike] or forward_pass.asks_for_weights()
+    wants = running.returns_weights.get(alike)
+    if wants is None:
+        wants = _returns_weights(module, asked) or forward_pass.asks_for_weights()
+        running.returns_weights[alike] = wants
+    return wants
 
 
 def _returns_weights(module: torch.nn.Module, asked: bool | None) -> bool:

@@ -94,7 +94,7 @@ def make_mask(
             apart = AttentionMask.from_documents(segment_ids=documents)
             mask = mask & replace(apart, query_offset=None)
         mask = _at_queries(mask, q_length, axes)
-        mask = mask if keep is None else mask & AttentionMask.from_padding(keep)
+        mask = mask if keep is None else _padded(mask, keep, q_length)
     else:
         if documents is not None and positions is not None:
             mask_function = _within(mask_function, documents, positions, batch_size)
@@ -146,7 +146,15 @@ def _padding(attention_mask: Tensor | None, axes: _Axes, q_length: int) -> Tenso
         # Intervals in any case, or few keys. Another kind of mask once the padding has left the
         # window would be compiled anew, and to ask would make the device wait.
         return keep
-    return keep if is_symbolic() or not (keep != 0).all() else None
+    return keep if is_symbolic() or not keep.all() else None
+
+
+def _padded(mask: AttentionMask, keep: Tensor, q_length: int) -> AttentionMask:
+    is_last = q_length == 1 and mask.query_offset is None and mask.window_left is None
+    if is_last and not is_symbolic():
+        # The last query sees all keys: no band has to be worked into the intervals.
+        mask = replace(mask, window_right=None)
+    return mask & AttentionMask.from_padding(keep)
 
 
 def _within(function: Callable, documents: Tensor, positions: Tensor, batch: int) -> Callable:
@@ -169,7 +177,7 @@ def _at_queries(mask: AttentionMask, q_length: int, axes: _Axes) -> AttentionMas
     """The mask with its queries in their places on the axis of the keys."""
     offset = axes.q_offset - axes.kv_offset
     if isinstance(offset, Tensor):
-        first, last = _intervals(mask, axes.kv_length, axes.device)
+        first, last = mask.to_intervals(axes.kv_length, axes.device)
         return AttentionMask.from_intervals(first - offset, last - offset, query_offset=0)
     # Bottom-right is said by None, so that a growing cache gives torch.compile nothing to guard.
     at_end = offset == axes.kv_length - q_length
@@ -250,16 +258,9 @@ def _combine(builder: str, functions, axes: _Axes, position) -> AttentionMask | 
 
 
 def _union(axes: _Axes, *masks: AttentionMask) -> AttentionMask:
-    first, last = zip(*(_intervals(x, axes.kv_length, axes.device) for x in masks), strict=True)
+    runs = (x.to_intervals(axes.kv_length, axes.device) for x in masks)
+    first, last = zip(*runs, strict=True)
     return AttentionMask.from_intervals(torch.minimum(*first), torch.maximum(*last))
-
-
-def _intervals(mask: AttentionMask, keys: int, device) -> tuple[Tensor, Tensor]:
-    """query_start, query_stop of any mask without a dense part."""
-    everyone = torch.ones(1, keys, dtype=torch.bool, device=device)
-    mask = mask & AttentionMask.from_padding(everyone)
-    assert mask.intervals is not None
-    return mask.intervals
 
 
 def _chunks(size: int, left_padding: Tensor, axes: _Axes, position) -> AttentionMask:
@@ -280,7 +281,7 @@ def _equal_ids(ids: Tensor, axes: _Axes, hidden: Tensor | None = None) -> Attent
     returns = starts[:, 1:] & (ids[:, 1:] <= highest[:, :-1])
     if bool(returns.any()):
         return None
-    runs = _intervals(AttentionMask.from_documents(segment_ids=ids), ids.shape[1], ids.device)
+    runs = AttentionMask.from_documents(segment_ids=ids).to_intervals(ids.shape[1], ids.device)
     first, last = (axes.of_keys(x) - axes.kv_offset for x in runs)
     if hidden is not None:
         last = torch.where(axes.of_keys(hidden), first, last)
