@@ -533,15 +533,17 @@ def check_zeros_and_ones(name: str, mask: Tensor) -> None:
 def _group_bounds(first: Tensor, last: Tensor) -> Tensor:
     keys = first.shape[1]
     groups = (keys + KEY_GROUP - 1) // KEY_GROUP
-    if torch.compiler.is_compiling():
-        # torch.compile specialises on a size of 1: make one group more, which the op drops.
-        groups += 1
     # The last key again and again: a repeated value changes neither minimum nor maximum.
-    missing = groups * KEY_GROUP - keys
-
-    def grouped(x: Tensor) -> Tensor:
-        padded = torch.cat([x, x[:, -1:].expand(-1, missing)], dim=1)
-        return padded.unflatten(1, (groups, KEY_GROUP))
-
-    first, last = grouped(first), grouped(last)
+    if torch.compiler.is_compiling():
+        # torch.compile specialises on a size of 1: make one group more, which the op drops. How
+        # many keys are missing would be guarded.
+        start = torch.arange(groups + 1, device=first.device)[:, None] * KEY_GROUP
+        index = (start + torch.arange(KEY_GROUP, device=first.device)).clamp(max=keys - 1)
+        first, last = first[:, index], last[:, index]
+    else:
+        missing = groups * KEY_GROUP - keys
+        first, last = (
+            torch.cat([x, x[:, -1:].expand(-1, missing)], dim=1).unflatten(1, (groups, KEY_GROUP))
+            for x in (first, last)
+        )
     return torch.stack([first.amin(-1), first.amax(-1), last.amin(-1), last.amax(-1)], dim=-1)
