@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -296,27 +297,33 @@ def backward_tiles(
 
 def tma_tiles(tensor: Tensor, params: AttentionParams, rows: int, columns: int) -> Tma:
     """How TMA copies [rows, columns] tiles of a [B, H, T, D] tensor, where it can and that pays."""
-    size = tensor.element_size()
-    axes = list(zip(tensor.shape[:3], tensor.stride()[:3], strict=True))
     if (
         not _device(tensor).tma
-        or size != 2
+        or tensor.element_size() != 2
         or params.dense is not None  # ptxas 12.8 crashes on both in one loop
         or tensor.shape[2] < _TMA_LENGTH
-        or tensor.data_ptr() % 16
-        or any(length > 1 and (stride == 0 or stride * size % 16) for length, stride in axes)
+        or not tma_fits(tensor)
     ):
         return Tma()
     return tma_of(tensor, rows, columns)
 
 
-def tma_of(tensor: Tensor, rows: int, columns: int) -> Tma:
+def tma_fits(tensor: Tensor) -> bool:
+    """Whether the strides of a [B, H, T, D] tensor, the last of them 1, are those of TMA."""
+    size = tensor.element_size()
+    axes = zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
+    return tensor.data_ptr() % 16 == 0 and all(
+        length <= 1 or (stride != 0 and stride * size % 16 == 0) for length, stride in axes
+    )
+
+
+def tma_of(tensor: Tensor, rows: int, columns: int, layout: Any = None) -> Tma:
     """`tma_tiles` where TMA is known to copy them."""
     shape = tuple(tensor.shape)
     # An axis of one element is never stepped along, but its stride is checked.
     axes = zip(shape[:3], tensor.stride(), strict=False)
     strides = (*[stride if length > 1 else 16 for length, stride in axes], 1)
-    return Tma(shape, strides, (1, 1, rows, columns))
+    return Tma(shape, strides, (1, 1, rows, columns), layout)
 
 
 def tma_run(tensor: Tensor | None, tiles: Tma) -> Tma:
@@ -333,9 +340,9 @@ def tma_run(tensor: Tensor | None, tiles: Tma) -> Tma:
     return tma_of_run(tensor, tiles.block[2])
 
 
-def tma_of_run(tensor: Tensor, length: int) -> Tma:
+def tma_of_run(tensor: Tensor, length: int, layout: Any = None) -> Tma:
     """`tma_run` where TMA is known to copy it."""
-    return Tma((tensor.numel(),), (1,), (length,))
+    return Tma((tensor.numel(),), (1,), (length,), layout)
 
 
 def fp32_precision(query: Tensor) -> str | bool | None:
