@@ -6,28 +6,29 @@ the results it takes a float32 dQ, two float32 for each row, and an int32 for ea
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
-from hf_flash_two.kernels.hopper import gradients, rows
+from hf_flash_two.kernels.hopper import gradients, rows, wide
 from hf_flash_two.kernels.hopper.config import BackwardTiles, backward_tiles
 from hf_flash_two.kernels.hopper.gluon import gl, shared_layout
+from hf_flash_two.kernels.hopper.schedule import ROW_MULTIPLE
 from hf_flash_two.kernels.params import LOG2E, AttentionParams, Layout, output_layout
 from hf_flash_two.kernels.triton.args import (
     Heads,
     Operand,
     PerHead,
+    Rows,
     Tma,
     broadcast_strides,
     intervals_of,
 )
-from hf_flash_two.kernels.triton.config import Tiles, launch_flags, tma_fits, tma_of
+from hf_flash_two.kernels.triton.backward import replace_marked
+from hf_flash_two.kernels.triton.config import Tiles, tma_fits, tma_of
 from hf_flash_two.kernels.triton.launch import Launch, on_device, planned
-from hf_flash_two.kernels.triton.tile import INTERVALS
 
 
 def backward(
@@ -59,16 +60,23 @@ def backward(
         dq_sum = lse.new_empty(plan.dq_sum_size)
         counter = torch.empty(plan.counters, dtype=torch.int32, device=lse.device)
         plan.prepare(out, d_out, lse, d_lse, of_rows, counter, dq_sum)
-        turns = None
+        marked_rows = marked_keys = turns = None
+        if plan.tiles.setup.RESCUE:
+            marked_rows = query.new_empty(query.shape[:3], dtype=torch.int8)
+            marked_keys = key.new_zeros(key.shape[:3], dtype=torch.int8)
         if ordered:
-            turns = rows.order(
-                params, query.shape[2], key.shape[2], plan.tiles.setup, plan.tiles.block_q
-            )
+            turns = rows.order(params, query.shape[2], key.shape[2], plan.tiles.setup)
         plan.gradients_of(
             query, key, value, d_out, of_rows, dq_sum, dk, dv,
             intervals_of(params, params.key_bounds), turns, params.alibi_slopes, counter,
+            marked_keys,
         )  # fmt: skip
-        plan.convert(dq_sum, counter, dq)
+        plan.convert(dq_sum, counter, marked_rows, dq)
+        if marked_rows is not None and marked_keys is not None:
+            replace_marked(
+                (marked_rows, marked_keys), Rows(of_rows[0], of_rows[1], None),
+                d_out, d_lse, query, key, value, out, lse, params, dq, dk, dv,
+            )  # fmt: skip
     d_sinks = None
     if params.sinks is not None:
         weight = torch.exp(params.sinks[:, :, None] - lse).nan_to_num_(nan=0.0)
@@ -116,9 +124,10 @@ def _plan(
     batch, heads, query_length, head_dim = query.shape
     key_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
     tiles = backward_tiles(query, key, value, params, ordered)
-    block_q, block_d, block_v = tiles.block_q, tiles.block_d, tiles.block_v
-    key_tiles = triton.cdiv(key_length, gradients.KEYS)
-    padded = triton.cdiv(query_length, gradients.ROW_MULTIPLE) * gradients.ROW_MULTIPLE
+    block_d, block_v = tiles.block_d, tiles.block_v
+    block_q, block_k = tiles.setup.BLOCK_Q, tiles.setup.BLOCK_K
+    key_tiles = triton.cdiv(key_length, block_k)
+    padded = triton.cdiv(query_length, ROW_MULTIPLE) * ROW_MULTIPLE
     row_count = batch * heads * padded
     layouts = tuple(output_layout(x, x.shape[3]) for x in (query, key, value))
     d_key, d_value = [query.new_empty_strided(*x, device="meta") for x in layouts[1:]]
@@ -126,15 +135,14 @@ def _plan(
     def tma(x: Tensor, block_rows: int, columns: int) -> Tma:
         return tma_of(x, block_rows, columns, shared_layout((1, 1, block_rows, columns), x.dtype))
 
-    half = gradients.KEYS // 2
     rows_shape = (2, row_count // block_q, block_q)
     templates = {
         "q_desc": tma(query, block_q, block_d),
-        "k_desc": tma(key, gradients.KEYS, block_d),
-        "v_desc": tma(value, gradients.KEYS, block_v),
+        "k_desc": tma(key, block_k, block_d),
+        "v_desc": tma(value, block_k, block_v),
         "do_desc": tma(d_out, block_q, block_v),
-        "dk_desc": tma(d_key, half, block_d),
-        "dv_desc": tma(d_value, half, block_v),
+        "dk_desc": tma(d_key, block_k, block_d),
+        "dv_desc": tma(d_value, block_k, block_v),
         "rows_desc": Tma(
             rows_shape, (row_count, block_q, 1), (2, 1, block_q), gl.NVMMASharedLayout(0, 32, 3)
         ),
@@ -143,7 +151,7 @@ def _plan(
         ),
         "slopes": PerHead(None, *broadcast_strides(params.alibi_slopes, batch, heads)),
     }  # fmt: skip
-    plain = params.softcap == 0 and params.alibi_slopes is None
+    plain = tiles.setup.PLAIN
     scalars = (
         Heads(heads, heads // key_heads), query_length, key_length, params.query_offset,
         params.window_left or 0, params.window_right or 0,
@@ -152,9 +160,10 @@ def _plan(
         min(tiles.turned, batch * key_heads),
         params.scale * (LOG2E if plain else 1.0), params.softcap or 1.0,
     )  # fmt: skip
+    kernel = wide.wide_kernel if block_d > 128 else gradients.gradients_kernel
     main = Launch(
-        gradients.gradients_kernel, (key_tiles * batch * key_heads,), templates, scalars,
-        {"SETUP": tiles.setup}, Tiles(block_q, gradients.KEYS, block_d, block_v, 4, 1),
+        kernel, (key_tiles * batch * key_heads,), templates, scalars,
+        {"SETUP": tiles.setup}, Tiles(block_q, block_k, block_d, block_v, 4, 1),
         maxnreg=168,
     )  # fmt: skip
     small = Tiles(rows.ROWS, 0, block_d, block_v, 4, 1)

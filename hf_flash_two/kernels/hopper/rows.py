@@ -11,13 +11,12 @@ which order tiles of keys add to dQ; `convert` makes dQ of its sum.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from hf_flash_two.kernels.hopper.gluon import gl, jit
-from hf_flash_two.kernels.hopper.gradients import KEYS, ROW_MULTIPLE, Setup, Sizes, sees
+from hf_flash_two.kernels.hopper.schedule import ROW_MULTIPLE, Setup, Sizes, sees
 from hf_flash_two.kernels.params import LOG2E, AttentionParams
 from hf_flash_two.kernels.triton.args import Heads, Intervals, Operand
 from hf_flash_two.kernels.triton.config import Tiles
@@ -26,7 +25,6 @@ from hf_flash_two.kernels.triton.tile import head_ptr, unit
 from hf_flash_two.tensor_cache import derive
 
 _LOG2E = tl.constexpr(LOG2E)
-_KEYS = tl.constexpr(KEYS)
 _ROW_MULTIPLE = tl.constexpr(ROW_MULTIPLE)
 
 ROWS = 64
@@ -85,7 +83,7 @@ def prepare_kernel(
 
 @triton.jit(do_not_specialize=["query_length"])
 def convert_kernel(
-    dq_sum_ptr, counter_ptr, dq: Operand,
+    dq_sum_ptr, counter_ptr, marked_ptr, dq: Operand,
     heads, query_length, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr,
     ORDERED: tl.constexpr,
@@ -93,6 +91,9 @@ def convert_kernel(
     """dQ of one tile of queries.
 
     The grid is tiles of queries x batch rows x query heads.
+
+    Args:
+        marked_ptr: int8 [B, Hq, Tq] or None, see `triton.backward.replace_marked`.
     """
     program = tl.program_id(0)
     tiles = tl.cdiv(query_length, ROWS)
@@ -104,6 +105,7 @@ def convert_kernel(
     row = tile * ROWS + tl.arange(0, ROWS)
     dq_at = head_ptr(dq, batch, head) + row.to(tl.int64) * dq.stride_t
     PIECES: tl.constexpr = BLOCK_D // 64
+    marked = tl.zeros([ROWS], tl.int32)
     for piece in tl.static_range(PIECES):
         # The bits of a number's place, see `gradients._step`.
         x = tl.load(dq_sum_ptr + (at * PIECES + piece) * 4096 + tl.arange(0, 4096))
@@ -112,15 +114,20 @@ def convert_kernel(
         if ORDERED:
             # A tile that sees nothing has never been stored.
             x = tl.where(tl.load(counter_ptr + at // (BLOCK_Q // ROWS)) == 0, 0.0, x)
+        if marked_ptr is not None:
+            marked = tl.maximum(marked, tl.max((x != x).to(tl.int32), 1))
         d = piece * 64 + tl.arange(0, 64)
         tl.store(
             dq_at[:, None] + d[None, :], (x * scale).to(dq.ptr.dtype.element_ty),
             (row < query_length)[:, None] & (d < D)[None, :],
         )  # fmt: skip
+    if marked_ptr is not None:
+        marked_at = marked_ptr + (batch * heads + head) * query_length + row
+        tl.store(marked_at, marked.to(tl.int8), row < query_length)
 
 
 def order(
-    params: AttentionParams, query_length: int, key_length: int, setup: Setup, block_q: int
+    params: AttentionParams, query_length: int, key_length: int, setup: Setup
 ) -> Tensor | None:
     """int32 [B or 1, query tiles, 2] for `gradients._rank`; None without intervals.
 
@@ -132,10 +139,10 @@ def order(
         return None
 
     def build() -> Tensor:
-        count = triton.cdiv(query_length, block_q)
+        count = triton.cdiv(query_length, setup.BLOCK_Q)
         result = bounds.new_empty(bounds.shape[0], count, 2)
-        kind = ("dq order", bounds.device.index, bounds.data_ptr() % 16, block_q)
-        launch = plan_for(kind, lambda: _launch(setup, block_q))
+        kind = ("dq order", bounds.device.index, bounds.data_ptr() % 16, setup)
+        launch = plan_for(kind, _launch, setup)
         launch(
             (count * bounds.shape[0], 1, 1), bounds, result, count,
             query_length, key_length, params.query_offset,
@@ -143,19 +150,19 @@ def order(
         )  # fmt: skip
         return result
 
-    settings = (params.query_offset, query_length, key_length, block_q)
+    settings = (params.query_offset, query_length, key_length, setup.BLOCK_Q, setup.BLOCK_K)
     return derive(("dq order", *settings), build, bounds)
 
 
-def _launch(setup: Setup, block_q: int) -> Launch:
-    constants = {"SETUP": setup, "BLOCK_Q": block_q}
-    return Launch(order_kernel, None, {}, (), constants, Tiles(block_q, KEYS, 0, 0, 1, 1))
+def _launch(setup: Setup) -> Launch:
+    tiles = Tiles(setup.BLOCK_Q, setup.BLOCK_K, 0, 0, warps=1, stages=1)
+    return Launch(order_kernel, None, {}, (), {"SETUP": setup}, tiles)
 
 
 @jit(do_not_specialize=_PER_LENGTH)
 def order_kernel(
     bounds_ptr, order_ptr, count, query_length, key_length, offset, interval_stride_b,
-    SETUP: gl.constexpr, BLOCK_Q: gl.constexpr,
+    SETUP: gl.constexpr,
 ):  # fmt: skip
     """Of one tile of queries, see `order`. The grid is query tiles x batch rows."""
     program = gl.program_id(0)
@@ -165,12 +172,12 @@ def order_kernel(
         Heads(1, 1), 1, 1, 0, query_length, key_length, offset, 0, 0,
         Intervals(None, None, bounds_ptr), None, interval_stride_b,
     )  # fmt: skip
-    tiles = gl.cdiv(key_length, _KEYS)
+    tiles = gl.cdiv(key_length, SETUP.BLOCK_K)
     lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
     first, last, seen_tiles = tiles, -1, 0
     for begin in range(0, tiles, 32):
         tile = begin + lane
-        seen = sees(tile, batch, query_tile, tiles - 1, sizes, SETUP, BLOCK_Q)
+        seen = sees(tile, batch, query_tile, tiles - 1, sizes, SETUP)
         seen_tiles += gl.sum(seen.to(gl.int32), 0)
         first = gl.minimum(first, gl.min(gl.where(seen, tile, tiles), 0))
         last = gl.maximum(last, gl.max(gl.where(seen, tile, -1), 0))
