@@ -129,8 +129,8 @@ def _plan(
     key_tiles = triton.cdiv(key_length, block_k)
     padded = triton.cdiv(query_length, ROW_MULTIPLE) * ROW_MULTIPLE
     row_count = batch * heads * padded
-    layouts = tuple(output_layout(x, x.shape[3]) for x in (query, key, value))
-    d_key, d_value = [query.new_empty_strided(*x, device="meta") for x in layouts[1:]]
+    of_query, of_key, of_value = [output_layout(x, x.shape[3]) for x in (query, key, value)]
+    d_key, d_value = [query.new_empty_strided(*x, device="meta") for x in (of_key, of_value)]
 
     def tma(x: Tensor, block_rows: int, columns: int) -> Tma:
         return tma_of(x, block_rows, columns, shared_layout((1, 1, block_rows, columns), x.dtype))
@@ -185,7 +185,7 @@ def _plan(
     convert = Launch(
         rows.convert_kernel,
         (triton.cdiv(query_length, rows.ROWS) * batch * heads,),
-        {"dq": Operand(None, *layouts[0][1][:3])},
+        {"dq": Operand(None, *of_query[1][:3])},
         (heads, query_length, params.scale),
         {
             "D": head_dim, "BLOCK_D": block_d, "BLOCK_Q": block_q, "ROWS": rows.ROWS,
@@ -194,6 +194,6 @@ def _plan(
         small,
     )  # fmt: skip
     return _Plan(
-        tiles, layouts, (2, batch, heads, padded), row_count * block_d, row_count // block_q,
+        tiles, (of_query, of_key, of_value), (2, batch, heads, padded), row_count * block_d, row_count // block_q,
         prepare, main, convert,
     )  # fmt: skip

@@ -90,6 +90,8 @@ def _step(
     if not SETUP.LATE_DELTA:
         delta = rows.slice(BLOCK_Q, BLOCK_Q).load(ROW)
     p_half = gl.convert_layout(p.to(DTYPE), A)
+    if SETUP.SOFTCAP:
+        p = p * d_cap
     if SETUP.DV_FIRST:
         dv_async = warpgroup_mma(p_half, do, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=(dp_async,))
@@ -97,10 +99,7 @@ def _step(
         dp, p_half = warpgroup_mma_wait(0, deps=(dp_async, p_half))
     if SETUP.LATE_DELTA:
         delta = rows.slice(BLOCK_Q, BLOCK_Q).load(ROW)
-    ds = p * (dp - delta[None, :])
-    if SETUP.SOFTCAP:
-        ds = ds * d_cap
-    ds = ds.to(DTYPE)
+    ds = (p * (dp - delta[None, :])).to(DTYPE)
     ds_half = gl.convert_layout(ds, A)
     ds_tile.slice(HALF * 64, 64, dim=0).store(ds)
     if not SETUP.DV_FIRST:

@@ -177,7 +177,7 @@ def store_dq(SETUP: gl.constexpr, sizes, scores, pointers, descs, memory, bars):
 
 
 @jit
-def modify(s, lse, row, col, slope, offset, scores, SETUP: gl.constexpr):
+def _modify(s, lse, tile, col, slope, sizes, scores, SETUP: gl.constexpr):
     """Scores less lse in base 2, and d(capped score) / d(scaled score): not of plain scores."""
     d_cap = s
     if SETUP.SOFTCAP:
@@ -188,8 +188,12 @@ def modify(s, lse, row, col, slope, offset, scores, SETUP: gl.constexpr):
     else:
         s = s * scores.scale
     if SETUP.ALIBI:
-        s -= slope * gl.abs(row + offset - col).to(gl.float32)
-    return (s - lse) * _LOG2E, d_cap
+        # In float32: integers would be subtracted before the loop and fill the registers.
+        first = (tile * SETUP.BLOCK_Q + sizes.offset).to(gl.float32)
+        rows = gl.arange(0, SETUP.BLOCK_Q, layout=gl.SliceLayout(0, s.type.layout))
+        position = rows.to(gl.float32) + first
+        s -= slope * gl.abs(position[None, :] - col.to(gl.float32)[:, None])
+    return (s - lse[None, :]) * _LOG2E, d_cap
 
 
 @jit
@@ -222,15 +226,13 @@ def probabilities(
         col, seen_from, seen_until: [keys].
     """
     ROW: gl.constexpr = gl.SliceLayout(0, s.type.layout)
-    row = tile * SETUP.BLOCK_Q + gl.arange(0, SETUP.BLOCK_Q, layout=ROW)
     d_cap = s
     if SETUP.PLAIN:
         s = s * scores.scale - lse[None, :]
     else:
-        s, d_cap = modify(
-            s, lse[None, :], row[None, :], col[:, None], slope, sizes.offset, scores, SETUP
-        )
+        s, d_cap = _modify(s, lse, tile, col, slope, sizes, scores, SETUP)
     if MASKED:
+        row = tile * SETUP.BLOCK_Q + gl.arange(0, SETUP.BLOCK_Q, layout=ROW)
         seen = row[None, :] >= seen_from[:, None]
         if SETUP.LEFT or SETUP.MASK == INTERVALS:
             seen = seen & (row[None, :] < seen_until[:, None])
