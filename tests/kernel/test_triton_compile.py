@@ -13,13 +13,11 @@ import pytest
 import torch
 
 from hf_flash_two import AttentionMask
-from hf_flash_two.kernels.params import AttentionParams
 
 triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
 
+from compiling import compile_launch, params  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource, make_backend  # noqa: E402
-from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 from hf_flash_two.kernels.triton import (  # noqa: E402
     backward,
@@ -74,29 +72,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list:
     return launches
 
 
-def compile_launch(kernel, args, kwargs, target):
-    """Compiled for ``target`` as Triton would specialise it for these arguments."""
-    backend = make_backend(target)
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    kwargs = {"debug": False, **kwargs}
-    bound, specialization, options = binder(*args, **kwargs)
-    options, signature, constants, attributes = kernel._pack_args(
-        backend, kwargs, bound, specialization, options
-    )
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=vars(options))
-
-
-def params(mask: AttentionMask, length: int, **changes) -> AttentionParams:
-    settings = dict.fromkeys(("bias", "alibi_slopes", "sinks", "seed", "block_q", "block_k"))
-    settings |= dict(
-        query_start=mask.query_start, query_stop=mask.query_stop, key_bounds=mask.key_bounds(),
-        dense=mask.dense, query_offset=0, window_left=mask.window_left,
-        window_right=mask.window_right, scale=0.1, softcap=0.0, dropout_p=0.0,
-    )  # fmt: skip
-    return AttentionParams(**(settings | changes))
-
-
 def pretend(monkeypatch: pytest.MonkeyPatch, device: config.Device) -> None:
     monkeypatch.setattr(config, "device_of", lambda index: device)
 
@@ -145,6 +120,7 @@ def test_compiles(monkeypatch, launches, target, feature):
         backward.backward(out, None, query, key, value, out, lse, described, need_d_bias)
     assert launches
     for kernel, _, args, kwargs in launches:
+        assert kwargs["enable_fp_fusion"] is True, "the default is not that of every version"
         compiled = compile_launch(kernel, args, kwargs, gpu)
         assert compiled.metadata.shared <= device.shared_memory, kernel.__name__
         assert "atomic" not in compiled.asm["ttir"], kernel.__name__

@@ -53,15 +53,15 @@ def _device_declines(device: torch.device, by_name: bool) -> str | None:
         return "Triton is not installed"
     import triton
 
-    if reason := unfit(triton.__version__, by_name):
+    reason = unfit(triton.__version__, by_name)
+    if reason and not by_name:
         warnings.warn(
             f"flash_two: the kernels for Hopper GPUs are not used, {reason}; the portable Triton "
-            "kernels are, with the same results at a lower speed",
+            "kernels compute the same, more slowly",
             RuntimeWarning,
             stacklevel=2,
         )
-        return reason
-    return None
+    return reason
 
 
 def load() -> tuple[Callable, Callable]:

@@ -106,7 +106,7 @@ class Launch:
         self._options = {
             "num_warps": tiles.warps,
             "num_stages": tiles.stages,
-            "enable_fp_fusion": True,  # Triton 3.10 has another default: other bits, and slower
+            "enable_fp_fusion": True,  # Triton 3.10 no longer does unless it is asked to
             **options,
         }
         count = len(kernel.arg_names) - len(scalars) - len(constants)
