@@ -171,8 +171,6 @@ def backward_declines(
         return "it reads no dense masks"
     if params.bias is not None:
         return "it has no bias"
-    if params.dropout_p:
-        return "its backward has no dropout"
     if not (query.numel() and key.numel()):
         return "there is nothing to compute"
     return None
@@ -222,7 +220,9 @@ def backward_tiles(
         PLAIN=params.plain and params.scale > 0,
         RESCUE=masked,
         ALIBI=params.alibi_slopes is not None,
+        DROPOUT=params.dropout_p > 0,
         MASKED=masked or key_length % block_k > 0,
+        TAIL=left or intervals or turned > 0,
         ORDERED=ordered,
         DOWN=down,
         DV_FIRST=not masked and not narrow,
