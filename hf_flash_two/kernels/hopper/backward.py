@@ -24,6 +24,7 @@ from hf_flash_two.kernels.triton.args import (
     Rows,
     Tma,
     broadcast_strides,
+    dropout_of,
     intervals_of,
 )
 from hf_flash_two.kernels.triton.backward import replace_marked
@@ -68,8 +69,8 @@ def backward(
             turns = rows.order(params, query.shape[2], key.shape[2], plan.tiles.setup)
         plan.gradients_of(
             query, key, value, d_out, of_rows, dq_sum, dk, dv,
-            intervals_of(params, params.key_bounds), turns, params.alibi_slopes, counter,
-            marked_keys,
+            intervals_of(params, params.key_bounds), turns, params.alibi_slopes,
+            params.seed, counter, marked_keys,
         )  # fmt: skip
         plan.convert(dq_sum, counter, marked_rows, dq)
         if marked_rows is not None and marked_keys is not None:
@@ -149,6 +150,7 @@ def _plan(
         "dq_desc": Tma(
             (row_count * block_d // 256, 256), (256, 1), (16, 256), gl.NVMMASharedLayout(0, 32, 2)
         ),
+        "dropout": dropout_of(params),
         "slopes": PerHead(None, *broadcast_strides(params.alibi_slopes, batch, heads)),
     }  # fmt: skip
     plain = tiles.setup.PLAIN
@@ -194,6 +196,6 @@ def _plan(
         small,
     )  # fmt: skip
     return _Plan(
-        tiles, (of_query, of_key, of_value), (2, batch, heads, padded), row_count * block_d, row_count // block_q,
-        prepare, main, convert,
+        tiles, (of_query, of_key, of_value), (2, batch, heads, padded), row_count * block_d,
+        row_count // block_q, prepare, main, convert,
     )  # fmt: skip

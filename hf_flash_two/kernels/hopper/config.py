@@ -3,21 +3,157 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_flash_two.kernels.hidden import band_hides
+from hf_flash_two.kernels.hidden import band_hides, hides
 from hf_flash_two.kernels.hopper.schedule import Setup
+from hf_flash_two.kernels.hopper.tile import BAND, INTERVALS, NO_MASK
 from hf_flash_two.kernels.params import AttentionParams
-from hf_flash_two.kernels.triton.tile import BAND, INTERVALS, NO_MASK
+from hf_flash_two.kernels.triton.config import Tiles, decodes, tma_fits
+
+# Of the forward, by padded head dim of queries and of values at most: consumers of 64 queries each,
+# keys of a tile, stages of K and V.
+_FORWARD = {
+    (64, 64): (3, 128, 2),
+    (128, 128): (2, 128, 2),
+    (192, 128): (2, 128, 2),
+    (192, 192): (2, 64, 3),
+    (256, 256): (2, 64, 2),
+}
+_WIDTHS = (64, 96, 128, 192, 256)
+"""Head dims as they are padded."""
+ROWS = 64
+"""Queries of a consumer."""
+_CACHED = 2**25
+"""Bytes of keys and values that programs at work together share in the L2 cache."""
 
 
 def forward_declines(
     query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
 ) -> str | None:
     """Why the forward does not compute this call, or None."""
-    return "there is no forward yet"
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes bfloat16 and float16, not {query.dtype}"
+    if max(query.shape[3], value.shape[3]) > _WIDTHS[-1]:
+        return f"it has head dims up to {_WIDTHS[-1]}"
+    if query.shape[3] % 8 or value.shape[3] % 8:
+        return "TMA copies rows of whole 16 bytes"
+    if params.dense is not None:
+        return "it reads no dense masks"
+    if params.bias is not None:
+        return "it has no bias"
+    if not (query.numel() and key.numel() and value.numel()):
+        return "there is nothing to compute"
+    if decodes(query, key, value):
+        return "there are few queries, for which the portable kernel splits the keys"
+    if params.block_q is not None or params.block_k is not None:
+        return "its tiles cannot be limited"
+    if not all(x.stride(3) != 1 or tma_fits(x) for x in (query, key, value)):
+        return "TMA does not copy tensors of these strides"
+    return None
+
+
+def padded(head_dim: int) -> int:
+    """The head dim that is computed with."""
+    return next(width for width in _WIDTHS if head_dim <= width)
+
+
+def parts(width: int) -> tuple[int, int]:
+    """A padded head dim as a power of two and the rest."""
+    first = 2 ** (width.bit_length() - 1)
+    return first, width - first
+
+
+@lru_cache
+def _forward_row(width: int, value_width: int) -> tuple[int, int, int]:
+    return next(row for (d, d_v), row in _FORWARD.items() if width <= d and value_width <= d_v)
+
+
+def forward_tiles(query: Tensor, key: Tensor, value: Tensor) -> Tiles:
+    """Tiles of the forward; where that makes fewer of them, several heads of a group share one."""
+    width, value_width = padded(query.shape[3]), padded(value.shape[3])
+    if max(width, value_width) == 256:
+        # Beside 256 columns there is no room for an output of another size than the queries'.
+        width, value_width = (256 if size == 192 else size for size in (width, value_width))
+    consumers, block_k, stages = _forward_row(width, value_width)
+    block_q = ROWS * consumers
+    heads, length = query.shape[1], query.shape[2]
+    group = heads // key.shape[1]
+
+    def row_tiles(pack: int) -> int:
+        return -(-length * pack // block_q) * (heads // pack)
+
+    packs = [pack for pack in (1, 2, 4, 8, 16, 32) if group % pack == 0]
+    pack = min(packs, key=row_tiles)
+    return Tiles(block_q, block_k, width, value_width, 4, stages, pack)
+
+
+def heads_together(key: Tensor, value: Tensor, head_tiles: int) -> int:
+    """How many tiles of heads go side by side; ``head_tiles`` are there for a key head."""
+    size = key.shape[2] * (key.shape[3] + value.shape[3]) * key.element_size()
+    return max(1, _CACHED // size) * head_tiles
+
+
+class ForwardFlags(NamedTuple):
+    """What is decided when a forward is compiled. Features that are off cost nothing.
+
+    Attributes:
+        MASK, LEFT, RIGHT, SOFTCAP, ALIBI, PLAIN: see `tile`.
+        SINKS, DROPOUT: are on.
+        RESCUE: tiles may hold hidden pairs, whose NaN and infinities must not matter.
+        SHARED_RUNS: all batch rows have the same intervals.
+        CONSUMERS: of 64 queries each.
+        STAGES: tiles of keys on their way at the same time, and of values.
+        TURNS: consumers start their products one after the other.
+        PACK_GQA: heads of a group that share a tile.
+        D_REST, V_REST: the second part of the head dims, see `parts`.
+    """
+
+    MASK: int
+    LEFT: bool
+    RIGHT: bool
+    SOFTCAP: bool
+    ALIBI: bool
+    PLAIN: bool
+    SINKS: bool
+    DROPOUT: bool
+    RESCUE: bool
+    SHARED_RUNS: bool
+    CONSUMERS: int
+    STAGES: int
+    TURNS: bool
+    PACK_GQA: int
+    D_REST: int
+    V_REST: int
+
+
+def forward_flags(
+    query: Tensor, key: Tensor, params: AttentionParams, tiles: Tiles
+) -> ForwardFlags:
+    left, right = params.window_left is not None, params.window_right is not None
+    start = params.query_start
+    return ForwardFlags(
+        MASK=(INTERVALS if start is not None else BAND if left or right else NO_MASK).value,
+        LEFT=left,
+        RIGHT=right,
+        SOFTCAP=params.softcap > 0,
+        ALIBI=params.alibi_slopes is not None,
+        PLAIN=params.plain and params.scale > 0,
+        SINKS=params.sinks is not None,
+        DROPOUT=params.dropout_p > 0,
+        RESCUE=hides(query, key, params),
+        SHARED_RUNS=start is None or start.shape[0] == 1,
+        CONSUMERS=tiles.block_q // ROWS,
+        STAGES=tiles.stages,
+        TURNS=tiles.block_d <= 128,
+        PACK_GQA=tiles.pack_gqa,
+        D_REST=parts(tiles.block_d)[1],
+        V_REST=parts(tiles.block_v)[1],
+    )
 
 
 def backward_declines(
@@ -35,8 +171,6 @@ def backward_declines(
         return "it reads no dense masks"
     if params.bias is not None:
         return "it has no bias"
-    if params.dropout_p:
-        return "its backward has no dropout"
     if not (query.numel() and key.numel()):
         return "there is nothing to compute"
     return None
@@ -86,7 +220,9 @@ def backward_tiles(
         PLAIN=params.plain and params.scale > 0,
         RESCUE=masked,
         ALIBI=params.alibi_slopes is not None,
+        DROPOUT=params.dropout_p > 0,
         MASKED=masked or key_length % block_k > 0,
+        TAIL=left or intervals or turned > 0,
         ORDERED=ordered,
         DOWN=down,
         DV_FIRST=not masked and not narrow,

@@ -43,25 +43,26 @@ from hf_flash_two.kernels.hopper.parts import (
     Memory,
     arrive_at,
     gradient_scale,
+    head_of,
     in_order_of_registers,
+    keys_of,
     probabilities,
     producer,
-    seen_rows,
-    slope_of,
+    score_gradient,
     store_dq,
     tile_of,
+    weights,
 )
 from hf_flash_two.kernels.hopper.schedule import Pointers, Scores, Sizes, place_of
-from hf_flash_two.kernels.triton.args import Heads, Intervals, PerHead
-from hf_flash_two.kernels.triton.tile import INTERVALS
+from hf_flash_two.kernels.triton.args import Dropout, Heads, Intervals, PerHead
 
 _STAGES = gl.constexpr(2)
 
 
 @jit
 def _step(
-    HALF: gl.constexpr, MASKED: gl.constexpr, SETUP: gl.constexpr, done, tile, col, seen_from,
-    seen_until, slope, k, v, sizes, scores, memory, bars, dk, dv,
+    HALF: gl.constexpr, MASKED: gl.constexpr, SETUP: gl.constexpr, done, tile, keys, head,
+    k, v, sizes, scores, memory, bars, dk, dv,
 ):  # fmt: skip
     """One tile of queries: adds to dK and dV, and hands on half a tile of dQ."""
     BLOCK_Q: gl.constexpr = SETUP.BLOCK_Q
@@ -84,12 +85,10 @@ def _step(
     s = warpgroup_mma_wait(1, deps=(s_async,))
     if SETUP.LATE_LSE:
         lse = rows.slice(0, BLOCK_Q).load(ROW)
-    p, d_cap = probabilities(
-        s, lse, tile, col, seen_from, seen_until, slope, sizes, scores, MASKED, SETUP
-    )
+    p, d_cap = probabilities(s, lse, tile, keys, head, sizes, scores, MASKED, SETUP)
     if not SETUP.LATE_DELTA:
         delta = rows.slice(BLOCK_Q, BLOCK_Q).load(ROW)
-    p_half = gl.convert_layout(p.to(DTYPE), A)
+    p_half = gl.convert_layout(weights(p, scores, SETUP).to(DTYPE), A)
     if SETUP.SOFTCAP:
         p = p * d_cap
     if SETUP.DV_FIRST:
@@ -99,7 +98,7 @@ def _step(
         dp, p_half = warpgroup_mma_wait(0, deps=(dp_async, p_half))
     if SETUP.LATE_DELTA:
         delta = rows.slice(BLOCK_Q, BLOCK_Q).load(ROW)
-    ds = (p * (dp - delta[None, :])).to(DTYPE)
+    ds = score_gradient(p, dp, delta[None, :], scores, SETUP).to(DTYPE)
     ds_half = gl.convert_layout(ds, A)
     ds_tile.slice(HALF * 64, 64, dim=0).store(ds)
     if not SETUP.DV_FIRST:
@@ -142,35 +141,34 @@ def _consumer(
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_Q, 16])
     DK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     DV_: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
-    TAIL: gl.constexpr = SETUP.LEFT or SETUP.MASK == INTERVALS
     place = place_of(sizes, SETUP)
     k = memory.k.slice(HALF * 64, 64, dim=0)
     v = memory.v.slice(HALF * 64, 64, dim=0)
     dk = gl.zeros((64, D), gl.float32, DK)
     dv = gl.zeros((64, DV), gl.float32, DV_)
     col = place.tile * SETUP.BLOCK_K + HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
-    seen_from, seen_until = seen_rows(place, col, sizes, SETUP)
+    keys = keys_of(place, col, sizes, SETUP)
     mbarrier.wait(bars.k_full, 0)
     mbarrier.wait(bars.v_full, 0)
     for member in range(sizes.heads.group):
-        slope = slope_of(place, member, sizes, scores, SETUP)
+        head = head_of(place, member, sizes, scores, SETUP)
         before = member * place.count
         if SETUP.MASKED:
             for step in range(0, place.before):
                 dk, dv = _step(
-                    HALF, True, SETUP, before + step, place.start + step * place.step, col,
-                    seen_from, seen_until, slope, k, v, sizes, scores, memory, bars, dk, dv,
+                    HALF, True, SETUP, before + step, place.start + step * place.step, keys, head,
+                    k, v, sizes, scores, memory, bars, dk, dv,
                 )  # fmt: skip
         for step in range(place.before, place.before + place.whole):
             dk, dv = _step(
-                HALF, False, SETUP, before + step, place.start + step * place.step, col,
-                seen_from, seen_until, slope, k, v, sizes, scores, memory, bars, dk, dv,
+                HALF, False, SETUP, before + step, place.start + step * place.step, keys, head,
+                k, v, sizes, scores, memory, bars, dk, dv,
             )  # fmt: skip
-        if TAIL:
+        if SETUP.TAIL:
             for step in range(place.before + place.whole, place.count):
                 dk, dv = _step(
-                    HALF, True, SETUP, before + step, place.start + step * place.step, col,
-                    seen_from, seen_until, slope, k, v, sizes, scores, memory, bars, dk, dv,
+                    HALF, True, SETUP, before + step, place.start + step * place.step, keys, head,
+                    k, v, sizes, scores, memory, bars, dk, dv,
                 )  # fmt: skip
     if SETUP.RESCUE:
         marked = gl.max((dv != dv).to(gl.int32), 1)
@@ -205,7 +203,7 @@ def _consumer(
 )  # fmt: skip
 def gradients_kernel(
     q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc,
-    of_keys: Intervals, order_ptr, slopes: PerHead, counter_ptr, marked_ptr,
+    of_keys: Intervals, order_ptr, slopes: PerHead, dropout: Dropout, counter_ptr, marked_ptr,
     heads: Heads, query_length, key_length, offset, left, right, interval_stride_b,
     key_heads, together, turned, scale, softcap,
     SETUP: gl.constexpr,
@@ -247,7 +245,7 @@ def gradients_kernel(
         heads, key_heads, together, turned, query_length, key_length, offset, left, right,
         of_keys, order_ptr, interval_stride_b,
     )  # fmt: skip
-    scores = Scores(scale, softcap, slopes)
+    scores = Scores(scale, softcap, slopes, dropout)
     pointers = Pointers(counter_ptr, marked_ptr)
     # Written out each: a sum of tuples forgets names, one given a name forgets constants.
     gl.warp_specialize(

@@ -28,6 +28,7 @@ from hf_flash_two.kernels.hopper.schedule import (
     place_of,
     rank_of,
 )
+from hf_flash_two.kernels.hopper.tile import keep_bits
 from hf_flash_two.kernels.params import LOG2E
 from hf_flash_two.kernels.triton.tile import INTERVALS
 from hf_flash_two.masks import FAR
@@ -176,8 +177,53 @@ def store_dq(SETUP: gl.constexpr, sizes, scores, pointers, descs, memory, bars):
     tma_store_done(0, 1)
 
 
+class Keys(NamedTuple):
+    """The keys of a tile, and the rows of queries from which, and until which, each is seen."""
+
+    col: Any
+    seen_from: Any
+    seen_until: Any
+
+
+class Head(NamedTuple):
+    """A query head: its batch row, its number, ALiBi's slope."""
+
+    batch: Any
+    number: Any
+    slope: Any
+
+
 @jit
-def _modify(s, lse, tile, col, slope, sizes, scores, SETUP: gl.constexpr):
+def keys_of(place, col, sizes, SETUP: gl.constexpr):
+    """`Keys` in the layout of ``col``."""
+    seen_from, seen_until = col, col
+    if SETUP.MASK == INTERVALS:
+        at = col + place.batch.to(gl.int64) * sizes.interval_stride_b
+        inside = col < sizes.key_length
+        seen_from = gl.load(sizes.of_keys.start_ptr + at, inside, _FAR) - sizes.offset
+        seen_until = gl.load(sizes.of_keys.stop_ptr + at, inside, -_FAR) - sizes.offset
+    elif SETUP.MASKED:
+        seen_from = col * 0
+        if SETUP.RIGHT:
+            seen_from = col - sizes.right - sizes.offset
+        seen_from = gl.where(col < sizes.key_length, seen_from, _FAR)
+        seen_until = col + sizes.left + 1 - sizes.offset
+    return Keys(col, seen_from, seen_until)
+
+
+@jit
+def head_of(place, member, sizes, scores, SETUP: gl.constexpr):
+    """The query head that is one ``member`` of the group."""
+    head = place.key_head * sizes.heads.group + member
+    slope = 0.0
+    if SETUP.ALIBI:
+        at = scores.slopes.ptr + place.batch * scores.slopes.stride_b
+        slope = gl.load(at + head * scores.slopes.stride_h)
+    return Head(place.batch, head, slope)
+
+
+@jit
+def _modify(s, lse, tile, keys, head, sizes, scores, SETUP: gl.constexpr):
     """Scores less lse in base 2, and d(capped score) / d(scaled score): not of plain scores."""
     d_cap = s
     if SETUP.SOFTCAP:
@@ -192,63 +238,59 @@ def _modify(s, lse, tile, col, slope, sizes, scores, SETUP: gl.constexpr):
         first = (tile * SETUP.BLOCK_Q + sizes.offset).to(gl.float32)
         rows = gl.arange(0, SETUP.BLOCK_Q, layout=gl.SliceLayout(0, s.type.layout))
         position = rows.to(gl.float32) + first
-        s -= slope * gl.abs(position[None, :] - col.to(gl.float32)[:, None])
+        s -= head.slope * gl.abs(position[None, :] - keys.col.to(gl.float32)[:, None])
     return (s - lse[None, :]) * _LOG2E, d_cap
 
 
 @jit
-def seen_rows(place, col, sizes, SETUP: gl.constexpr):
-    """Rows of queries from which, and until which, each of these keys is seen."""
-    seen_from, seen_until = col, col
-    if SETUP.MASK == INTERVALS:
-        at = col + place.batch.to(gl.int64) * sizes.interval_stride_b
-        inside = col < sizes.key_length
-        seen_from = gl.load(sizes.of_keys.start_ptr + at, inside, _FAR) - sizes.offset
-        seen_until = gl.load(sizes.of_keys.stop_ptr + at, inside, -_FAR) - sizes.offset
-    elif SETUP.MASKED:
-        seen_from = col * 0
-        if SETUP.RIGHT:
-            seen_from = col - sizes.right - sizes.offset
-        seen_from = gl.where(col < sizes.key_length, seen_from, _FAR)
-        seen_until = col + sizes.left + 1 - sizes.offset
-    return seen_from, seen_until
-
-
-@jit
 def probabilities(
-    s, lse, tile, col, seen_from, seen_until, slope, sizes, scores,
-    MASKED: gl.constexpr, SETUP: gl.constexpr,
+    s, lse, tile, keys, head, sizes, scores, MASKED: gl.constexpr, SETUP: gl.constexpr
 ):  # fmt: skip
     """P^T of one tile, and d(capped score) / d(scaled score).
 
+    With dropout, what is dropped has a minus: one register for both.
+
     Args:
         s: [keys, queries], the products. lse: [queries].
-        col, seen_from, seen_until: [keys].
     """
-    ROW: gl.constexpr = gl.SliceLayout(0, s.type.layout)
+    row = tile * SETUP.BLOCK_Q + gl.arange(
+        0, SETUP.BLOCK_Q, layout=gl.SliceLayout(0, s.type.layout)
+    )
     d_cap = s
     if SETUP.PLAIN:
         s = s * scores.scale - lse[None, :]
     else:
-        s, d_cap = _modify(s, lse, tile, col, slope, sizes, scores, SETUP)
+        s, d_cap = _modify(s, lse, tile, keys, head, sizes, scores, SETUP)
     if MASKED:
-        row = tile * SETUP.BLOCK_Q + gl.arange(0, SETUP.BLOCK_Q, layout=ROW)
-        seen = row[None, :] >= seen_from[:, None]
+        seen = row[None, :] >= keys.seen_from[:, None]
         if SETUP.LEFT or SETUP.MASK == INTERVALS:
-            seen = seen & (row[None, :] < seen_until[:, None])
+            seen = seen & (row[None, :] < keys.seen_until[:, None])
         s = gl.where(seen, s, float("-inf"))
-    return gl.exp2(s), d_cap
+    p = gl.exp2(s)
+    if SETUP.DROPOUT:
+        kept = keep_bits(
+            scores.dropout.seed_ptr, scores.dropout.threshold, head.batch, head.number,
+            row[None, :], keys.col[:, None],
+        )  # fmt: skip
+        p = gl.where(kept, p, -p)
+    return p, d_cap
 
 
 @jit
-def slope_of(place, member, sizes, scores, SETUP: gl.constexpr):
-    """ALiBi's slope of a query head, if there is one."""
-    slope = 0.0
-    if SETUP.ALIBI:
-        head = place.key_head * sizes.heads.group + member
-        at = scores.slopes.ptr + place.batch * scores.slopes.stride_b
-        slope = gl.load(at + head * scores.slopes.stride_h)
-    return slope
+def weights(p, scores, SETUP: gl.constexpr):
+    """What values are summed with: P after dropout."""
+    if SETUP.DROPOUT:
+        p = gl.maximum(p, 0.0) * scores.dropout.keep_scale
+    return p
+
+
+@jit
+def score_gradient(p, dp, delta, scores, SETUP: gl.constexpr):
+    """dS of `probabilities` and of what came for `weights`."""
+    if SETUP.DROPOUT:
+        dp = gl.where(p > 0, dp * scores.dropout.keep_scale, 0.0)
+        p = gl.abs(p)
+    return p * (dp - delta)
 
 
 @jit

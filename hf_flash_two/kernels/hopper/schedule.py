@@ -31,9 +31,10 @@ class Setup(NamedTuple):
     """What is decided at compile time.
 
     Attributes:
-        MASK, LEFT, RIGHT, SOFTCAP, PLAIN, RESCUE: see `triton.args.Flags`.
+        MASK, LEFT, RIGHT, SOFTCAP, PLAIN, DROPOUT, RESCUE: see `triton.args.Flags`.
         ALIBI: slopes are given.
         MASKED: some tile may hold hidden pairs or end behind the last key.
+        TAIL: such tiles may also be among the last that a program visits.
         ORDERED: dQ is summed in a fixed order.
         DOWN: the last tile of keys adds first.
         DV_FIRST: dV's product is issued before dS is computed.
@@ -48,7 +49,9 @@ class Setup(NamedTuple):
     PLAIN: bool
     RESCUE: bool
     ALIBI: bool
+    DROPOUT: bool
     MASKED: bool
+    TAIL: bool
     ORDERED: bool
     DOWN: bool
     DV_FIRST: bool
@@ -93,11 +96,15 @@ class Pointers(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What makes scores of products: ``scale``, in base 2 if plain, the cap, ALiBi's slopes."""
+    """What makes scores of products: ``scale``, in base 2 if plain, the cap, ALiBi's slopes;
+
+    and what drops pairs.
+    """
 
     scale: Any
     softcap: Any
     slopes: Any
+    dropout: Any
 
 
 class Place(NamedTuple):

@@ -3,6 +3,12 @@
 Everything here runs inside a Gluon kernel. ``position`` is a row's place among the keys, ``col`` a
 key's, both in whatever shape broadcasts to the tile, in either orientation. Formulas are those of
 the portable kernels: Gluon runs their functions of numbers and of single elements as they are.
+
+``FLAGS`` is a record of constants, each pass's own. It has ``MASK``, `NO_MASK`, `BAND` or
+`INTERVALS`; ``LEFT`` and ``RIGHT``, whether a band ends on this side; ``SOFTCAP``, ``ALIBI``; and
+``PLAIN``, that scores are the scaled products and nothing else and the scale is positive. A kernel
+hands it to its partitions in the left operand of a sum of tuples: at any other place Triton 3.6
+takes it for a value of run time.
 """
 
 # What stands in a kernel is Triton's language, which its types do not describe.
@@ -12,8 +18,6 @@ the portable kernels: Gluon runs their functions of numbers and of single elemen
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from hf_flash_two.kernels.hopper.gluon import gl, jit
 from hf_flash_two.kernels.params import LOG2E
 from hf_flash_two.kernels.triton import tile as portable
@@ -21,37 +25,12 @@ from hf_flash_two.kernels.triton.args import Dropout, HeadTerms, PerHead, PerPai
 from hf_flash_two.kernels.triton.tile import BAND, INTERVALS, NO_MASK
 
 __all__ = [
-    "BAND", "INTERVALS", "NO_MASK", "Flags", "any_of", "arrive", "exponent_factor", "keep_bits",
+    "BAND", "INTERVALS", "NO_MASK", "any_of", "arrive", "exponent_factor", "keep_bits",
     "modified", "nth_tile", "seen_tile", "sync", "tiles_of_rows",
 ]  # fmt: skip
 
 _LOG2E = gl.constexpr(LOG2E)
 _modify, _kept, _key_tiles = portable.modify, portable.kept, portable.key_tiles
-
-
-class Flags(NamedTuple):
-    """What is decided at compile time. Features that are off cost nothing.
-
-    A kernel hands it to its partitions in the left operand of a sum of tuples: at any other place
-    Triton 3.6 takes it for a value of run time.
-
-    Attributes:
-        MASK: `NO_MASK`, `BAND` or `INTERVALS`.
-        LEFT, RIGHT: a band ends on this side.
-        SOFTCAP, ALIBI, SINKS, DROPOUT: are on.
-        PLAIN: scores are the scaled products and nothing else, and the scale is positive.
-        RESCUE: tiles may hold hidden pairs, whose NaN and infinities must not matter.
-    """
-
-    MASK: int
-    LEFT: bool
-    RIGHT: bool
-    SOFTCAP: bool
-    ALIBI: bool
-    SINKS: bool
-    DROPOUT: bool
-    PLAIN: bool
-    RESCUE: bool
 
 
 @jit
@@ -134,7 +113,7 @@ def tiles_of_rows(
 
 @jit
 def nth_tile(n, masked, tile_start, full_start, full_stop):
-    """The n-th key tile of `tiles_of_rows`: first those that need a mask, in order, then the others.
+    """The n-th key tile of `tiles_of_rows`: those that need a mask, then the others.
 
     Masked tiles first let a row meet a key it sees as early as its other rows do.
     """
@@ -152,7 +131,7 @@ def nth_tile(n, masked, tile_start, full_start, full_stop):
 
 @jit
 def sync(number, THREADS: gl.constexpr, WARPS: gl.constexpr):
-    """Waits until ``THREADS`` have arrived at the named barrier, this partition of ``WARPS`` too."""
+    """Arrives at the named barrier, as one of ``WARPS``, and waits until ``THREADS`` have."""
     _bar("bar.sync", number, THREADS, WARPS)
 
 
@@ -165,7 +144,7 @@ def arrive(number, THREADS: gl.constexpr, WARPS: gl.constexpr):
 @jit
 def _bar(INSTRUCTION: gl.constexpr, number, THREADS: gl.constexpr, WARPS: gl.constexpr):
     lane = gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-    TEXT: gl.constexpr = INSTRUCTION + " $1, " + THREADS + "; mov.b32 $0, $1;"
+    TEXT: gl.constexpr = f"{INSTRUCTION} $1, {THREADS}; mov.b32 $0, $1;"
     gl.inline_asm_elementwise(
         TEXT, "=r,r", [lane * 0 + number], dtype=gl.int32, is_pure=False, pack=1
     )
@@ -176,9 +155,8 @@ def any_of(flag, number, THREADS: gl.constexpr, WARPS: gl.constexpr):
     """Whether ``flag`` is not 0 in any of ``THREADS`` threads, which wait for each other."""
     lane = gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
     TEXT: gl.constexpr = (
-        "{ .reg .pred mine, some; setp.ne.b32 mine, $1, 0; bar.red.or.pred some, $2, "
-        + THREADS
-        + ", mine; selp.b32 $0, 1, 0, some; }"
+        "{ .reg .pred mine, some; setp.ne.b32 mine, $1, 0; "
+        f"bar.red.or.pred some, $2, {THREADS}, mine; selp.b32 $0, 1, 0, some; }}"
     )
     some = gl.inline_asm_elementwise(
         TEXT, "=r,r,r", [lane * 0 + flag, lane * 0 + number],

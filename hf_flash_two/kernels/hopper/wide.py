@@ -35,17 +35,18 @@ from hf_flash_two.kernels.hopper.parts import (
     Descriptors,
     arrive_at,
     gradient_scale,
+    head_of,
     in_order_of_registers,
+    keys_of,
     probabilities,
     producer,
-    seen_rows,
-    slope_of,
+    score_gradient,
     store_dq,
     tile_of,
+    weights,
 )
 from hf_flash_two.kernels.hopper.schedule import Pointers, Scores, Sizes, place_of
-from hf_flash_two.kernels.triton.args import Heads, Intervals, PerHead
-from hf_flash_two.kernels.triton.tile import INTERVALS
+from hf_flash_two.kernels.triton.args import Dropout, Heads, Intervals, PerHead
 
 _Q_STAGES = gl.constexpr(2)
 
@@ -78,8 +79,8 @@ def _hand_on(HALF: gl.constexpr, dq, use, memory, bars):
 
 @jit
 def _step(
-    HALF: gl.constexpr, MASKED: gl.constexpr, SETUP: gl.constexpr, done, tile, col, seen_from,
-    seen_until, slope, sizes, scores, memory, bars, dk, dv,
+    HALF: gl.constexpr, MASKED: gl.constexpr, SETUP: gl.constexpr, done, tile, keys, head,
+    sizes, scores, memory, bars, dk, dv,
 ):  # fmt: skip
     """One tile of queries: adds to half of dK and dV, and hands on half a tile of dQ."""
     D: gl.constexpr = memory.k.type.shape[1]
@@ -98,10 +99,8 @@ def _step(
         s = warpgroup_mma(memory.k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
         lse = rows.slice(0, 64).load(ROW)
         s = warpgroup_mma_wait(0, deps=(s,))
-        p, d_cap = probabilities(
-            s, lse, tile, col, seen_from, seen_until, slope, sizes, scores, MASKED, SETUP
-        )
-        p_half = p.to(DTYPE)
+        p, d_cap = probabilities(s, lse, tile, keys, head, sizes, scores, MASKED, SETUP)
+        p_half = weights(p, scores, SETUP).to(DTYPE)
         if SETUP.SOFTCAP:
             p = p * d_cap
         asm("bar.sync 11, 256;", 4)
@@ -117,12 +116,13 @@ def _step(
         dp = warpgroup_mma(memory.v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
         delta = rows.slice(64, 64).load(ROW)
         dp = warpgroup_mma_wait(0, deps=(dp,))
-        dp = in_order_of_registers(dp - delta[None, :])
+        RUN: gl.constexpr = in_order_of_registers(dp).type.layout
         asm("bar.sync 8, 256;", 4)
-        ds = dp * memory.exchanged.load(dp.type.layout)
         # As `rows.convert` reads it.
-        ds = ds.reshape([2] * 12).permute((3, 4, 10, 5, 6, 7, 0, 1, 2, 8, 9, 11)).reshape([64, 64])
-        ds = gl.convert_layout(ds, S).to(DTYPE)
+        p = memory.exchanged.load(RUN).reshape([2] * 12)
+        p = p.permute((3, 4, 10, 5, 6, 7, 0, 1, 2, 8, 9, 11)).reshape([64, 64])
+        p = gl.convert_layout(p, S)
+        ds = score_gradient(p, dp, delta[None, :], scores, SETUP).to(DTYPE)
         asm("bar.sync 13, 256;", 4)
         memory.ds.store(ds)
         dv_async = warpgroup_mma(memory.p, do_half, dv, is_async=True)
@@ -159,12 +159,11 @@ def _consumer(
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     DK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 16])
     DV_: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV // 2, 16])
-    TAIL: gl.constexpr = SETUP.LEFT or SETUP.MASK == INTERVALS
     place = place_of(sizes, SETUP)
     dk = gl.zeros((64, D // 2), gl.float32, DK)
     dv = gl.zeros((64, DV // 2), gl.float32, DV_)
     col = place.tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
-    seen_from, seen_until = seen_rows(place, col, sizes, SETUP)
+    keys = keys_of(place, col, sizes, SETUP)
     # P and dS may be written.
     if HALF == 1:
         asm("bar.arrive 11, 256;", 4)
@@ -173,31 +172,31 @@ def _consumer(
     mbarrier.wait(bars.k_full, 0)
     mbarrier.wait(bars.v_full, 0)
     for member in range(sizes.heads.group):
-        slope = slope_of(place, member, sizes, scores, SETUP)
+        head = head_of(place, member, sizes, scores, SETUP)
         before = member * place.count
         # The consumer of dP knows no mask.
         if SETUP.MASKED and HALF == 0:
             for step in range(0, place.before):
                 dk, dv = _step(
-                    HALF, True, SETUP, before + step, place.start + step * place.step, col,
-                    seen_from, seen_until, slope, sizes, scores, memory, bars, dk, dv,
+                    HALF, True, SETUP, before + step, place.start + step * place.step, keys, head,
+                    sizes, scores, memory, bars, dk, dv,
                 )  # fmt: skip
             for step in range(place.before, place.before + place.whole):
                 dk, dv = _step(
-                    HALF, False, SETUP, before + step, place.start + step * place.step, col,
-                    seen_from, seen_until, slope, sizes, scores, memory, bars, dk, dv,
+                    HALF, False, SETUP, before + step, place.start + step * place.step, keys, head,
+                    sizes, scores, memory, bars, dk, dv,
                 )  # fmt: skip
-            if TAIL:
+            if SETUP.TAIL:
                 for step in range(place.before + place.whole, place.count):
                     dk, dv = _step(
-                        HALF, True, SETUP, before + step, place.start + step * place.step, col,
-                        seen_from, seen_until, slope, sizes, scores, memory, bars, dk, dv,
+                        HALF, True, SETUP, before + step, place.start + step * place.step,
+                        keys, head, sizes, scores, memory, bars, dk, dv,
                     )  # fmt: skip
         else:
             for step in range(0, place.count):
                 dk, dv = _step(
-                    HALF, False, SETUP, before + step, place.start + step * place.step, col,
-                    seen_from, seen_until, slope, sizes, scores, memory, bars, dk, dv,
+                    HALF, False, SETUP, before + step, place.start + step * place.step, keys, head,
+                    sizes, scores, memory, bars, dk, dv,
                 )  # fmt: skip
     if SETUP.RESCUE:
         marked = gl.max((dv != dv).to(gl.int32), 1)
@@ -234,7 +233,7 @@ def _consumer(
 )  # fmt: skip
 def wide_kernel(
     q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc,
-    of_keys: Intervals, order_ptr, slopes: PerHead, counter_ptr, marked_ptr,
+    of_keys: Intervals, order_ptr, slopes: PerHead, dropout: Dropout, counter_ptr, marked_ptr,
     heads: Heads, query_length, key_length, offset, left, right, interval_stride_b,
     key_heads, together, turned, scale, softcap,
     SETUP: gl.constexpr,
@@ -273,7 +272,7 @@ def wide_kernel(
         heads, key_heads, together, turned, query_length, key_length, offset, left, right,
         of_keys, order_ptr, interval_stride_b,
     )  # fmt: skip
-    scores = Scores(scale, softcap, slopes)
+    scores = Scores(scale, softcap, slopes, dropout)
     pointers = Pointers(counter_ptr, marked_ptr)
     # Written out each: a sum of tuples forgets names, one given a name forgets constants.
     gl.warp_specialize(
