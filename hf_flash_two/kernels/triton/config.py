@@ -319,11 +319,13 @@ def tma_tiles(tensor: Tensor, params: AttentionParams, rows: int, columns: int) 
 
 def tma_fits(tensor: Tensor) -> bool:
     """Whether the strides of a [B, H, T, D] tensor, the last of them 1, are those of TMA."""
-    size = tensor.element_size()
-    axes = zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
-    return tensor.data_ptr() % 16 == 0 and all(
-        length <= 1 or (stride != 0 and stride * size % 16 == 0) for length, stride in axes
-    )
+    if tensor.data_ptr() % 16:
+        return False
+    step, shape = 16 // tensor.element_size(), tensor.shape
+    for axis, stride in enumerate(tensor.stride()[:3]):
+        if (stride == 0 or stride % step) and shape[axis] > 1:
+            return False
+    return True
 
 
 def tma_of(tensor: Tensor, rows: int, columns: int, layout: Any = None) -> Tma:
