@@ -9,7 +9,8 @@ Everything runs in turn within a row, so a ratio holds when the clock drifts; ti
 FlashAttention-3 and -4 and cuDNN are timed where they can be imported and know the mask; of padded
 and packed rows FlashAttention-3 and -4 get the documents alone, without the padding. Each result is
 compared with ours before it is timed. "ordered" backward passes give the same bits every time, as
-ours always do; FLOP/s count 4 * B * H * D per visible pair forward, 2.5 times that backward.
+ours do but for "flash_two-free"; FLOP/s count 4 * B * H * D per visible pair forward, 2.5 times
+that backward.
 
 ``--fa3 DIR`` loads FlashAttention-3 from DIR/_C.so, as its wheels and xformers' contain it, with
 DIR/libcudart.so.12 if that is there. The last line of the output is the table as JSON.
@@ -35,7 +36,7 @@ from benchmark import failure
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hf_flash_two import AttentionMask, flash_attention
+from hf_flash_two import AttentionMask, flash_attention, op
 from hf_flash_two.testing import kernel_calls
 
 TOKENS = 16384
@@ -137,6 +138,28 @@ class Ours:
 
     def backward(self) -> tuple[Tensor, ...]:
         return torch.autograd.grad(self._out, self._leaves, self._d_out, retain_graph=True)
+
+
+class FreeOrder(Ours):
+    """Our backward with dQ summed in whatever order its parts arrive."""
+
+    def __init__(self, row: Row, tensors: list[Tensor]) -> None:
+        super().__init__(row, tensors, "hopper")
+        self._calls: list[tuple] = []
+        op.observers.append(lambda *call: self._calls.append(call))
+        try:
+            self._out, self._lse = flash_attention(
+                *self._leaves, mask=self._mask, kernel="hopper", return_lse=True
+            )
+        finally:
+            op.observers.pop()
+
+    def backward(self) -> tuple[Tensor, ...]:
+        from hf_flash_two.kernels.hopper.backward import backward
+
+        params = self._calls[0][-1]
+        inputs = (x.detach() for x in (*self._leaves, self._out, self._lse))
+        return backward(self._d_out, None, *inputs, params, False, ordered=False)[:3]
 
 
 class Sdpa(Ours):
@@ -243,6 +266,7 @@ def implementations(row: Row, with_fa3: bool) -> dict[str, Callable[[list[Tensor
     found: dict[str, Callable[[list[Tensor]], Ours]] = {
         "flash_two": lambda tensors: Ours(row, tensors, "auto"),
         "flash_two-triton": lambda tensors: Ours(row, tensors, "triton"),
+        "flash_two-free": lambda tensors: FreeOrder(row, tensors),
     }
     if row.workload in ("full", "causal"):
         for name, backend in (("cudnn", "CUDNN_ATTENTION"), ("flash", "FLASH_ATTENTION")):
@@ -276,7 +300,7 @@ def measure(row: Row, repeats: int, with_fa3: bool) -> list[dict]:
         except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
             made.pop(name, None)
             results += [_result(row, mode, name) | {"failed": failure(error)} for mode in MODES]
-            if name.startswith("flash_two"):
+            if name == "flash_two":
                 raise
             continue
         if isinstance(it, FlashAttention):
@@ -288,7 +312,7 @@ def measure(row: Row, repeats: int, with_fa3: bool) -> list[dict]:
             result = _result(row, mode, name)
             if mode in by:
                 result["kernel"] = by[mode]
-            if not (name.endswith("-ordered") and mode == "forward"):
+            if mode == "backward" or not name.endswith(("-ordered", "-free")):
                 results.append(result | {"peak_mib": benchmark._cuda_peak(getattr(it, mode))})
     for mode in MODES:
         timed = [r for r in results if r["mode"] == mode and "failed" not in r]

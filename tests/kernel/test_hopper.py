@@ -44,8 +44,7 @@ pytestmark = [
 
 HALF = (torch.bfloat16, torch.float16)
 DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
-BY_HOPPER = {"forward": set(DIMS), "backward": {(64, 64), (96, 96), (128, 128)}}
-"""The head dims that are computed here and not by the portable kernels."""
+BY_HOPPER = {"forward": "hopper", "backward": "hopper"}
 HEADS = {"mha": (4, 4), "gqa": (6, 2), "mqa": (5, 1)}
 LENGTHS = ((513, 513), (128, 128), (300, 1111), (700, 260))
 WITHOUT_DENSE = [make for make in MASKS if make not in (dense, dense_and_window)]
@@ -57,12 +56,6 @@ def ran() -> Iterator[Callable[[], dict[str, str]]]:
     """Which kernel computed the last forward and the last backward."""
     with kernel_calls(backward=True) as calls:
         yield lambda: {call.direction: call.kernel for call in calls}
-
-
-def by_hopper(dims: tuple[int, int]) -> dict[str, str]:
-    return {
-        direction: "hopper" if dims in known else "triton" for direction, known in BY_HOPPER.items()
-    }
 
 
 def drawn(query_length: int, key_length: int, dims: tuple[int, int] = (128, 128), **given):
@@ -97,15 +90,14 @@ def test_masks_within_the_budget_of_the_dense_formula(
     mask, visible = make(*lengths)
     tensors = drawn(*lengths, dims, heads=HEADS[heads], dtype=dtype)
     check("auto", *tensors, mask=mask.to("cuda"), visible=visible)
-    assert ran() == by_hopper(dims)
+    assert ran() == BY_HOPPER
 
 
 @pytest.mark.parametrize("head_dim", [8, 40, 72, 80, 112, 160, 200, 248])
 def test_other_head_dims_are_padded(ran: Callable, head_dim: int) -> None:
     mask, visible = causal(300, 300)
     check("auto", *drawn(300, 300, (head_dim, head_dim)), mask=mask, visible=visible)
-    assert ran()["forward"] == "hopper"
-    assert ran()["backward"] == ("hopper" if head_dim <= 128 else "triton")
+    assert ran() == BY_HOPPER
 
 
 def terms(heads: int, query_length: int, key_length: int) -> dict[str, dict]:
@@ -226,7 +218,7 @@ def test_rows_that_see_nothing(ran: Callable, dims: tuple[int, int]) -> None:
         x[0] = 1
     for grad in torch.autograd.grad((out, lse), leaves, upstream):
         assert grad[0].any() and not grad[1].any()
-    assert ran() == by_hopper(dims)
+    assert ran() == BY_HOPPER
 
 
 @pytest.mark.parametrize("dims", DIMS, ids=str)

@@ -1,4 +1,4 @@
-"""Where the Hopper kernels run, by GPU and by version of Triton; needs neither."""
+"""Where the Hopper kernels run, by GPU and by version of Triton, and what; needs no GPU."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+pytest.importorskip("triton", reason="what they compute depends on Triton's tiles")
+
+from compiling import params
 from helpers import inputs
 
-from hf_flash_two import flash_attention
-from hf_flash_two.kernels import hopper
+from hf_flash_two import AttentionMask, flash_attention
+from hf_flash_two.kernels import hopper, select
 from hf_flash_two.kernels.hopper.versions import unfit
 
 GPU = torch.device("cuda", 0)
@@ -86,3 +90,82 @@ def test_a_newer_version_is_tried_by_name_only(asked: Callable) -> None:
 def test_versions_are_compared_as_numbers() -> None:
     assert unfit("3.10.0+gitab12", by_name=False) and not unfit("3.9.10", by_name=False)
     assert unfit("2.99", by_name=False) and not unfit("3.6.0rc1", by_name=False)
+
+
+# What they compute, of calls on such a GPU
+
+
+def call(
+    lengths: tuple[int, int] = (300, 300),
+    dims: tuple[int, int] = (128, 128),
+    dtype: torch.dtype = torch.bfloat16,
+    **changes,
+) -> tuple:
+    query, key, value = inputs(*lengths, head_dim=dims[0], value_dim=dims[1], dtype=dtype)
+    mask = changes.pop("mask", AttentionMask.causal())
+    return query, key, value, params(mask, lengths[1], **changes)
+
+
+@pytest.fixture
+def declined(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str | None, str | None]]:
+    """Why the forward and the backward of a call are declined where the GPU is a Hopper."""
+    monkeypatch.setattr(hopper, "_device_declines", lambda device, by_name: None)
+    questions = (hopper.declines, hopper.declines_backward)
+    return lambda given: tuple(ask(*given, by_name=False) for ask in questions)
+
+
+COMPUTED = {
+    **{f"D{d}-{d_v}": {"dims": (d, d_v)} for d, d_v in (
+        (64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (80, 80), (8, 40),
+    )},
+    "float16": {"dtype": torch.float16},
+    "full": {"mask": AttentionMask.full()},
+    "window": {"mask": AttentionMask.causal(window=7)},
+    "padded": {"mask": AttentionMask.from_padding(torch.ones(2, 300))},
+    "softcap": {"softcap": 30.0},
+    "sinks": {"sinks": torch.zeros(1, 6)},
+    "alibi": {"alibi_slopes": torch.zeros(1, 6)},
+    "dropout": {"seed": torch.zeros(1, dtype=torch.int64), "dropout_p": 0.1},
+    "cache": {"lengths": (100, 900)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", COMPUTED.values(), ids=COMPUTED)
+def test_what_they_compute(declined: Callable, given: dict) -> None:
+    """Declining is silent under "auto": that they still compute this is to be seen here."""
+    assert declined(call(**given)) == (None, None)
+
+
+DECLINED = {
+    "float32": ({"dtype": torch.float32}, "bfloat16 and float16, not torch.float32"),
+    "dense": ({"mask": AttentionMask.from_dense(torch.ones(300, 300).bool())}, "no dense masks"),
+    "bias": ({"bias": torch.zeros(1, 1, 300, 300)}, "no bias"),
+    "wide": ({"dims": (320, 320)}, "head dims up to 256"),
+    "odd": ({"dims": (60, 60)}, "rows of whole 16 bytes"),
+    "no keys": ({"lengths": (300, 0)}, "nothing to compute"),
+}
+
+
+@pytest.mark.parametrize(("given", "reason"), DECLINED.values(), ids=DECLINED)
+def test_what_they_decline(declined: Callable, given: dict, reason: str) -> None:
+    for found in declined(call(**given)):
+        assert found is not None and reason in found
+
+
+def test_few_queries_are_left_to_decoding(declined: Callable) -> None:
+    for rows in (1, 4):
+        assert "few queries" in declined(call(lengths=(rows, 900)))[0]
+
+
+def test_limits_on_tiles_are_left_to_the_portable_kernels(declined: Callable) -> None:
+    for name in ("block_q", "block_k"):
+        assert "cannot be limited" in declined(call(**{name: 32}))[0]
+
+
+def test_by_name_the_reason_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "_device_declines", lambda device, by_name: None)
+    query, key, value, given = call(bias=torch.zeros(1, 1, 300, 300))
+    for backward in (False, True):
+        with pytest.raises(ValueError, match="'hopper' cannot run, it has no bias; use 'auto'"):
+            select("hopper", query, key, value, given, backward)
+        assert select("auto", query, key, value, given, backward).name != "hopper"

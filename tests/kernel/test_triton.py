@@ -305,10 +305,11 @@ def test_a_known_launch_skips_the_jit_unless_a_profiler_watches(
     assert calls == ["jit", known, *["jit"] * 3]
 
 
-def test_descriptors_are_remembered_and_keep_no_tensor_alive() -> None:
+@pytest.mark.parametrize("layout", [None, "that of a kernel in Gluon"])
+def test_descriptors_are_remembered_and_keep_no_tensor_alive(layout: str | None) -> None:
     """What a direct launch is given in place of a tensor that TMA copies."""
     calls = []
-    tma = args.Tma((2, 3, 64, 32), (6144, 2048, 32, 1), (1, 1, 16, 32))
+    tma = args.Tma((2, 3, 64, 32), (6144, 2048, 32, 1), (1, 1, 16, 32), layout)
     x = torch.zeros(2, 3, 64, 32, dtype=torch.float16)
     template = {"x": tma, "y": args.Tma()}
     run = launch._caller(

@@ -64,7 +64,9 @@ def backward(
         marked_rows = marked_keys = turns = None
         if plan.tiles.setup.RESCUE:
             marked_rows = query.new_empty(query.shape[:3], dtype=torch.int8)
-            marked_keys = key.new_zeros(key.shape[:3], dtype=torch.int8)
+            # Two consumers mark each key of a wide head.
+            empty = key.new_zeros if plan.tiles.block_d > 128 else key.new_empty
+            marked_keys = empty(key.shape[:3], dtype=torch.int8)
         if ordered:
             turns = rows.order(params, query.shape[2], key.shape[2], plan.tiles.setup)
         plan.gradients_of(

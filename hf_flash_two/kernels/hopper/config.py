@@ -181,6 +181,8 @@ def backward_declines(
         return "it reads no dense masks"
     if params.bias is not None:
         return "it has no bias"
+    if params.block_q is not None or params.block_k is not None:
+        return "its tiles cannot be limited"
     if not (query.numel() and key.numel()):
         return "there is nothing to compute"
     return None

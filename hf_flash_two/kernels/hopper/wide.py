@@ -118,6 +118,8 @@ def _step(
         dp = warpgroup_mma_wait(0, deps=(dp,))
         RUN: gl.constexpr = in_order_of_registers(dp).type.layout
         asm("bar.sync 8, 256;", 4)
+        if SETUP.DV_FIRST:
+            dv_async = warpgroup_mma(memory.p, do_half, dv, is_async=True)
         # As `rows.convert` reads it.
         p = memory.exchanged.load(RUN).reshape([2] * 12)
         p = p.permute((3, 4, 10, 5, 6, 7, 0, 1, 2, 8, 9, 11)).reshape([64, 64])
@@ -125,7 +127,8 @@ def _step(
         ds = score_gradient(p, dp, delta[None, :], scores, SETUP).to(DTYPE)
         asm("bar.sync 13, 256;", 4)
         memory.ds.store(ds)
-        dv_async = warpgroup_mma(memory.p, do_half, dv, is_async=True)
+        if not SETUP.DV_FIRST:
+            dv_async = warpgroup_mma(memory.p, do_half, dv, is_async=True)
         fence_async_shared()
         asm("bar.sync 9, 256;", 4)
     ds_rows = memory.ds.permute((1, 0))
