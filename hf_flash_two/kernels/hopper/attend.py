@@ -31,6 +31,7 @@ from hf_flash_two.kernels.hopper.gluon import (
     reinterpret,
     tma_load,
     tma_store,
+    tma_store_done,
     tma_store_read,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -690,8 +691,9 @@ def _consumer(
         number += 1
         mbarrier.wait(message_full.index(number % _MESSAGES), number // _MESSAGES & 1)
         total = _field(_message(message_s, number), 0)
-    tma_store_read(0)
     if FLAGS.RESCUE:
+        # In global memory, lest they overtake what is computed again.
+        tma_store_done(0, 4)
         if any_of(spoiled, _again_number(FLAGS), THREADS, 4):
             _compute_again(
                 number,
@@ -701,6 +703,8 @@ def _consumer(
                 scale, softcap, threshold, keep_scale, heads,
                 query_length, key_length, offset, left, right, FLAGS, W,
             )  # fmt: skip
+    else:
+        tma_store_read(0)
 
 
 @jit
