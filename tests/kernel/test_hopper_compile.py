@@ -179,18 +179,19 @@ MASKS = {
     "padded": lambda: AttentionMask.causal() & AttentionMask.from_padding(torch.ones(1, LENGTH)),
 }
 LENGTH = 1024
-DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
-NEWEST = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (64, 128))
 MOST_SPILLED = {
-    "attend_kernel": (3500, 8500),
-    "gradients_kernel": (1800 if NEWEST else 1400, 7500),
-    "wide_kernel": (1100, 4500),
+    "attend_kernel": {"full": 400, "causal": 1800, "window": 1800, "padded": 2700},
+    "gradients_kernel": dict.fromkeys(("full", "causal", "window", "padded"), 1800),
+    "wide_kernel": dict.fromkeys(("full", "causal", "window", "padded"), 1100),
 }
-"""Bytes that all parts of a kernel spill, stores and loads together: plain, and with every term.
+"""Bytes that all parts of a kernel spill, stores and loads together; others spill nothing.
 
-What is spilled is mostly what a kernel knows outside of its loop. The assembler of Triton 3.9
-spills more than those before. Kernels that are not named spill nothing.
+What is spilled is mostly what a kernel knows outside of its loop, and what it computes again where
+a result holds NaN. The assembler of Triton 3.9 spills more than those before.
 """
+WITH_TERMS = 12000
+"""The same with a softcap, slopes and sinks at once."""
 
 
 def cases() -> list:
@@ -244,4 +245,5 @@ def test_it_fits(
         assert compiled.metadata.shared <= SHARED_MEMORY, name
         # Registers of all parts come out of the 64 Ki of a processor.
         assert used.registers <= 168, name
-        assert used.spilled <= MOST_SPILLED.get(name, (0, 0))[bool(terms)], name
+        most = MOST_SPILLED.get(name, {}).get(mask, 0)
+        assert used.spilled <= (WITH_TERMS if terms and most else most), name
