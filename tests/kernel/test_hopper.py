@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from helpers import BATCH, check, dtype_id, inputs, padded
+from helpers import BATCH, check, inputs, padded
 from machine import HOPPER
 from mask_cases import (
     MASKS,
@@ -45,7 +45,7 @@ pytestmark = [
 HALF = (torch.bfloat16, torch.float16)
 DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
 BY_HOPPER = {"forward": "hopper", "backward": "hopper"}
-HEADS = {"mha": (4, 4), "gqa": (6, 2), "mqa": (5, 1)}
+HEADS = ((6, 2), (5, 1))
 LENGTHS = ((513, 513), (128, 128), (300, 1111), (700, 260))
 WITHOUT_DENSE = [make for make in MASKS if make not in (dense, dense_and_window)]
 SOME = [full, causal, two_sided_window, padded, packed]
@@ -66,34 +66,68 @@ def drawn(query_length: int, key_length: int, dims: tuple[int, int] = (128, 128)
 
 
 def matrix() -> list:
-    """Masks x lengths x head dims, the heads and dtypes taking turns; a part of it each time."""
-    heads, dtypes = itertools.cycle(HEADS), itertools.cycle(HALF)
+    """Masks x lengths x head dims, the heads taking turns."""
+    heads = itertools.cycle(HEADS)
     return [
         pytest.param(
-            make, lengths, dims, next(heads), next(dtypes),
+            make, lengths, dims, next(heads),
             id=f"{make.__name__}-{lengths[0]}x{lengths[1]}-D{dims[0]}",
         )
         for make, lengths, dims in itertools.product(WITHOUT_DENSE, LENGTHS, DIMS)
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("make", "lengths", "dims", "heads", "dtype"), matrix())
+@pytest.mark.parametrize(("make", "lengths", "dims", "heads"), matrix())
 def test_masks_within_the_budget_of_the_dense_formula(
     ran: Callable,
     make: Callable,
     lengths: tuple[int, int],
     dims: tuple[int, int],
-    heads: str,
-    dtype: torch.dtype,
+    heads: tuple[int, int],
 ) -> None:
     """Odd lengths, rows that see nothing, more queries than keys and fewer; every gradient."""
     mask, visible = make(*lengths)
-    tensors = drawn(*lengths, dims, heads=HEADS[heads], dtype=dtype)
-    check("auto", *tensors, mask=mask.to("cuda"), visible=visible)
+    check("auto", *drawn(*lengths, dims, heads=heads), mask=mask.to("cuda"), visible=visible)
     assert ran() == BY_HOPPER
 
 
-@pytest.mark.parametrize("head_dim", [8, 40, 72, 80, 112, 160, 200, 248])
+def often(cases: list[tuple], *chosen: tuple) -> list:
+    """The cases as parameters, all but those chosen in the sweep."""
+    return [
+        pytest.param(*case, marks=() if case in chosen else pytest.mark.sweep) for case in cases
+    ]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "make", "dims"),
+    often(
+        list(itertools.product(HALF, ((4, 4), (8, 2), (16, 1)), (causal, padded), DIMS)),
+        (torch.float16, (4, 4), causal, (64, 64)),
+        (torch.float16, (8, 2), padded, (128, 128)),
+        (torch.bfloat16, (4, 4), causal, (128, 128)),
+        (torch.bfloat16, (8, 2), causal, (128, 128)),
+        (torch.bfloat16, (8, 2), padded, (64, 64)),
+    ),
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
+def test_dtypes_and_groups(
+    ran: Callable,
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    make: Callable,
+    dims: tuple[int, int],
+) -> None:
+    """Where that makes fewer tiles, several heads of a group share one."""
+    for lengths in ((513, 513), (100, 900)):
+        mask, visible = make(*lengths)
+        tensors = drawn(*lengths, dims, heads=heads, dtype=dtype)
+        check("auto", *tensors, mask=mask.to("cuda"), visible=visible)
+        assert ran() == BY_HOPPER
+
+
+@pytest.mark.parametrize(
+    "head_dim", often([(n,) for n in (8, 40, 72, 80, 112, 160, 200, 248)], (80,), (200,))
+)
 def test_other_head_dims_are_padded(ran: Callable, head_dim: int) -> None:
     mask, visible = causal(300, 300)
     check("auto", *drawn(300, 300, (head_dim, head_dim)), mask=mask, visible=visible)
@@ -122,17 +156,16 @@ def terms(heads: int, query_length: int, key_length: int) -> dict[str, dict]:
     }
 
 
-def with_terms() -> list:
-    """Each term with each kind of mask at one head dim, and all of them at all head dims."""
-    every = itertools.product(terms(1, 1, 1), (full, causal, padded, window), DIMS)
-    return [
-        pytest.param(*case, id=f"{case[0]}-{case[1].__name__}-D{case[2][0]}")
-        for case in every
-        if case[2] == (128, 128) or case[0] in ("all", "sinks") and case[1] in (causal, padded)
-    ]
-
-
-@pytest.mark.parametrize(("term", "make", "dims"), with_terms())
+@pytest.mark.parametrize(
+    ("term", "make", "dims"),
+    often(
+        list(itertools.product(terms(1, 1, 1), (full, causal, padded, window), DIMS)),
+        ("all", causal, (64, 64)), ("all", padded, (128, 128)), ("all", causal, (256, 256)),
+        ("sinks", causal, (128, 128)), ("alibi", padded, (64, 64)), ("zero", causal, (128, 128)),
+        ("negative", causal, (128, 128)), ("dropout", padded, (128, 128)),
+    ),
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)  # fmt: skip
 def test_terms(term: str, make: Callable, dims: tuple[int, int]) -> None:
     length = 333
     mask, visible = make(length, length)
@@ -154,7 +187,7 @@ def test_dropped_are_the_pairs_that_the_other_kernels_drop() -> None:
     torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("dims", DIMS, ids=str)
+@pytest.mark.parametrize("dims", DIMS[:3], ids=str)
 @pytest.mark.parametrize("wanted", ["out", "lse", "both"])
 def test_gradients_of_out_and_of_lse(dims: tuple[int, int], wanted: str) -> None:
     mask, visible = causal(200, 300)
@@ -179,8 +212,14 @@ STRIDES = {
 }
 
 
-@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128)], ids=str)
-@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize(
+    ("stride", "dims"),
+    often(
+        list(itertools.product(STRIDES, ((64, 64), (128, 128), (192, 128)))),
+        *((stride, (128, 128)) for stride in STRIDES),
+    ),
+    ids=str,
+)
 def test_strides(stride: str, dims: tuple[int, int]) -> None:
     """Of the inputs and of what arrives from above."""
     make, (head_dim, value_dim) = STRIDES[stride], dims
@@ -243,8 +282,8 @@ def test_repeats_bit_for_bit(make: Callable, dims: tuple[int, int]) -> None:
     """Thirty times, with the GPU busy in another order each time."""
     length = 777
     mask = make(length, length)[0].to("cuda")
-    tensors = drawn(length, length, dims, heads=(8, 4))
-    upstream = torch.randn(BATCH, 8, length, dims[1], device="cuda").bfloat16()
+    tensors = drawn(length, length, dims, heads=(6, 2))
+    upstream = torch.randn(BATCH, 6, length, dims[1], device="cuda").bfloat16()
 
     def run() -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in tensors]
@@ -260,13 +299,19 @@ def test_repeats_bit_for_bit(make: Callable, dims: tuple[int, int]) -> None:
             assert torch.equal(again, before)
 
 
-@pytest.mark.parametrize("dims", DIMS, ids=str)
-@pytest.mark.parametrize("make", SOME, ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    ("make", "dims"),
+    often(
+        list(itertools.product(SOME, DIMS)), (causal, (64, 64)), (packed, (128, 128)),
+        (causal, (128, 128)), (full, (256, 256)),
+    ),
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)  # fmt: skip
 def test_many_tiles(make: Callable, dims: tuple[int, int]) -> None:
     """More tiles than processors, so that a processor computes several, one after another."""
     mask, _ = make(4000, 4000)
-    tensors = drawn(4000, 4000, dims, heads=(16, 8))
-    upstream = torch.randn(BATCH, 16, 4000, dims[1], device="cuda").bfloat16()
+    tensors = drawn(4000, 4000, dims, heads=(12, 4))
+    upstream = torch.randn(BATCH, 12, 4000, dims[1], device="cuda").bfloat16()
     found = []
     for kernel in ("auto", "triton"):
         leaves = [x.detach().requires_grad_() for x in tensors]
@@ -337,12 +382,12 @@ def test_cuda_graph(make: Callable) -> None:
 class Hidden:
     """One call with a mask, to be repeated with some of its numbers replaced."""
 
-    def __init__(self, make: Callable, dims: tuple[int, int], dtype: torch.dtype) -> None:
+    def __init__(self, make: Callable, dims: tuple[int, int]) -> None:
         length = 300
         self.mask = make(length, length)[0].to("cuda")
         self.visible = self.mask.to_dense(length, length, "cuda")[:, 0].expand(BATCH, -1, -1)
-        query, key, value = drawn(length, length, dims, heads=(2, 1), dtype=dtype)
-        d_out = torch.randn(BATCH, 2, length, dims[1], dtype=dtype).to("cuda")
+        query, key, value = drawn(length, length, dims, heads=(3, 1))
+        d_out = torch.randn(BATCH, 3, length, dims[1]).to("cuda", torch.bfloat16)
         self.tensors = {"query": query, "key": key, "value": value, "d_out": d_out}
 
     def run(self, change: Callable[[dict[str, Tensor]], None]) -> dict[str, Tensor]:
@@ -359,35 +404,52 @@ class Hidden:
 HIDING = [causal, window, two_sided_window, padded, holed, packed, prefix, blocks, tree, chunk]
 
 
+def assert_unmoved(name: str, got: Tensor, clean: Tensor, apart: Tensor) -> None:
+    """Where ``apart``, results are finite and what they were; a tile that is computed again is
+    rounded in another order.
+
+    Args:
+        apart: bool [B, T].
+    """
+    where = apart[:, None].expand(got.shape[:3])
+    got, clean = got[where].float(), clean[where].float()
+    assert torch.equal(got == -math.inf, clean == -math.inf), name
+    got, clean = (x.masked_fill(x == -math.inf, 0) for x in (got, clean))
+    assert got.isfinite().all(), f"{name}: {(~got.isfinite()).sum()} of {got.numel()} not finite"
+    assert (got - clean).abs().max() <= 2e-2 * clean.abs().max(), name
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("make", HIDING, ids=lambda make: make.__name__)
 def test_who_is_seen_by_nobody_does_not_matter(
     make: Callable, dims: tuple[int, int], poison: float
 ) -> None:
-    """Padding keys and rows that see nothing: bit for bit what finite numbers give there."""
-    call = Hidden(make, dims, torch.bfloat16)
+    """Padding keys and rows that see nothing may hold anything."""
+    call = Hidden(make, dims)
+    keys_seen, rows_see = call.visible.any(1), call.visible.any(2)
 
     def change(tensors: dict[str, Tensor]) -> None:
-        for names, axis in ((("key", "value"), 1), (("query", "d_out"), 2)):
-            alone = ~call.visible.any(axis)
+        for names, used in ((("key", "value"), keys_seen), (("query", "d_out"), rows_see)):
             for each in names:
-                tensors[each].masked_fill_(alone[:, None, :, None], poison)
+                tensors[each].masked_fill_(~used[:, None, :, None], poison)
 
     clean, found = call.run(lambda tensors: None), call.run(change)
+    everywhere = torch.ones_like(rows_see)
     for what, tensor in found.items():
-        assert torch.equal(tensor, clean[what]), what
+        assert_unmoved(what, tensor, clean[what], everywhere)
+    for what, used in (("d_key", keys_seen), ("d_value", keys_seen), ("d_query", rows_see)):
+        assert not found[what].masked_fill(used[:, None, :, None], 0).any(), what
 
 
 @pytest.mark.parametrize("what", ["key", "value", "row"])
-@pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
 @pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("make", [causal, window, padded, packed], ids=lambda make: make.__name__)
 def test_what_is_not_finite_reaches_only_who_sees_it(
-    make: Callable, dims: tuple[int, int], dtype: torch.dtype, what: str
+    make: Callable, dims: tuple[int, int], what: str
 ) -> None:
-    """One key, one value or one row: all others that do not meet it stay bit for bit the same."""
-    call = Hidden(make, dims, dtype)
+    """One key, one value or one row: what does not meet it stays as it was, what does is NaN."""
+    call = Hidden(make, dims)
     visible, key, row = call.visible, 130, 140
     rows = visible[..., key] if what != "row" else torch.zeros_like(visible[..., 0])
     if what == "row":
@@ -409,16 +471,14 @@ def test_what_is_not_finite_reaches_only_who_sees_it(
         (("out", "lse", "d_query"), ~rows), (("d_key", "d_value"), ~keys),
     ):  # fmt: skip
         for each in names:
-            same = found[each].eq(clean[each]) | ~apart.reshape(
-                BATCH, 1, -1, *[1] * (found[each].dim() - 3)
-            )
-            assert same.all(), each
+            assert_unmoved(each, found[each], clean[each], apart)
     if what == "value":
-        seen = rows[:, None].expand(-1, 2, -1)
+        seen = rows[:, None].expand(-1, 3, -1)
         assert torch.equal(found["out"][..., 3].isnan(), seen)
         assert torch.equal(~found["out"][..., 5].isfinite(), seen)
         others = [column for column in range(dims[1]) if column not in (3, 5)]
-        assert torch.equal(found["out"][..., others], clean["out"][..., others])
+        everywhere = torch.ones_like(rows)
+        assert_unmoved("out", found["out"][..., others], clean["out"][..., others], everywhere)
 
 
 @pytest.mark.parametrize("dims", DIMS, ids=str)

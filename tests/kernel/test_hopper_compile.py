@@ -18,10 +18,14 @@ import torch
 
 triton = pytest.importorskip("triton", reason="the Hopper kernels need Triton")
 
-from compiling import compile_launch  # noqa: E402
+from compiling import compile_launch, params  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 
+from hf_flash_two import AttentionMask  # noqa: E402
+from hf_flash_two.kernels import hopper  # noqa: E402
+from hf_flash_two.kernels.hopper import backward, forward  # noqa: E402
+from hf_flash_two.kernels.hopper import config as hopper_config  # noqa: E402
 from hf_flash_two.kernels.hopper.gluon import (  # noqa: E402
     allocate_barriers,
     barrier,
@@ -39,6 +43,7 @@ from hf_flash_two.kernels.hopper.gluon import (  # noqa: E402
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from hf_flash_two.kernels.triton import config, launch  # noqa: E402
 from hf_flash_two.kernels.triton.args import Tma  # noqa: E402
 from hf_flash_two.kernels.triton.config import Tiles, tma_of  # noqa: E402
 from hf_flash_two.kernels.triton.launch import Launch  # noqa: E402
@@ -165,3 +170,78 @@ ptxas info    : Used 168 registers, used 1 barriers, 16 bytes cumulative stack s
 """
     assert resources(report) == (168, 20, True)
     assert resources(report.replace("serialized", "fine").replace("12 b", "0 b")) == (168, 8, False)
+
+
+MASKS = {
+    "full": AttentionMask.full,
+    "causal": AttentionMask.causal,
+    "window": lambda: AttentionMask.causal(window=300),
+    "padded": lambda: AttentionMask.causal() & AttentionMask.from_padding(torch.ones(1, LENGTH)),
+}
+LENGTH = 1024
+DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
+NEWEST = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+MOST_SPILLED = {
+    "attend_kernel": (3500, 8500),
+    "gradients_kernel": (1800 if NEWEST else 1400, 7500),
+    "wide_kernel": (1100, 4500),
+}
+"""Bytes that all parts of a kernel spill, stores and loads together: plain, and with every term.
+
+What is spilled is mostly what a kernel knows outside of its loop. The assembler of Triton 3.9
+spills more than those before. Kernels that are not named spill nothing.
+"""
+
+
+def cases() -> list:
+    """Every mask at every head dim, of which some are compiled each time."""
+    found = itertools.product(("forward", "backward"), DIMS, MASKS, ("", "terms"))
+    often = (((128, 128), "causal", ""), ((64, 64), "padded", ""), ((256, 256), "full", ""))
+    return [
+        pytest.param(
+            *case, id=f"{case[0]}-D{case[1][0]}-{case[2]}{case[3] and '-' + case[3]}",
+            marks=() if case[1:] in often else pytest.mark.sweep,
+        )
+        for case in found
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("direction", "dims", "mask", "terms"), cases())
+def test_it_fits(
+    monkeypatch: pytest.MonkeyPatch,
+    launches: list,
+    tmp_path: Path,
+    direction: str,
+    dims: tuple[int, int],
+    mask: str,
+    terms: str,
+) -> None:
+    """Registers, what is spilled, shared memory, and products that run beside each other."""
+    monkeypatch.setattr(config, "device_of", lambda index: config.Device(132, SHARED_MEMORY, True))
+    monkeypatch.setattr(launch, "plans", {})
+    query, key, value = (
+        torch.empty(1, heads, LENGTH, dim, dtype=torch.bfloat16)
+        for heads, dim in ((4, dims[0]), (2, dims[0]), (2, dims[1]))
+    )
+    out, lse = torch.empty(1, 4, LENGTH, dims[1], dtype=torch.bfloat16), torch.empty(1, 4, LENGTH)
+    given = {}
+    if terms:
+        given = dict(softcap=30.0, alibi_slopes=torch.empty(1, 4), sinks=torch.empty(1, 4))
+    described = params(MASKS[mask](), LENGTH, **given)
+    if direction == "forward":
+        assert hopper_config.forward_declines(query, key, value, described) is None
+        forward.forward(query, key, value, described)
+    else:
+        assert hopper_config.backward_declines(query, key, value, described) is None
+        backward.backward(out, None, query, key, value, out, lse, described, False)
+    ours = [call for call in launches if call[0].fn.__module__.startswith(hopper.__name__)]
+    assert ours
+    for kernel, args, options in ours:
+        name = kernel.fn.__name__
+        compiled = compile_launch(kernel, args, options, HOPPER)
+        used = assemble(compiled.asm["ptx"], tmp_path)
+        assert not used.serialised, name
+        assert compiled.metadata.shared <= SHARED_MEMORY, name
+        # Registers of all parts come out of the 64 Ki of a processor.
+        assert used.registers <= 168, name
+        assert used.spilled <= MOST_SPILLED.get(name, (0, 0))[bool(terms)], name

@@ -77,8 +77,10 @@ def forward_tiles(query: Tensor, key: Tensor, value: Tensor) -> Tiles:
     """Tiles of the forward; where that makes fewer of them, several heads of a group share one."""
     width, value_width = padded(query.shape[3]), padded(value.shape[3])
     if max(width, value_width) == 256:
-        # Beside 256 columns there is no room for an output of another size than the queries'.
+        # There is no room for an output of another size than the queries'.
         width, value_width = (256 if size == 192 else size for size in (width, value_width))
+    if width == 192:
+        value_width = 128 if value_width == 96 else value_width
     consumers, block_k, stages = _forward_row(width, value_width)
     block_q = ROWS * consumers
     heads, length = query.shape[1], query.shape[2]
@@ -110,6 +112,8 @@ class ForwardFlags(NamedTuple):
         STAGES: tiles of keys on their way at the same time, and of values.
         TURNS: consumers start their products one after the other.
         PACK_GQA: heads of a group that share a tile.
+        PERSISTENT: programs compute more than one tile of queries.
+        OWN_OUT: the output does not take the queries' place in shared memory.
         D_REST, V_REST: the second part of the head dims, see `parts`.
     """
 
@@ -127,13 +131,17 @@ class ForwardFlags(NamedTuple):
     STAGES: int
     TURNS: bool
     PACK_GQA: int
+    PERSISTENT: bool
+    OWN_OUT: bool
     D_REST: int
     V_REST: int
 
 
 def forward_flags(
-    query: Tensor, key: Tensor, params: AttentionParams, tiles: Tiles
+    query: Tensor, key: Tensor, params: AttentionParams, tiles: Tiles, persistent: bool
 ) -> ForwardFlags:
+    of_query, of_value = parts(tiles.block_d), parts(tiles.block_v)
+    fits = of_query[0] == of_value[0] and of_value[1] in (0, of_query[1])
     left, right = params.window_left is not None, params.window_right is not None
     start = params.query_start
     return ForwardFlags(
@@ -151,8 +159,10 @@ def forward_flags(
         STAGES=tiles.stages,
         TURNS=tiles.block_d <= 128,
         PACK_GQA=tiles.pack_gqa,
-        D_REST=parts(tiles.block_d)[1],
-        V_REST=parts(tiles.block_v)[1],
+        PERSISTENT=persistent,
+        OWN_OUT=max(tiles.block_d, tiles.block_v) <= 128 or not fits,
+        D_REST=of_query[1],
+        V_REST=of_value[1],
     )
 
 

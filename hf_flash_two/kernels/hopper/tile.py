@@ -26,7 +26,7 @@ from hf_flash_two.kernels.triton.tile import BAND, INTERVALS, NO_MASK
 
 __all__ = [
     "BAND", "INTERVALS", "NO_MASK", "any_of", "arrive", "exponent_factor", "keep_bits",
-    "modified", "nth_tile", "seen_tile", "sync", "tiles_of_rows",
+    "modified", "nth_tile", "seen_tile", "sync", "tiles_of_rows", "uniform",
 ]  # fmt: skip
 
 _LOG2E = gl.constexpr(LOG2E)
@@ -122,6 +122,14 @@ def nth_tile(n, masked, tile_start, full_start, full_stop):
         n >= masked,
         full_start + n - masked,
         gl.where(n < before, tile_start + n, full_stop + n - before),
+    )
+
+
+@jit
+def uniform(x):
+    """An integer that is the same in all threads of a warp, which ptxas now knows."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1
     )
 
 
