@@ -217,13 +217,13 @@ def backward_tiles(
     block_q, block_k = 128 if narrow else 64, 64 if wide else 128
     value_width = 128 if wide and value.shape[3] <= 128 else width
     masked = intervals or band_hides(query_length, key_length, params)
-    down = intervals or right
+    down = ordered and (intervals or right)
     grouped = query.shape[1] > key.shape[1]
     together = turned = 0
     if grouped or ordered and not down:
         together = 8
     if down and not intervals:
-        turned = 2**30 if grouped else 2 if key_length >= 64 * block_k else 0
+        turned = 2**30 if grouped else 0
     setup = Setup(
         MASK=(INTERVALS if intervals else BAND if left or right else NO_MASK).value,
         LEFT=left,
@@ -231,6 +231,8 @@ def backward_tiles(
         SOFTCAP=params.softcap > 0,
         PLAIN=params.plain and params.scale > 0,
         RESCUE=masked,
+        # At head dim 128 the loop then lacks registers: 439 TFLOP/s for 546.
+        CLEAR=masked and narrow,
         ALIBI=params.alibi_slopes is not None,
         DROPOUT=params.dropout_p > 0,
         MASKED=masked or key_length % block_k > 0,

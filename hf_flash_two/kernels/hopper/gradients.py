@@ -42,6 +42,8 @@ from hf_flash_two.kernels.hopper.parts import (
     Descriptors,
     Memory,
     arrive_at,
+    clear_keys,
+    clear_rows,
     gradient_scale,
     head_of,
     in_order_of_registers,
@@ -77,6 +79,15 @@ def _step(
     ds_tile, rows = memory.ds.index(stage), memory.rows.index(stage)
     no_scores = gl.zeros((64, BLOCK_Q), gl.float32, S)
     mbarrier.wait(bars.q_full.index(stage), phase)
+    if MASKED and SETUP.CLEAR:
+        if gl.max(rows.slice(0, BLOCK_Q).load(ROW), 0) == float("inf"):
+            HALF_Q: gl.constexpr = BLOCK_Q // 2
+            lse_half = rows.slice(HALF * HALF_Q, HALF_Q)
+            mbarrier.wait(bars.do_full.index(stage), phase)
+            clear_rows(q.slice(HALF * HALF_Q, HALF_Q, dim=0), lse_half)
+            clear_rows(do.slice(HALF * HALF_Q, HALF_Q, dim=0), lse_half)
+            fence_async_shared()
+            asm("bar.sync 8, 256;", 4)
     s_async = warpgroup_mma(k, q.permute((1, 0)), no_scores, use_acc=False, is_async=True)
     if not SETUP.LATE_LSE:
         lse = rows.slice(0, BLOCK_Q).load(ROW)
@@ -150,6 +161,12 @@ def _consumer(
     keys = keys_of(place, col, sizes, SETUP)
     mbarrier.wait(bars.k_full, 0)
     mbarrier.wait(bars.v_full, 0)
+    if SETUP.CLEAR:
+        first = place.tile * SETUP.BLOCK_K + HALF * 64
+        clear_keys(k, place, first, sizes, SETUP)
+        clear_keys(v, place, first, sizes, SETUP)
+        fence_async_shared()
+        asm("bar.sync 8, 256;", 4)
     for member in range(sizes.heads.group):
         head = head_of(place, member, sizes, scores, SETUP)
         before = member * place.count

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import triton
+
 from hf_flash_two.kernels.hopper.gluon import (
     asm,
     gl,
@@ -145,12 +147,21 @@ def _add(desc, at, source, first):
 
 
 @jit
+def _end_turn_of(tile, pointers):
+    """Lets the next add to a tile of dQ, if there is one: all of this one's is in memory."""
+    if tile >= 0:
+        tma_store_done(0, 1)
+        end_turn(pointers.counter + tile)
+
+
+@jit
 def store_dq(SETUP: gl.constexpr, sizes, scores, pointers, descs, memory, bars):
     """The warp that adds dQ to its sum, each half in pieces of 64 x 64."""
     PIECES: gl.constexpr = SETUP.BLOCK_Q * descs.q.block_type.shape[3] // 8192
     place = place_of(sizes, SETUP)
     half_0 = tile_of(descs.dq, memory.dq.index(0))
     half_1 = tile_of(descs.dq, memory.dq.index(1))
+    previous = -1
     for member in range(sizes.heads.group):
         _, first_row = first_row_of(place, member, sizes, SETUP)
         for step in range(place.count):
@@ -160,6 +171,10 @@ def store_dq(SETUP: gl.constexpr, sizes, scores, pointers, descs, memory, bars):
                 rank = rank_of(place, place.start + step * place.step, sizes, SETUP)
                 await_turn(pointers.counter + tile, rank)
                 first = rank == 0
+                # The turn before ends here: what it added has reached memory while this one was
+                # waited for.
+                _end_turn_of(previous, pointers)
+                previous = tile
             for piece in gl.static_range(PIECES):
                 at = (tile * 2 * PIECES + piece) * 16
                 asm("bar.sync 10, 160;", 1)
@@ -170,10 +185,8 @@ def store_dq(SETUP: gl.constexpr, sizes, scores, pointers, descs, memory, bars):
                 mbarrier.arrive(bars.dq_empty.index(0), count=1)
                 tma_store_read(0)
                 mbarrier.arrive(bars.dq_empty.index(1), count=1)
-            if SETUP.ORDERED:
-                # All of it is in memory, not only read.
-                tma_store_done(0, 1)
-                end_turn(pointers.counter + tile)
+    if SETUP.ORDERED:
+        _end_turn_of(previous, pointers)
     tma_store_done(0, 1)
 
 
@@ -209,6 +222,38 @@ def keys_of(place, col, sizes, SETUP: gl.constexpr):
         seen_from = gl.where(col < sizes.key_length, seen_from, _FAR)
         seen_until = col + sizes.left + 1 - sizes.offset
     return Keys(col, seen_from, seen_until)
+
+
+@triton.constexpr_function
+def _by_rows(columns):
+    """A layout of four warps in which each thread has 16 bytes of a row."""
+    threads = min(columns // 8, 32)
+    return gl.BlockedLayout([1, 8], [32 // threads, threads], [4, 1], [1, 0])
+
+
+@jit
+def clear_keys(tile, place, first, sizes, SETUP: gl.constexpr):
+    """Zeros where keys that nobody sees stand: 0 times what they hold may be NaN."""
+    ROWS: gl.constexpr = tile.type.shape[0]
+    BY_ROWS: gl.constexpr = _by_rows(tile.type.shape[1])
+    col = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, BY_ROWS))
+    keys = keys_of(place, col, sizes, SETUP)
+    seen_until = sizes.query_length
+    if SETUP.LEFT or SETUP.MASK == INTERVALS:
+        seen_until = gl.minimum(keys.seen_until, sizes.query_length)
+    unseen = gl.maximum(keys.seen_from, 0) >= seen_until
+    if gl.max(unseen.to(gl.int32), 0) != 0:
+        x = tile.load(BY_ROWS)
+        tile.store(gl.where(unseen[:, None], gl.zeros_like(x), x))
+
+
+@jit
+def clear_rows(tile, lse):
+    """Zeros where rows that see nothing stand, whose ``lse`` in shared memory is infinite."""
+    BY_ROWS: gl.constexpr = _by_rows(tile.type.shape[1])
+    unseeing = lse.load(gl.SliceLayout(1, BY_ROWS)) == float("inf")
+    x = tile.load(BY_ROWS)
+    tile.store(gl.where(unseeing[:, None], gl.zeros_like(x), x))
 
 
 @jit

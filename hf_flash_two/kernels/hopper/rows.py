@@ -70,7 +70,10 @@ def prepare_kernel(
         delta -= tl.load(d_lse_at, inside, 0.0)
     lse = tl.load(lse_ptr + (batch * heads + head) * query_length + row, inside, float("-inf"))
     delta = tl.where(lse == float("-inf"), 0.0, delta)
+    # That of a row that sees nothing makes all its probabilities 0, and is how it is known.
+    unseeing = (lse == float("-inf")) & inside
     lse = tl.where(lse == float("-inf"), 0.0, lse * (_LOG2E / unit(PLAIN)))
+    lse = tl.where(unseeing, float("inf"), lse)
     at = rows_ptr + program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     tl.store(at, lse)
     tl.store(at + rows_size, delta)

@@ -32,6 +32,8 @@ class Setup(NamedTuple):
 
     Attributes:
         MASK, LEFT, RIGHT, SOFTCAP, PLAIN, DROPOUT, RESCUE: see `triton.args.Flags`.
+        CLEAR: what keys hold that nobody sees, and rows that see nothing, is cleared. Else NaN
+            there marks whole tiles, which are then computed anew.
         ALIBI: slopes are given.
         MASKED: some tile may hold hidden pairs or end behind the last key.
         TAIL: such tiles may also be among the last that a program visits.
@@ -48,6 +50,7 @@ class Setup(NamedTuple):
     SOFTCAP: bool
     PLAIN: bool
     RESCUE: bool
+    CLEAR: bool
     ALIBI: bool
     DROPOUT: bool
     MASKED: bool
