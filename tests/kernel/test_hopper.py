@@ -73,7 +73,7 @@ def matrix() -> list:
             make, lengths, dims, next(heads),
             id=f"{make.__name__}-{lengths[0]}x{lengths[1]}-D{dims[0]}",
         )
-        for make, lengths, dims in itertools.product(WITHOUT_DENSE, LENGTHS, DIMS)
+        for dims, make, lengths in itertools.product(DIMS, WITHOUT_DENSE, LENGTHS)
     ]  # fmt: skip
 
 
@@ -260,8 +260,8 @@ def test_rows_that_see_nothing(ran: Callable, dims: tuple[int, int]) -> None:
     assert ran() == BY_HOPPER
 
 
-@pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("make", SOME, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("size", [40.0, 1e4])
 def test_large_scores(make: Callable, dims: tuple[int, int], size: float) -> None:
     query, key, value = drawn(300, 300, dims, dtype=torch.bfloat16)
@@ -276,8 +276,8 @@ def test_large_scores(make: Callable, dims: tuple[int, int], size: float) -> Non
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("make", WITHOUT_DENSE, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("dims", DIMS, ids=str)
 def test_repeats_bit_for_bit(make: Callable, dims: tuple[int, int]) -> None:
     """Thirty times, with the GPU busy in another order each time."""
     length = 777
@@ -420,8 +420,8 @@ def assert_unmoved(name: str, got: Tensor, clean: Tensor, apart: Tensor) -> None
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-@pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("make", HIDING, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("dims", DIMS, ids=str)
 def test_who_is_seen_by_nobody_does_not_matter(
     make: Callable, dims: tuple[int, int], poison: float
 ) -> None:
@@ -443,8 +443,8 @@ def test_who_is_seen_by_nobody_does_not_matter(
 
 
 @pytest.mark.parametrize("what", ["key", "value", "row"])
-@pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("make", [causal, window, padded, packed], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("dims", DIMS, ids=str)
 def test_what_is_not_finite_reaches_only_who_sees_it(
     make: Callable, dims: tuple[int, int], what: str
 ) -> None:

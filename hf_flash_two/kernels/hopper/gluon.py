@@ -6,6 +6,7 @@ What was renamed is looked up when this is imported. `versions` says which of th
 # What stands in a kernel is Triton's language, which its types do not describe.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
+# pyright: reportRedeclaration=false
 
 from __future__ import annotations
 
