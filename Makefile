@@ -14,8 +14,8 @@ export OMP_WAIT_POLICY ?= passive
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-sweep fuzz fuzz-models test-gpu test-lowest test-middle test-newest versions quality style \
-	bench benchmarks coverage clean
+.PHONY: demo test test-sweep fuzz fuzz-models soak test-gpu test-lowest test-middle test-newest versions \
+	quality style bench benchmarks coverage clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -65,6 +65,10 @@ fuzz: $(INSTALLED)
 fuzz-models: $(INSTALLED)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -W ignore tests/hf/fuzz_models.py \
 		--count $(CASES) $(FUZZ)
+
+# Random calls of training sizes on a Hopper GPU, against the portable kernels; JOBS processes.
+soak: $(INSTALLED)
+	$(BIN)/python -W ignore tests/soak.py --count 500 --jobs $(JOBS) $(FUZZ)
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -75,8 +75,8 @@ def flash_attention(
             generator. Which pairs are dropped depends on (seed, batch, head, query, key) only.
         return_lse: also return the log-sum-exp of each row's scores, sinks included;
             differentiable.
-        kernel: "auto", "blockwise", "fused_cpu" or "triton". One asked for by name raises where
-            it cannot compute the call.
+        kernel: "auto", "blockwise", "fused_cpu", "hopper" or "triton". One asked for by name
+            raises where it cannot compute the call, in the forward or in the backward.
         q_bucket_size, k_bucket_size: upper limits on the tiles of queries and keys. Triton's have
             at least 16 of each, and in decoding sizes of their own.
 

@@ -111,7 +111,7 @@ def _laid_out(params: AttentionParams, keys: int) -> AttentionParams:
 def _select(
     direction: str, name: str, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
 ) -> Kernel:
-    kernel = select(name, query, key, value, params)
+    kernel = select(name, query, key, value, params, direction == "backward")
     for observe in observers:
         observe(direction, kernel.name, query, key, value, params)
     return kernel

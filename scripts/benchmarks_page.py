@@ -34,6 +34,8 @@ _MARK = re.compile(r"^<!-- ([\w-]+) -->$", re.M)
 _MASKS = {
     "padded": "every other row left-padded by half",
     "packed": "packed documents of 512",
+    "left-padded": "left padding of 0 to 3096",
+    "documents": "ten packed documents of 37 to 4096",
 }
 _MODELS = {
     "plain": "Llama",
@@ -148,16 +150,24 @@ def _attention_in_tflops(rows: list[dict]) -> Iterator[str]:
     yield _line("TFLOP/s", "batch x T", "heads", "D", *(f"`{name}`" for name in names))
     yield "|---|---|---|---:" + "|---" * len(names) + "|"
 
-    def cell(found: list[dict]) -> str:
-        found = sorted(found, key=lambda row: _MODES.index(row["mode"]))
-        if all("ratio" in row and "gflops" not in row for row in found):
+    def cell(found: list[dict], modes: list[str]) -> str:
+        if found and all("failed" in row for row in found):
+            return " / ".join(_distinct(row["failed"] for row in found))
+        if found and all("ratio" in row and "gflops" not in row for row in found):
+            found = sorted(found, key=lambda row: _MODES.index(row["mode"]))
             return f"{' / '.join(map(_times, found))} x slower"
-        values = (row.get("failed") or f"{row['gflops'] / 1e3:.0f}" for row in found)
-        return " / ".join(values)
+        by_mode = {row["mode"]: row for row in found}
+        values = (_tflops(by_mode[mode]) if mode in by_mode else "-" for mode in modes)
+        return " / ".join(values) if found else "-"
 
     for case, group in _grouped(rows, _shape):
-        cells = (cell([row for row in group if row["attention"] == name]) for name in names)
+        modes = [mode for mode in _MODES if any(row["mode"] == mode for row in group)]
+        cells = (cell([row for row in group if row["attention"] == name], modes) for name in names)
         yield _line(*case, *cells)
+
+
+def _tflops(row: dict) -> str:
+    return row.get("failed") or f"{row['gflops'] / 1e3:.0f}"
 
 
 def _attention_in_ratios(rows: list[dict]) -> Iterator[str]:

@@ -22,9 +22,6 @@ from torch import Tensor
 from hf_flash_two import AttentionMask, flash_attention
 from hf_flash_two.kernels import dropout
 
-LENGTHS = (1, 2, 3, 7, 16, 33, 63, 64, 65, 100, 127, 130, 200)
-LONG = (300, 513, 600)
-HEAD_DIMS = (1, 3, 8, 16, 17, 32, 40)
 DTYPES = (torch.float64, torch.float32, torch.float32, torch.bfloat16, torch.float16)
 FAR = 10**6
 
@@ -206,9 +203,32 @@ MASKS: tuple[Callable, ...] = (
 )  # fmt: skip
 
 
-def draw_mask(draw: Draw, words: list[str]) -> tuple[AttentionMask | Tensor | None, Tensor]:
+@dataclass(frozen=True)
+class Range:
+    """What cases are drawn from.
+
+    Attributes:
+        long: lengths of the few cases of several tiles and blocks of the default sizes.
+        same_dim, bias, buckets: the chances of D = Dv, of a bias and of limits on tile sizes.
+    """
+
+    lengths: tuple[int, ...] = (1, 2, 3, 7, 16, 33, 63, 64, 65, 100, 127, 130, 200)
+    long: tuple[int, ...] = (300, 513, 600)
+    head_dims: tuple[int, ...] = (1, 3, 8, 16, 17, 32, 40)
+    masks: tuple[Callable, ...] = MASKS
+    same_dim: float = 0.6
+    bias: float = 0.3
+    buckets: float = 0.4
+
+
+SMALL = Range()
+
+
+def draw_mask(
+    draw: Draw, masks: tuple[Callable, ...], words: list[str]
+) -> tuple[AttentionMask | Tensor | None, Tensor]:
     """A mask, or several intersected, and bool [B, H or 1, Tq, Tk]."""
-    kinds = draw.chance.sample(MASKS, draw.chance.choice((1, 1, 1, 2, 2, 3)))
+    kinds = draw.chance.sample(masks, draw.chance.choice((1, 1, 1, 2, 2, 3)))
     words.append("&".join(kind.__name__ for kind in kinds))
     # Documents and trees count from the first key; whatever meets them must, too.
     if draw.chance.random() < 0.3:
@@ -248,7 +268,7 @@ def laid_out(chance: random.Random, x: Tensor) -> Tensor:
     return x
 
 
-def make(seed: int, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
+def make(seed: int, dtypes: tuple[torch.dtype, ...] = DTYPES, among: Range = SMALL) -> Case:
     """The case of a seed."""
     chance = random.Random(seed)
     torch.manual_seed(seed)
@@ -256,15 +276,14 @@ def make(seed: int, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
     group = chance.choice((1, 1, 2, 3, 8))
     key_heads = chance.choice((1, 2, 3))
     batch, heads = chance.choice((1, 2, 3)), group * key_heads
-    rows, keys = chance.choice(LENGTHS), chance.choice(LENGTHS)
+    rows, keys = chance.choice(among.lengths), chance.choice(among.lengths)
     if chance.random() < 0.06:
-        # Several tiles and blocks of the default sizes.
         batch, group, heads = 1, 1, key_heads
-        rows, keys = chance.choice((rows, *LONG)), chance.choice(LONG)
+        rows, keys = chance.choice((rows, *among.long)), chance.choice(among.long)
     if chance.random() < 0.5:
         rows = keys
-    head_dim = chance.choice(HEAD_DIMS)
-    value_dim = head_dim if chance.random() < 0.6 else chance.choice(HEAD_DIMS)
+    head_dim = chance.choice(among.head_dims)
+    value_dim = head_dim if chance.random() < among.same_dim else chance.choice(among.head_dims)
     draw = Draw(chance, batch, heads, rows, keys)
     shapes = {
         "query": (batch, heads, rows, head_dim),
@@ -276,12 +295,12 @@ def make(seed: int, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
         name: laid_out(chance, (torch.randn(shape) * size).to(dtype))
         for name, shape in shapes.items()
     }
-    mask, visible = draw_mask(draw, words)
+    mask, visible = draw_mask(draw, among.masks, words)
     offset = keys - rows if mask is None or isinstance(mask, Tensor) else mask.resolve_offset(
         rows, keys
     )  # fmt: skip
     arguments: dict = {}
-    if chance.random() < 0.3:
+    if chance.random() < among.bias:
         shape = [chance.choice((1, n)) for n in (batch, heads, rows, keys)]
         bias = torch.randn(shape[chance.randrange(0, 3) :])
         bias = bias.to(chance.choice((dtype, torch.float32)))
@@ -309,7 +328,7 @@ def make(seed: int, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
             [dropout.keep(torch.tensor([number]), b, *index, p) for b in range(batch)]
         )
     settings = {}
-    if chance.random() < 0.4:
+    if chance.random() < among.buckets:
         settings["q_bucket_size"] = chance.choice((1, 5, 16, 64, 100))
         settings["k_bucket_size"] = chance.choice((1, 16, 64, 65, 128))
         if rows * keys > 5000:
@@ -337,34 +356,34 @@ def soil(case: Case, d_out: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     return tensors, d_out.masked_fill(blind[..., None], case.dirt)
 
 
-def run(case: Case, kernel: str, device: str = "cpu") -> None:
-    """Raise AssertionError unless output, lse and every gradient are right."""
-    batch, heads, rows, _ = case.tensors["query"].shape
-    value_dim = case.tensors["value"].shape[3]
-    d_out = torch.randn(batch, heads, rows, value_dim).to(case.tensors["value"].dtype)
-    d_lse = torch.randn(batch, heads, rows)
-    names = list(case.tensors)
+def dense_results(
+    case: Case, dtype: torch.dtype | None, d_out: Tensor, d_lse: Tensor
+) -> list[Tensor]:
+    """out, lse and gradients by the dense formula, where ``d_out`` is."""
+    device = d_out.device
+    leaves = {
+        name: x.detach().clone().to(device, dtype or x.dtype).requires_grad_()
+        for name, x in case.tensors.items()
+    }
+    given = {
+        name: x.to(device, dtype or x.dtype) if isinstance(x, Tensor) else x
+        for name, x in case.arguments.items()
+        if name != "dropout_seed"
+    }
+    keep = None if case.keep is None else case.keep.to(device)
+    out, lse = dense_attention(
+        **leaves, visible=case.visible.to(device), alibi_offset=case.offset, keep=keep, **given
+    )
+    upstream = (d_out.to(out.dtype), d_lse.to(lse.dtype))
+    grads = torch.autograd.grad((out, lse), list(leaves.values()), upstream)
+    return [x.detach().cpu() for x in (out, lse, *grads)]
 
-    def dense_results(dtype: torch.dtype | None) -> list[Tensor]:
-        leaves = {
-            name: x.detach().clone().to(dtype or x.dtype).requires_grad_()
-            for name, x in case.tensors.items()
-        }
-        given = {
-            name: x.to(dtype) if isinstance(x, Tensor) and dtype else x
-            for name, x in case.arguments.items()
-            if name != "dropout_seed"
-        }
-        out, lse = dense_attention(
-            **leaves, visible=case.visible, alibi_offset=case.offset, keep=case.keep, **given
-        )
-        upstream = (d_out.to(out.dtype), d_lse.to(lse.dtype))
-        grads = torch.autograd.grad((out, lse), list(leaves.values()), upstream)
-        return [out.detach(), lse.detach(), *grads]
 
-    tensors, upstream = case.tensors, d_out
+def results(case: Case, kernel: str, device: str, d_out: Tensor, d_lse: Tensor) -> list[Tensor]:
+    """The same by one of our kernels, with dirt wherever nobody looks."""
+    tensors, upstream = case.tensors, d_out.cpu()
     if case.dirt is not None:
-        tensors, upstream = soil(case, d_out)
+        tensors, upstream = soil(case, upstream)
     leaves = {name: x.detach().to(device).requires_grad_() for name, x in tensors.items()}
     arguments = {
         name: x.to(device) if isinstance(x, Tensor) else x for name, x in case.arguments.items()
@@ -373,13 +392,33 @@ def run(case: Case, kernel: str, device: str = "cpu") -> None:
     out, lse = flash_attention(
         **leaves, mask=mask, **arguments, **case.settings, kernel=kernel, return_lse=True
     )
-    d_results = (upstream.to(device), d_lse.to(lse))
-    grads = torch.autograd.grad((out, lse), list(leaves.values()), d_results)
-    results = [x.detach().cpu() for x in (out, lse, *grads)]
-    exact, same = dense_results(torch.float64), dense_results(None)
+    grads = torch.autograd.grad(
+        (out, lse), list(leaves.values()), (upstream.to(device), d_lse.to(lse))
+    )
+    return [x.detach().cpu() for x in (out, lse, *grads)]
+
+
+def run(case: Case, kernel: str, device: str = "cpu", peer: str | None = None) -> None:
+    """Raise AssertionError unless output, lse and every gradient are right.
+
+    Args:
+        peer: a kernel that is to be as good; None holds them to the dense formula in their dtype.
+    """
+    batch, heads, rows, _ = case.tensors["query"].shape
+    value_dim = case.tensors["value"].shape[3]
+    d_out = torch.randn(batch, heads, rows, value_dim).to(case.tensors["value"].dtype)
+    d_lse = torch.randn(batch, heads, rows)
+    got = results(case, kernel, device, d_out, d_lse)
+    if peer is None:
+        same = dense_results(case, None, d_out, d_lse)
+    else:
+        same = results(case, peer, device, d_out, d_lse)
+        d_out, d_lse = d_out.to(device), d_lse.to(device)
+    exact = dense_results(case, torch.float64, d_out, d_lse)
     floors = natural_errors(case, exact, d_out)
-    for name, got, right, peer in zip(("out", "lse", *names), results, exact, same, strict=True):
-        compare(name, got, right, peer, floors[name])
+    names = ("out", "lse", *case.tensors)
+    for name, *found in zip(names, got, exact, same, strict=True):
+        compare(name, *found, floors[name])
 
 
 def natural_errors(case: Case, exact: list[Tensor], d_out: Tensor) -> dict[str, float]:

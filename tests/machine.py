@@ -10,3 +10,4 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = torch.cuda.is_available() and not INTERPRETED
 KERNELS = ["triton"] if INTERPRETED else ["blockwise", "triton"] if GPU else ["blockwise"]
+HOPPER = GPU and torch.version.hip is None and torch.cuda.get_device_capability() == (9, 0)

@@ -72,6 +72,14 @@ def test_models_are_timed_against_eager(run, monkeypatch) -> None:
     assert all(row["tokens_per_s"] > 0 for row in rows)
 
 
+def test_models_are_timed_against_any_that_is_named(run) -> None:
+    """What this machine has not is a row that says so."""
+    sizes = "--lengths 40 --width 64 --layers 1 --repeats 1 --workloads plain --modes train"
+    rows = run("--model", *sizes.split(), "--baselines", "flash_attention_4", "eager")
+    assert [row["attention"] for row in rows] == ["flash_two", "flash_attention_4", "eager"]
+    assert ["failed" in row for row in rows] == [False, True, False]
+
+
 def test_a_baseline_that_disagrees_is_not_timed(run, monkeypatch) -> None:
     attend = benchmark.F.scaled_dot_product_attention
     monkeypatch.setattr(

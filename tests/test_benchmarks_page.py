@@ -45,6 +45,20 @@ def printed(*rows: dict) -> str:
     return f"A GPU | 2 threads | torch 2.99.0 | 2026-01-02 | median of 7\n\n{json.dumps(rows)}\n"
 
 
+def test_a_pass_that_was_not_timed_is_a_dash(enter) -> None:
+    backward = GPU | {"mode": "backward"}
+    page = enter(
+        printed(
+            GPU | {"attention": "flash_two", "gflops": 700_000.0, "ms": 1.0},
+            backward | {"attention": "flash_two", "gflops": 600_000.0, "ms": 1.0},
+            backward | {"attention": "fa4-ordered", "gflops": 500_000.0, "ms": 1.0},
+            GPU | {"workload": "documents", "attention": "flash_two", "gflops": 1000.0, "ms": 1.0},
+        )
+    )
+    assert "| window of 1024 | 4 x 4096 | 32 over 8 | 128 | 700 / 600 | - / 500 |" in page
+    assert "| ten packed documents of 37 to 4096 | 4 x 4096 | 32 over 8 | 128 | 1 | - |" in page
+
+
 def test_a_run_stands_where_the_text_wants_it(enter) -> None:
     backward = GPU | {"mode": "backward"}
     page = enter(

@@ -4,7 +4,8 @@ A kernel is a package here with two functions:
 
 - ``declines(query, key, value, params, by_name) -> str | None``: why it does not compute this call,
   or None. It may look at everything but the tensors' values. It runs in each call, so it remembers
-  its answers.
+  its answers. A package whose backward computes other calls than its forward also has
+  ``declines_backward``, with the same arguments.
 - ``load() -> (forward, backward)`` or ``(forward, backward, prepare)``, imported on first use:
   ``forward(query, key, value, params) -> (out, lse)`` and
   ``backward(d_out, d_lse, query, key, value, out, lse, params, need_d_bias) -> (dq, dk, dv, d_bias,
@@ -19,14 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from hf_flash_two.kernels import blockwise, fused_cpu, triton
+from hf_flash_two.kernels import blockwise, fused_cpu, hopper, triton
 from hf_flash_two.kernels.params import AttentionParams, Forward
 
-_PACKAGES = {"triton": triton, "fused_cpu": fused_cpu, "blockwise": blockwise}
+_PACKAGES = {"hopper": hopper, "triton": triton, "fused_cpu": fused_cpu, "blockwise": blockwise}
 """The kernels, in the order in which "auto" asks them."""
 NAMES = ("auto", *sorted(_PACKAGES))
 
@@ -38,10 +39,20 @@ class Kernel(NamedTuple):
     prepare: Callable[..., Forward | None] = lambda *call: None
 
 
-def select(name: str, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Kernel:
+def select(
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    params: AttentionParams,
+    backward: bool = False,
+) -> Kernel:
     """The kernel that computes this call.
 
     "auto" is the first that does not decline.
+
+    Args:
+        backward: the backward is to be computed, perhaps by another kernel than the forward was.
 
     Raises:
         ValueError: the kernel asked for by name declines, or all do; the message has the reasons.
@@ -49,15 +60,20 @@ def select(name: str, query: Tensor, key: Tensor, value: Tensor, params: Attenti
     if name == "auto":
         reasons = []
         for found, package in _PACKAGES.items():
-            reason = package.declines(query, key, value, params, by_name=False)
+            reason = _question(package, backward)(query, key, value, params, by_name=False)
             if reason is None:
                 return _loaded(found)
             reasons.append(f"{found}: {reason}")
         raise ValueError(f"kernel: none computes this call; {'; '.join(reasons)}")
-    if reason := _PACKAGES[name].declines(query, key, value, params, by_name=True):
+    asked = _question(_PACKAGES[name], backward)
+    if reason := asked(query, key, value, params, by_name=True):
         others = " or ".join(repr(other) for other in NAMES if other != name)
         raise ValueError(f"kernel: {name!r} cannot run, {reason}; use {others}")
     return _loaded(name)
+
+
+def _question(package: Any, backward: bool) -> Callable[..., str | None]:
+    return getattr(package, "declines_backward", package.declines) if backward else package.declines
 
 
 @lru_cache

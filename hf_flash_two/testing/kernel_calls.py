@@ -17,7 +17,7 @@ class KernelCall:
     """One run of a kernel.
 
     Attributes:
-        kernel: its name, "blockwise", "fused_cpu" or "triton".
+        kernel: its name, "blockwise", "fused_cpu", "hopper" or "triton".
         direction: "forward" or "backward".
         query, key, value: their shapes, [B, Hq, Tq, D], [B, Hk, Tk, D] and [B, Hk, Tk, Dv].
         dtype, device: those of all three.

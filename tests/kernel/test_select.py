@@ -11,6 +11,7 @@ from helpers import inputs
 
 from hf_flash_two import flash_attention, kernels, op
 from hf_flash_two.kernels.params import SCHEMA, TENSORS, AttentionParams
+from hf_flash_two.testing import kernel_calls
 
 
 @pytest.fixture
@@ -50,6 +51,26 @@ def test_one_asked_for_by_name_says_why_it_declines(picky: list[str]) -> None:
     with pytest.raises(ValueError, match="kernel: 'picky' cannot run, it adds no bias; use 'auto'"):
         flash_attention(*tensors, bias=bias, kernel="picky")
     assert picky == ["forward"]
+
+
+def test_the_backward_may_be_that_of_another_kernel(
+    picky: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forward and a backward of two kernels; by name the backward raises its own reason."""
+    package = kernels._PACKAGES["picky"]
+    package.declines_backward = lambda *call, by_name: "it has no backward"
+    leaves = [x.requires_grad_() for x in inputs(9, 20)]
+    with kernel_calls(backward=True) as calls:
+        got = flash_attention(*leaves)
+        grads = torch.autograd.grad(got.sum(), leaves)
+    assert [call.kernel for call in calls] == ["picky", "fused_cpu"]
+    want = flash_attention(*leaves, kernel="blockwise")
+    for a, b in zip(grads, torch.autograd.grad(want.sum(), leaves), strict=True):
+        torch.testing.assert_close(a, b)
+    out = flash_attention(*leaves, kernel="picky")
+    with pytest.raises(ValueError, match="'picky' cannot run, it has no backward; use 'auto'"):
+        out.sum().backward()
+    assert picky == ["forward", "forward"]
 
 
 def test_the_ops_take_every_setting_by_its_name() -> None:

@@ -308,10 +308,11 @@ def test_a_known_launch_skips_the_jit_unless_a_profiler_watches(
     assert calls == ["jit", known, *["jit"] * 3]
 
 
-def test_descriptors_are_remembered_and_keep_no_tensor_alive() -> None:
+@pytest.mark.parametrize("layout", [None, "that of a kernel in Gluon"])
+def test_descriptors_are_remembered_and_keep_no_tensor_alive(layout: str | None) -> None:
     """What a direct launch is given in place of a tensor that TMA copies."""
     calls = []
-    tma = args.Tma((2, 3, 64, 32), (6144, 2048, 32, 1), (1, 1, 16, 32))
+    tma = args.Tma((2, 3, 64, 32), (6144, 2048, 32, 1), (1, 1, 16, 32), layout)
     x = torch.zeros(2, 3, 64, 32, dtype=torch.float16)
     template = {"x": tma, "y": args.Tma()}
     run = launch._caller(
@@ -644,6 +645,38 @@ def test_what_is_not_finite_reaches_only_who_sees_it(
         assert torch.equal(~found["out"][..., 5].isfinite(), seen)
         others = [column for column in range(dim) if column not in (3, 5)]
         assert torch.equal(found["out"][..., others], clean["out"][..., others])
+
+
+@pytest.mark.parametrize("name", ["causal", "padded"])
+def test_what_another_kernel_marks_is_computed_anew(device: str, name: str) -> None:
+    """Whole tiles with a marked row, and no others."""
+    length, mask = 150, masks(150, device) | {"causal": AttentionMask.causal()}
+    query, key, value = inputs(length, length, head_dim=16, device=device)
+    params = AttentionParams(
+        *mask[name].intervals or (None, None), mask[name].key_bounds(), None, None, None, None,
+        None, 0, mask[name].window_left, mask[name].window_right, 0.25, 0.0, 0.0, 32, 32,
+    )  # fmt: skip
+    out, lse = forward.forward(query, key, value, params)
+    d_out = torch.randn_like(out)
+    call = (d_out, None, query, key, value, out, lse, params)
+    *expected, _, _ = backward.backward(*call, False)
+    padded = torch.zeros(2, *lse.shape[:2], 256, device=device)
+    padded[0, ..., :length] = torch.where(lse.isinf(), 0, lse / math.log(2))
+    padded[1, ..., :length] = (out * d_out).sum(-1)
+    marked = [torch.zeros(x.shape[:3], dtype=torch.int8, device=device) for x in (query, key)]
+    marked[0][1, 0, 40], marked[1][0, 1, 149] = 1, 1
+    found = [torch.full_like(x, math.nan) for x in expected]
+    backward.replace_marked(tuple(marked), args.Rows(*padded, None), *call, *found)
+    tiles = config.backward_tiles(query, key, value, params)
+    rows, keys = (
+        slice(at // n * n, at // n * n + n)
+        for at, n in ((40, tiles.dq.block_q), (149, tiles.dkdv.block_k))
+    )
+    places = [(1, 0, rows), (0, 1, keys), (0, 1, keys)]
+    for want, got, (batch, head, rows) in zip(expected, found, places, strict=True):
+        torch.testing.assert_close(got[batch, head, rows], want[batch, head, rows])
+        got[batch, head, rows] = math.nan
+        assert got.isnan().all()
 
 
 @pytest.mark.parametrize("query_length", [70, 2])

@@ -50,12 +50,16 @@ class PerHead(NamedTuple):
 class Tma(NamedTuple):
     """A tensor as the tensor memory accelerator (TMA) of Hopper and later GPUs copies its tiles.
 
-    All three are empty where it does not: kernels then load through pointers.
+    The first three are empty where it does not: kernels then load through pointers.
+
+    Attributes:
+        layout: of a tile in shared memory, where a kernel in Gluon takes it.
     """
 
     shape: tuple[int, ...] = ()
     strides: tuple[int, ...] = ()
     block: tuple[int, ...] = ()
+    layout: Any = None
 
 
 class Tiled(NamedTuple):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -104,30 +105,81 @@ def backward(
         row_lse, delta = lse.new_empty(plan.rows_shape), lse.new_empty(plan.rows_shape)
         weigh = params.bias is not None and params.sinks is None
         rows = Rows(row_lse, delta, torch.empty_like(delta) if weigh else None)
-        terms = (params.dense, plan.terms(params), params.seed)
-        ranges = key_ranges(params, plan.tiles.dq, query.shape[2], key.shape[2])
-        of_keys = intervals_of(params, ranges)
-        plan.dq(
-            query, key, value, d_out, rows, out, lse, d_lse,
-            key, value, params.query_start, params.query_stop, of_keys, *terms, dq,
-        )  # fmt: skip
-        if dk.numel():
-            by_queries = (query, d_out, row_lse, delta, intervals_of(params, params.key_bounds))
-            args = (query, key, value, d_out, rows, *by_queries, *terms)
-            if plan.dv is None:
-                plan.dkdv(*args, dk, dv)
-            else:
-                plan.dkdv(*args, dk, None)
-                plan.dv(*args, None, dv)
+        of_keys = _gradients(
+            plan, rows, d_out, d_lse, query, key, value, out, lse, params, (None, None), dq, dk, dv
+        )
         d_bias = d_sinks = None
         if need_d_bias and params.bias is not None:
             d_bias = torch.empty_like(params.bias, memory_format=torch.contiguous_format)
             if plan.dbias is not None and d_bias.numel():
+                terms = (params.dense, plan.terms(params), params.seed)
                 plan.dbias(query, key, value, d_out, rows, of_keys, *terms, d_bias)
     if params.sinks is not None:
         weight = torch.exp(params.sinks[:, :, None] - lse).nan_to_num_(nan=0.0)
         d_sinks = -(weight * delta[:, :, : lse.shape[2]]).sum(2).sum_to_size(params.sinks.shape)
     return dq, dk, dv, d_bias, d_sinks
+
+
+def replace_marked(
+    marked: tuple[Tensor, Tensor],
+    rows: Rows,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    params: AttentionParams,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    """Computes anew what another kernel marked in its gradients: NaN that hidden pairs may cause.
+
+    Args:
+        marked: int8 [B, Hq, Tq] of dq and [B, Hk, Tk] of dk and dv, 1 where a row holds NaN.
+        rows: of all rows; no weights.
+    """
+    plan = planned(_plan_of_marked, params, (query, key, value), (d_out, out, lse, d_lse))
+    _gradients(plan, rows, d_out, d_lse, query, key, value, out, lse, params, marked, dq, dk, dv)
+
+
+def _gradients(
+    plan: _Plan,
+    rows: Rows,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    params: AttentionParams,
+    marked: tuple[Tensor | None, Tensor | None],
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> Intervals:
+    """The passes for dQ, dK and dV; gives what they know of the mask."""
+    terms = (params.dense, plan.terms(params), params.seed)
+    ranges = key_ranges(params, plan.tiles.dq, query.shape[2], key.shape[2])
+    of_keys = intervals_of(params, ranges)
+    plan.dq(
+        query, key, value, d_out, rows, out, lse, d_lse,
+        key, value, params.query_start, params.query_stop, of_keys, *terms, marked[0], dq,
+    )  # fmt: skip
+    if dk.numel():
+        by_queries = (
+            query, d_out, rows.lse_ptr, rows.delta_ptr, intervals_of(params, params.key_bounds)
+        )  # fmt: skip
+        args = (query, key, value, d_out, rows, *by_queries, *terms, marked[1])
+        if plan.dv is None:
+            plan.dkdv(*args, dk, dv)
+        else:
+            plan.dkdv(*args, dk, None)
+            plan.dv(*args, None, dv)
+    return of_keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +192,11 @@ class _Plan:
     dv: Launch | None
     dq: Launch
     dbias: Launch | None
+
+
+def _plan_of_marked(*given: Any) -> _Plan:
+    """A plan of its own: a `Launch` takes the same kinds of arguments in every call."""
+    return _plan(*given)
 
 
 def _plan(
@@ -285,7 +342,7 @@ _PER_LENGTH = ["query_length", "key_length", "offset", "left", "right", "interva
 def _dkdv_kernel(
     q: Operand, k: Operand, v: Operand, do: Operand, rows: Rows,
     q_desc, do_desc, lse_desc, delta_desc,
-    of_keys: Intervals, dense: PerPair, terms: ScoreTerms, dropout: Dropout,
+    of_keys: Intervals, dense: PerPair, terms: ScoreTerms, dropout: Dropout, marked_ptr,
     dk: Operand, dv: Operand,
     heads: Heads, query_length, key_length, offset, left, right, interval_stride_b,
     FLAGS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -299,6 +356,7 @@ def _dkdv_kernel(
     Args:
         q: [B, Hq, Tq, D]. k: [B, Hk, Tk, D]. v: [B, Hk, Tk, Dv]. do: [B, Hq, Tq, Dv].
         dk: [B, Hk, Tk, D]. dv: [B, Hk, Tk, Dv]. One without a pointer is not computed.
+        marked_ptr: None, or int8 [B, Hk, Tk]; tiles without a marked key stay as they are.
         q_desc, do_desc, lse_desc, delta_desc: TMA descriptors of q, do and `Rows`, or None.
     """
     PRECISION: tl.constexpr = FLAGS.PRECISION
@@ -311,6 +369,10 @@ def _dkdv_kernel(
     key_head = (program // key_tiles_all % key_heads).to(tl.int64)
     col = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     col_inside = col < key_length
+    if marked_ptr is not None:
+        at = (batch * key_heads + key_head) * key_length + col
+        if tl.max(tl.load(marked_ptr + at, col_inside, 0).to(tl.int32), 0) == 0:
+            return
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     d_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     k_at = head_ptr(k, batch, key_head) + col.to(tl.int64) * k.stride_t
@@ -470,7 +532,7 @@ def _dq_kernel(
     q: Operand, k: Operand, v: Operand, do: Operand, rows: Rows,
     out: Operand, lse_ptr, d_lse: Operand,
     k_desc, v_desc, start_desc, stop_desc,
-    of_keys: Intervals, dense: PerPair, terms: ScoreTerms, dropout: Dropout,
+    of_keys: Intervals, dense: PerPair, terms: ScoreTerms, dropout: Dropout, marked_ptr,
     dq: Operand,
     heads: Heads, query_length, key_length, offset, left, right, interval_stride_b,
     FLAGS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -486,6 +548,7 @@ def _dq_kernel(
         lse_ptr: float32 [B, Hq, Tq]. d_lse: [B, Hq, Tq].
         dq: [B, Hq, Tq, D].
         k_desc, v_desc, start_desc, stop_desc: TMA descriptors of k, v and the intervals, or None.
+        marked_ptr: None, or int8 [B, Hq, Tq]; tiles without a marked row stay as they are.
     """
     PRECISION: tl.constexpr = FLAGS.PRECISION
     IN_PARTS: tl.constexpr = (D > BLOCK_D) or (DV > BLOCK_V)
@@ -497,6 +560,10 @@ def _dq_kernel(
     key_head = head // heads.group
     row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     row_inside = row < query_length
+    if marked_ptr is not None:
+        at = (batch * heads.count + head) * query_length + row
+        if tl.max(tl.load(marked_ptr + at, row_inside, 0).to(tl.int32), 0) == 0:
+            return
     position = row + offset
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     d_v = tl.arange(0, BLOCK_V)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -24,6 +25,12 @@ _DECODE_ROWS = 64
 _SPLIT_KEYS = 256
 _TMA_LENGTH = 256
 _MOST_SCORES = 2**13
+_WARPGROUPS_WAIT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+"""Whether two warpgroups of Hopper wait for each other after a product (triton#11056).
+
+Before, one may overwrite what the other still multiplies: launches that read a dense mask or a bias
+have one warpgroup there, and tests/kernel/test_triton_compile.py reads the PTX of the others.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +142,9 @@ def _table_row(width: int, single: bool, device: Device, params: AttentionParams
         most //= 2
     if few:
         return [(*sizes, min(stages, most)) for *sizes, stages in row]
+    if device.tma and not device.tensor_memory and not _WARPGROUPS_WAIT:
+        row = [(64, block_k, 4, stages) if warps > 4 else (block_q, block_k, warps, stages)
+               for block_q, block_k, warps, stages in row]  # fmt: skip
     return [
         (block_q, min(block_k, _MOST_SCORES // block_q), warps, min(stages, most))
         for block_q, block_k, warps, stages in row
@@ -296,27 +306,35 @@ def backward_tiles(
 
 def tma_tiles(tensor: Tensor, params: AttentionParams, rows: int, columns: int) -> Tma:
     """How TMA copies [rows, columns] tiles of a [B, H, T, D] tensor, where it can and that pays."""
-    size = tensor.element_size()
-    axes = list(zip(tensor.shape[:3], tensor.stride()[:3], strict=True))
     if (
         not _device(tensor).tma
-        or size != 2
+        or tensor.element_size() != 2
         or params.dense is not None  # ptxas 12.8 crashes on both in one loop
         or tensor.shape[2] < _TMA_LENGTH
-        or tensor.data_ptr() % 16
-        or any(length > 1 and (stride == 0 or stride * size % 16) for length, stride in axes)
+        or not tma_fits(tensor)
     ):
         return Tma()
     return tma_of(tensor, rows, columns)
 
 
-def tma_of(tensor: Tensor, rows: int, columns: int) -> Tma:
+def tma_fits(tensor: Tensor) -> bool:
+    """Whether the strides of a [B, H, T, D] tensor, the last of them 1, are those of TMA."""
+    if tensor.data_ptr() % 16:
+        return False
+    step, shape = 16 // tensor.element_size(), tensor.shape
+    for axis, stride in enumerate(tensor.stride()[:3]):
+        if (stride == 0 or stride % step) and shape[axis] > 1:
+            return False
+    return True
+
+
+def tma_of(tensor: Tensor, rows: int, columns: int, layout: Any = None) -> Tma:
     """`tma_tiles` where TMA is known to copy them."""
     shape = tuple(tensor.shape)
     # An axis of one element is never stepped along, but its stride is checked.
     axes = zip(shape[:3], tensor.stride(), strict=False)
     strides = (*[stride if length > 1 else 16 for length, stride in axes], 1)
-    return Tma(shape, strides, (1, 1, rows, columns))
+    return Tma(shape, strides, (1, 1, rows, columns), layout)
 
 
 def tma_run(tensor: Tensor | None, tiles: Tma) -> Tma:
@@ -333,9 +351,9 @@ def tma_run(tensor: Tensor | None, tiles: Tma) -> Tma:
     return tma_of_run(tensor, tiles.block[2])
 
 
-def tma_of_run(tensor: Tensor, length: int) -> Tma:
+def tma_of_run(tensor: Tensor, length: int, layout: Any = None) -> Tma:
     """`tma_run` where TMA is known to copy it."""
-    return Tma((tensor.numel(),), (1,), (length,))
+    return Tma((tensor.numel(),), (1,), (length,), layout)
 
 
 def fp32_precision(query: Tensor) -> str | bool | None:

@@ -101,6 +101,7 @@ class Launch:
         templates: of parameters that are a named tuple of a pointer and numbers, that tuple, a call
             gives the tensor to put into its first place; of TMA descriptors, a `Tma`.
         constants: of compile time, by name.
+        options: more of Triton's own, such as ``maxnreg``.
     """
 
     def __init__(
@@ -111,10 +112,16 @@ class Launch:
         scalars: tuple,
         constants: dict,
         tiles: Tiles,
+        **options: Any,
     ):
         self._kernel, self._scalars, self._constants = kernel, scalars, constants
         self._grid = None if grid is None else (*grid, 1, 1)[:3]
-        self._options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+        self._options = {
+            "num_warps": tiles.warps,
+            "num_stages": tiles.stages,
+            "enable_fp_fusion": True,  # Triton 3.10 no longer does unless it is asked to
+            **options,
+        }
         count = len(kernel.arg_names) - len(scalars) - len(constants)
         self._templates = [templates.get(name) for name in kernel.arg_names[:count]]
         self._run: Callable | None = None
@@ -163,8 +170,14 @@ def _filled(template: Any, given: Any) -> Any:
         return given
     if not isinstance(template, Tma):
         return type(template)(given, *template[1:])
-    shape, strides, block = map(list, template)
-    return TensorDescriptor(given, shape, strides, block) if block else None
+    if not template.block:
+        return None
+    shape, strides, block = map(list, template[:3])
+    if template.layout is None:
+        return TensorDescriptor(given, shape, strides, block)
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+    return GluonDescriptor(given, shape, strides, block, template.layout)
 
 
 class _Descriptor:
@@ -174,7 +187,7 @@ class _Descriptor:
 
     def __init__(self, address: int, dtype: torch.dtype, tma: Tma) -> None:
         self._address, self.dtype = address, dtype
-        self.shape, self.strides, self.block_shape = map(list, tma)
+        self.shape, self.strides, self.block_shape = map(list, tma[:3])
         self.base = self
 
     def data_ptr(self) -> int:

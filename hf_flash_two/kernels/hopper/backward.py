@@ -1,0 +1,203 @@
+"""The backward of the Hopper kernels: three launches, and a fourth for each new mask of intervals.
+
+dK, dV and dQ are computed in one kernel (`gradients`), between two small ones (`rows`). Besides
+the results it takes a float32 dQ, two float32 for each row, and an int32 for each tile of queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from hf_flash_two.kernels.hopper import gradients, rows, wide
+from hf_flash_two.kernels.hopper.config import BackwardTiles, backward_tiles
+from hf_flash_two.kernels.hopper.gluon import gl, shared_layout
+from hf_flash_two.kernels.hopper.schedule import ROW_MULTIPLE
+from hf_flash_two.kernels.params import LOG2E, AttentionParams, Layout, output_layout
+from hf_flash_two.kernels.triton.args import (
+    Heads,
+    Operand,
+    PerHead,
+    Rows,
+    Tma,
+    broadcast_strides,
+    dropout_of,
+    intervals_of,
+)
+from hf_flash_two.kernels.triton.backward import replace_marked
+from hf_flash_two.kernels.triton.config import Tiles, tma_fits, tma_of
+from hf_flash_two.kernels.triton.launch import Launch, on_device, planned
+
+
+def backward(
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    params: AttentionParams,
+    need_d_bias: bool,
+    ordered: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of query, key, value, bias and sinks.
+
+    Args:
+        ordered: the same inputs give the same bits; else dQ is summed in whatever order its parts
+            arrive.
+    """
+    query, key, value, d_out = [_as_tma_copies(x) for x in (query, key, value, d_out)]
+    out = out if out.stride(3) == 1 else out.contiguous()
+    lse = lse.contiguous()
+    with on_device(query):
+        make = _ordered_plan if ordered else _free_plan
+        plan = planned(make, params, (query, key, value), (d_out, out, lse, d_lse))
+        dq, dk, dv = [query.new_empty_strided(*layout) for layout in plan.gradients]
+        of_rows = lse.new_empty(plan.rows_shape)
+        dq_sum = lse.new_empty(plan.dq_sum_size)
+        counter = torch.empty(plan.counters, dtype=torch.int32, device=lse.device)
+        plan.prepare(out, d_out, lse, d_lse, of_rows, counter, dq_sum)
+        marked_rows = marked_keys = turns = None
+        if plan.tiles.setup.RESCUE:
+            marked_rows = query.new_empty(query.shape[:3], dtype=torch.int8)
+            # Two consumers mark each key of a wide head.
+            empty = key.new_zeros if plan.tiles.block_d > 128 else key.new_empty
+            marked_keys = empty(key.shape[:3], dtype=torch.int8)
+        if ordered:
+            turns = rows.order(params, query.shape[2], key.shape[2], plan.tiles.setup)
+        plan.gradients_of(
+            query, key, value, d_out, of_rows, dq_sum, dk, dv,
+            intervals_of(params, params.key_bounds), turns, params.alibi_slopes,
+            params.seed, counter, marked_keys,
+        )  # fmt: skip
+        plan.convert(dq_sum, counter, marked_rows, dq)
+        if marked_rows is not None and marked_keys is not None:
+            replace_marked(
+                (marked_rows, marked_keys), Rows(of_rows[0], of_rows[1], None),
+                d_out, d_lse, query, key, value, out, lse, params, dq, dk, dv,
+            )  # fmt: skip
+    d_sinks = None
+    if params.sinks is not None:
+        weight = torch.exp(params.sinks[:, :, None] - lse).nan_to_num_(nan=0.0)
+        delta = of_rows[1, :, :, : lse.shape[2]]
+        d_sinks = -(weight * delta).sum(2).sum_to_size(params.sinks.shape)
+    return dq, dk, dv, None, d_sinks
+
+
+def _as_tma_copies(x: Tensor) -> Tensor:
+    """``x``, or a copy where TMA cannot step through it."""
+    return x if x.stride(3) == 1 and tma_fits(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    tiles: BackwardTiles
+    gradients: tuple[Layout, Layout, Layout]
+    rows_shape: tuple[int, int, int, int]
+    dq_sum_size: int
+    counters: int
+    prepare: Launch
+    gradients_of: Launch
+    convert: Launch
+
+
+def _ordered_plan(*given) -> _Plan:
+    return _plan(True, *given)
+
+
+def _free_plan(*given) -> _Plan:
+    return _plan(False, *given)
+
+
+def _plan(
+    ordered: bool,
+    params: AttentionParams,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    d_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    d_lse: Tensor | None,
+) -> _Plan:
+    batch, heads, query_length, head_dim = query.shape
+    key_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
+    tiles = backward_tiles(query, key, value, params, ordered)
+    block_d, block_v = tiles.block_d, tiles.block_v
+    block_q, block_k = tiles.setup.BLOCK_Q, tiles.setup.BLOCK_K
+    key_tiles = triton.cdiv(key_length, block_k)
+    padded = triton.cdiv(query_length, ROW_MULTIPLE) * ROW_MULTIPLE
+    row_count = batch * heads * padded
+    of_query, of_key, of_value = [output_layout(x, x.shape[3]) for x in (query, key, value)]
+    d_key, d_value = [query.new_empty_strided(*x, device="meta") for x in (of_key, of_value)]
+
+    def tma(x: Tensor, block_rows: int, columns: int) -> Tma:
+        return tma_of(x, block_rows, columns, shared_layout((1, 1, block_rows, columns), x.dtype))
+
+    rows_shape = (2, row_count // block_q, block_q)
+    templates = {
+        "q_desc": tma(query, block_q, block_d),
+        "k_desc": tma(key, block_k, block_d),
+        "v_desc": tma(value, block_k, block_v),
+        "do_desc": tma(d_out, block_q, block_v),
+        "dk_desc": tma(d_key, block_k, block_d),
+        "dv_desc": tma(d_value, block_k, block_v),
+        "rows_desc": Tma(
+            rows_shape, (row_count, block_q, 1), (2, 1, block_q), gl.NVMMASharedLayout(0, 32, 3)
+        ),
+        "dq_desc": Tma(
+            (row_count * block_d // 256, 256), (256, 1), (16, 256), gl.NVMMASharedLayout(0, 32, 2)
+        ),
+        "dropout": dropout_of(params),
+        "slopes": PerHead(None, *broadcast_strides(params.alibi_slopes, batch, heads)),
+    }  # fmt: skip
+    plain = tiles.setup.PLAIN
+    scalars = (
+        Heads(heads, heads // key_heads), query_length, key_length, params.query_offset,
+        params.window_left or 0, params.window_right or 0,
+        broadcast_strides(params.query_start, batch, key_length)[0],
+        batch * key_heads, min(tiles.together, batch * key_heads),
+        min(tiles.turned, batch * key_heads),
+        params.scale * (LOG2E if plain else 1.0), params.softcap or 1.0,
+    )  # fmt: skip
+    kernel = wide.wide_kernel if block_d > 128 else gradients.gradients_kernel
+    main = Launch(
+        kernel, (key_tiles * batch * key_heads,), templates, scalars,
+        {"SETUP": tiles.setup}, Tiles(block_q, block_k, block_d, block_v, 4, 1),
+        maxnreg=168,
+    )  # fmt: skip
+    small = Tiles(rows.ROWS, 0, block_d, block_v, 4, 1)
+    prepare = Launch(
+        rows.prepare_kernel,
+        (row_count // rows.ROWS,),
+        {
+            "out": Operand(None, *out.stride()[:3]),
+            "do": Operand(None, *d_out.stride()[:3]),
+            "d_lse": Operand(None, *((0, 0, 0) if d_lse is None else d_lse.stride())),
+        },
+        (heads, query_length, row_count),
+        {
+            "PLAIN": plain, "DV": value_dim, "BLOCK_V": block_v, "BLOCK_D": block_d,
+            "BLOCK_Q": block_q, "ROWS": rows.ROWS, "ORDERED": ordered,
+        },
+        small,
+    )  # fmt: skip
+    convert = Launch(
+        rows.convert_kernel,
+        (triton.cdiv(query_length, rows.ROWS) * batch * heads,),
+        {"dq": Operand(None, *of_query[1][:3])},
+        (heads, query_length, params.scale),
+        {
+            "D": head_dim, "BLOCK_D": block_d, "BLOCK_Q": block_q, "ROWS": rows.ROWS,
+            "ORDERED": ordered,
+        },
+        small,
+    )  # fmt: skip
+    return _Plan(
+        tiles, (of_query, of_key, of_value), (2, batch, heads, padded), row_count * block_d,
+        row_count // block_q, prepare, main, convert,
+    )  # fmt: skip

@@ -1,0 +1,155 @@
+"""The launch of the forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from hf_flash_two.kernels.hopper.attend import attend_kernel
+from hf_flash_two.kernels.hopper.config import (
+    ROWS,
+    forward_flags,
+    forward_tiles,
+    heads_together,
+    parts,
+)
+from hf_flash_two.kernels.hopper.gluon import gl, shared_layout
+from hf_flash_two.kernels.params import AttentionParams, Layout, output_layout
+from hf_flash_two.kernels.triton.args import PerHead, Tma, broadcast_strides, dropout_of
+from hf_flash_two.kernels.triton.config import Tiles, device_of
+from hf_flash_two.kernels.triton.launch import Launch, on_device, planned
+from hf_flash_two.kernels.triton.ranges import key_ranges
+from hf_flash_two.tensor_cache import derive
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """``tickets``: how many `attend_kernel` takes, or 0."""
+
+    tiles: Tiles
+    out: Layout
+    tickets: int
+    attend: Launch
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, Tq, Dv] in the dtype of ``query`` and lse [B, Hq, Tq] in float32."""
+    query, key, value = [x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value)]
+    with on_device(query):
+        plan = planned(_plan, params, (query, key, value))
+        out = query.new_empty_strided(*plan.out)
+        lse = query.new_empty(plan.out[0][:3], dtype=torch.float32)
+        ranges = key_ranges(params, plan.tiles, query.shape[2], key.shape[2])
+        runs = _key_runs(params, plan.tiles.block_k)
+        tickets = query.new_zeros(plan.tickets, dtype=torch.int32) if plan.tickets else None
+        plan.attend(
+            query, query, key, key, value, value, out, out, out, runs, lse, ranges,
+            params.alibi_slopes, params.sinks, params.seed, tickets,
+        )  # fmt: skip
+    return out, lse
+
+
+def _plan(params: AttentionParams, query: Tensor, key: Tensor, value: Tensor) -> _Plan:
+    batch, heads, query_length, _ = query.shape
+    key_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
+    tiles = forward_tiles(query, key, value)
+    out = output_layout(query, value_dim)
+    pack = tiles.pack_gqa
+    d, d_v = parts(tiles.block_d)[0], parts(tiles.block_v)[0]
+    row_tiles = triton.cdiv(query_length * pack, tiles.block_q)
+    head_tiles = batch * heads // pack
+    together = heads_together(key, value, heads // pack // key_heads)
+    drop = dropout_of(params)
+    works = row_tiles * head_tiles
+    programs = min(works, device_of(query.device.index).processors)
+    flags = forward_flags(query, key, params, tiles, programs < works)
+
+    def rows(layout: Layout, columns: int) -> Tma:
+        """Tiles of 64 rows, of ``pack`` heads side by side."""
+        shape, strides = layout
+        block = (1, 1, ROWS // pack, pack, columns)
+        return _tma(
+            (batch, heads // pack, query_length, pack, shape[3]),
+            (strides[0], strides[1] * pack, strides[2], strides[1]),
+            block if columns else (),
+            query.dtype,
+        )
+
+    def keys(tensor: Tensor, columns: int) -> Tma:
+        block = (1, 1, tiles.block_k, columns) if columns else ()
+        return _tma(tuple(tensor.shape), tensor.stride()[:3], block, tensor.dtype)
+
+    runs = Tma()
+    if params.query_start is not None:
+        count = triton.cdiv(key_length, tiles.block_k) * params.query_start.shape[0]
+        width = 2 * tiles.block_k
+        layout = gl.NVMMASharedLayout(0, 32, 2)
+        runs = Tma((count, width), (width, 1), (1, width), layout)
+    queries = (tuple(query.shape), query.stride())
+    attend = Launch(
+        attend_kernel,
+        (programs, 1, 1),
+        {
+            "q_desc": rows(queries, d),
+            "q_rest": rows(queries, flags.D_REST),
+            "k_desc": keys(key, d),
+            "k_rest": keys(key, flags.D_REST),
+            "v_desc": keys(value, d_v),
+            "v_rest": keys(value, flags.V_REST),
+            "out_desc": rows(out, d_v),
+            "out_rest": rows(out, flags.V_REST),
+            "part_desc": rows(out, 64 if flags.RESCUE else 0),
+            "run_desc": runs,
+            "slopes": PerHead(None, *broadcast_strides(params.alibi_slopes, batch, heads)),
+            "sinks": PerHead(None, *broadcast_strides(params.sinks, batch, heads)),
+        },
+        (
+            params.scale, params.softcap or 1.0, drop.threshold, float(drop.keep_scale),
+            heads, heads // key_heads, query_length, key_length, params.query_offset,
+            params.window_left or 0, params.window_right or 0,
+            row_tiles, head_tiles, min(together, head_tiles),
+        ),
+        {"FLAGS": flags},
+        Tiles(tiles.block_q, tiles.block_k, d, d_v, 4, 1),
+        maxnreg={2: 168, 3: 128}[flags.CONSUMERS],
+    )  # fmt: skip
+    tickets = (1 + works if flags.RESCUE else 1) if flags.PERSISTENT else 0
+    return _Plan(tiles, out, tickets, attend)
+
+
+def _tma(
+    shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...], dtype: torch.dtype
+) -> Tma:
+    """How TMA copies blocks of a tensor; nothing for no block."""
+    if not block:
+        return Tma()
+    # An axis of one element is never stepped along, but its stride is checked.
+    steps = [step if length > 1 else 16 for length, step in zip(shape, strides, strict=False)]
+    return Tma(shape, (*steps, 1), block, shared_layout(block, dtype))
+
+
+def _key_runs(params: AttentionParams, block_k: int) -> Tensor | None:
+    """The intervals tile by tile, as `attend_kernel` takes them; None if there are none.
+
+    Worked out once for each mask, which all layers share.
+    """
+    start, stop = params.query_start, params.query_stop
+    if start is None or stop is None:
+        return None
+
+    def build() -> Tensor:
+        missing = -start.shape[1] % block_k
+        # What FAR is from -FAR takes the sign's bit.
+        length = (stop.long() - start).clamp_min(0).to(torch.int32)
+        sides = (
+            torch.nn.functional.pad(side, (0, missing)).view(-1, 1, block_k)
+            for side in (start, length)
+        )
+        return torch.cat(tuple(sides), 1).view(-1, 2 * block_k)
+
+    return derive(("key runs", block_k), build, start, stop)

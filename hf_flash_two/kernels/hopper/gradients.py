@@ -1,0 +1,277 @@
+"""The backward of Hopper GPUs: dK, dV and dQ of one tile of keys in one kernel.
+
+Source: Shah et al. 2024, arXiv:2407.08608, and the order of FlashAttention-4's ``flash_bwd_sm90``.
+One program is one tile of 128 keys of one key head. It goes through the queries that see them,
+of all query heads of the group, in tiles of `BLOCK_Q` rows. Its warps have four parts:
+
+- two consumers of four warps, each of 64 keys: they keep dK and dV of these in registers;
+- a producer: copies K and V once, and Q, dO and `Rows` of each tile of queries;
+- a store warp: adds each tile's dQ to a float32 sum in global memory.
+
+Scores are computed transposed, so that P^T and dS^T multiply from registers. Both consumers write
+their dS into one tile, and each computes a half of dQ from all 128 keys: half as many bytes are
+added as if each had its own. dQ is added in pieces of 64 x 64 in the order in which the product
+leaves them in registers, which `rows.convert` undoes. `schedule` has their order.
+
+Barriers. Of TMA: mbarriers. Between warps: named barriers, since an mbarrier's arrival costs four
+warps two more barriers; Triton itself takes 0 to 4. 5, 6: a stage of Q is free; 14, 15: one of dO;
+8: both consumers have written dS; 10, 12: a half of dQ is ready.
+"""
+
+# What stands in a kernel is Triton's language, which its types do not describe.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+
+from __future__ import annotations
+
+from hf_flash_two.kernels.hopper.gluon import (
+    allocate_barriers,
+    asm,
+    fence_async_shared,
+    gl,
+    jit,
+    mbarrier,
+    tma_store,
+    tma_store_read,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from hf_flash_two.kernels.hopper.parts import (
+    Barriers,
+    Descriptors,
+    Memory,
+    arrive_at,
+    clear_keys,
+    clear_rows,
+    gradient_scale,
+    head_of,
+    in_order_of_registers,
+    keys_of,
+    probabilities,
+    producer,
+    score_gradient,
+    store_dq,
+    tile_of,
+    weights,
+)
+from hf_flash_two.kernels.hopper.schedule import Pointers, Scores, Sizes, place_of
+from hf_flash_two.kernels.triton.args import Dropout, Heads, Intervals, PerHead
+
+_STAGES = gl.constexpr(2)
+
+
+@jit
+def _step(
+    HALF: gl.constexpr, MASKED: gl.constexpr, SETUP: gl.constexpr, done, tile, keys, head,
+    k, v, sizes, scores, memory, bars, dk, dv,
+):  # fmt: skip
+    """One tile of queries: adds to dK and dV, and hands on half a tile of dQ."""
+    BLOCK_Q: gl.constexpr = SETUP.BLOCK_Q
+    DTYPE: gl.constexpr = memory.q.dtype
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_Q, 16])
+    DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    A: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
+    ROW: gl.constexpr = gl.SliceLayout(0, S)
+    stage = done % _STAGES
+    phase = (done // _STAGES) & 1
+    q, do = memory.q.index(stage), memory.do.index(stage)
+    ds_tile, rows = memory.ds.index(stage), memory.rows.index(stage)
+    no_scores = gl.zeros((64, BLOCK_Q), gl.float32, S)
+    mbarrier.wait(bars.q_full.index(stage), phase)
+    if MASKED and SETUP.CLEAR:
+        if gl.max(rows.slice(0, BLOCK_Q).load(ROW), 0) == float("inf"):
+            HALF_Q: gl.constexpr = BLOCK_Q // 2
+            lse_half = rows.slice(HALF * HALF_Q, HALF_Q)
+            mbarrier.wait(bars.do_full.index(stage), phase)
+            clear_rows(q.slice(HALF * HALF_Q, HALF_Q, dim=0), lse_half)
+            clear_rows(do.slice(HALF * HALF_Q, HALF_Q, dim=0), lse_half)
+            fence_async_shared()
+            asm("bar.sync 8, 256;", 4)
+    s_async = warpgroup_mma(k, q.permute((1, 0)), no_scores, use_acc=False, is_async=True)
+    if not SETUP.LATE_LSE:
+        lse = rows.slice(0, BLOCK_Q).load(ROW)
+    mbarrier.wait(bars.do_full.index(stage), phase)
+    dp_async = warpgroup_mma(v, do.permute((1, 0)), no_scores, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(1, deps=(s_async,))
+    if SETUP.LATE_LSE:
+        lse = rows.slice(0, BLOCK_Q).load(ROW)
+    p, d_cap = probabilities(s, lse, tile, keys, head, sizes, scores, MASKED, SETUP)
+    if not SETUP.LATE_DELTA:
+        delta = rows.slice(BLOCK_Q, BLOCK_Q).load(ROW)
+    p_half = gl.convert_layout(weights(p, scores, SETUP).to(DTYPE), A)
+    if SETUP.SOFTCAP:
+        p = p * d_cap
+    if SETUP.DV_FIRST:
+        dv_async = warpgroup_mma(p_half, do, dv, is_async=True)
+        dp = warpgroup_mma_wait(1, deps=(dp_async,))
+    else:
+        dp, p_half = warpgroup_mma_wait(0, deps=(dp_async, p_half))
+    if SETUP.LATE_DELTA:
+        delta = rows.slice(BLOCK_Q, BLOCK_Q).load(ROW)
+    ds = score_gradient(p, dp, delta[None, :], scores, SETUP).to(DTYPE)
+    ds_half = gl.convert_layout(ds, A)
+    ds_tile.slice(HALF * 64, 64, dim=0).store(ds)
+    if not SETUP.DV_FIRST:
+        dv_async = warpgroup_mma(p_half, do, dv, is_async=True)
+    fence_async_shared()
+    asm("bar.sync 8, 256;", 4)
+    no_dq = gl.zeros((64, 64), gl.float32, DQ)
+    if BLOCK_Q == 64:
+        ds_rows, k_columns = ds_tile, memory.k.slice(HALF * 64, 64, dim=1)
+    else:
+        ds_rows, k_columns = ds_tile.slice(HALF * 64, 64, dim=1), memory.k
+    dq_async = warpgroup_mma(
+        ds_rows.permute((1, 0)), k_columns, no_dq, use_acc=False, is_async=True
+    )
+    dv, p_half = warpgroup_mma_wait(1, deps=(dv_async, p_half))
+    arrive_at(14, stage, 4)
+    dk_async = warpgroup_mma(ds_half, q, dk, is_async=True)
+    dq = warpgroup_mma_wait(1, deps=(dq_async,))
+    dq = in_order_of_registers(dq)
+    mbarrier.wait(bars.dq_empty.index(HALF), (done & 1) ^ 1)
+    memory.dq.index(HALF).store(dq)
+    fence_async_shared()
+    if HALF == 0:
+        asm("bar.arrive 10, 160;", 4)
+    else:
+        asm("bar.arrive 12, 160;", 4)
+    dk, ds_half = warpgroup_mma_wait(0, deps=(dk_async, ds_half))
+    arrive_at(5, stage, 4)
+    return dk, dv
+
+
+@jit
+def _consumer(
+    HALF: gl.constexpr, SETUP: gl.constexpr, sizes, scores, pointers, descs, memory, bars
+):  # fmt: skip
+    BLOCK_Q: gl.constexpr = SETUP.BLOCK_Q
+    D: gl.constexpr = memory.k.type.shape[1]
+    DV: gl.constexpr = memory.v.type.shape[1]
+    DTYPE: gl.constexpr = memory.q.dtype
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_Q, 16])
+    DK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    DV_: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    place = place_of(sizes, SETUP)
+    k = memory.k.slice(HALF * 64, 64, dim=0)
+    v = memory.v.slice(HALF * 64, 64, dim=0)
+    dk = gl.zeros((64, D), gl.float32, DK)
+    dv = gl.zeros((64, DV), gl.float32, DV_)
+    col = place.tile * SETUP.BLOCK_K + HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
+    keys = keys_of(place, col, sizes, SETUP)
+    mbarrier.wait(bars.k_full, 0)
+    mbarrier.wait(bars.v_full, 0)
+    if SETUP.CLEAR:
+        first = place.tile * SETUP.BLOCK_K + HALF * 64
+        clear_keys(k, place, first, sizes, SETUP)
+        clear_keys(v, place, first, sizes, SETUP)
+        fence_async_shared()
+        asm("bar.sync 8, 256;", 4)
+    for member in range(sizes.heads.group):
+        head = head_of(place, member, sizes, scores, SETUP)
+        before = member * place.count
+        if SETUP.MASKED:
+            for step in range(0, place.before):
+                dk, dv = _step(
+                    HALF, True, SETUP, before + step, place.start + step * place.step, keys, head,
+                    k, v, sizes, scores, memory, bars, dk, dv,
+                )  # fmt: skip
+        for step in range(place.before, place.before + place.whole):
+            dk, dv = _step(
+                HALF, False, SETUP, before + step, place.start + step * place.step, keys, head,
+                k, v, sizes, scores, memory, bars, dk, dv,
+            )  # fmt: skip
+        if SETUP.TAIL:
+            for step in range(place.before + place.whole, place.count):
+                dk, dv = _step(
+                    HALF, True, SETUP, before + step, place.start + step * place.step, keys, head,
+                    k, v, sizes, scores, memory, bars, dk, dv,
+                )  # fmt: skip
+    if SETUP.RESCUE:
+        marked = gl.max((dv != dv).to(gl.int32), 1)
+        marked = gl.convert_layout(marked, gl.SliceLayout(1, DK))
+        marked = gl.maximum(marked, gl.max((dk != dk).to(gl.int32), 1))
+        key = place.tile * SETUP.BLOCK_K + HALF * 64
+        key += gl.arange(0, 64, layout=gl.SliceLayout(1, DK))
+        head = place.batch * (sizes.heads.count // sizes.heads.group) + place.key_head
+        gl.store(
+            pointers.marked + head.to(gl.int64) * sizes.key_length + key, marked.to(gl.int8),
+            key < sizes.key_length,
+        )  # fmt: skip
+    # Both are done with all of K: K and V become what dK and dV are stored from.
+    asm("bar.sync 8, 256;", 4)
+    v.store(dv.to(DTYPE))
+    k.store((dk * gradient_scale(scores, SETUP)).to(DTYPE))
+    fence_async_shared()
+    asm("bar.sync 8, 256;", 4)
+    at = [place.batch, place.key_head, place.tile * SETUP.BLOCK_K, 0]
+    if HALF == 0:
+        tma_store(descs.dv, at, tile_of(descs.dv, memory.v))
+    else:
+        tma_store(descs.dk, at, tile_of(descs.dk, memory.k))
+    tma_store_read(0)
+
+
+@jit(
+    do_not_specialize=[
+        "query_length", "key_length", "offset", "left", "right", "interval_stride_b", "key_heads",
+        "together", "turned",
+    ]
+)  # fmt: skip
+def gradients_kernel(
+    q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc,
+    of_keys: Intervals, order_ptr, slopes: PerHead, dropout: Dropout, counter_ptr, marked_ptr,
+    heads: Heads, query_length, key_length, offset, left, right, interval_stride_b,
+    key_heads, together, turned, scale, softcap,
+    SETUP: gl.constexpr,
+):  # fmt: skip
+    """dK, dV of one tile of keys, and what it adds to dQ.
+
+    The grid is key tiles x batch rows x key heads, see `place_of`.
+
+    Args:
+        q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc: of [B, H, T, D] tensors.
+        rows_desc: of [2, B * Hq * padded Tq / BLOCK_Q, BLOCK_Q].
+        dq_desc: of [pieces * 16, 256], float32.
+        counter_ptr, marked_ptr: see `Pointers`.
+    """
+    BLOCK_Q: gl.constexpr = SETUP.BLOCK_Q
+    BLOCK_K: gl.constexpr = SETUP.BLOCK_K
+    D: gl.constexpr = k_desc.block_type.shape[3]
+    DV: gl.constexpr = v_desc.block_type.shape[3]
+    DTYPE: gl.constexpr = q_desc.dtype
+    K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K, D], DTYPE)
+    V: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K, DV], DTYPE)
+    DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K, BLOCK_Q], DTYPE)
+    LINEAR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    memory = Memory(
+        gl.allocate_shared_memory(DTYPE, [BLOCK_K, D], K),
+        gl.allocate_shared_memory(DTYPE, [BLOCK_K, DV], V),
+        gl.allocate_shared_memory(DTYPE, [_STAGES, BLOCK_Q, D], K),
+        gl.allocate_shared_memory(DTYPE, [_STAGES, BLOCK_Q, DV], V),
+        gl.allocate_shared_memory(gl.float32, [_STAGES, 2 * BLOCK_Q], LINEAR),
+        gl.allocate_shared_memory(DTYPE, [_STAGES, BLOCK_K, BLOCK_Q], DS),
+        gl.allocate_shared_memory(gl.float32, [2, 4096], LINEAR),
+    )
+    bars = Barriers(
+        allocate_barriers(1, 1).index(0), allocate_barriers(1, 1).index(0),
+        allocate_barriers(_STAGES, 1), allocate_barriers(_STAGES, 1), allocate_barriers(2, 1),
+    )  # fmt: skip
+    descs = Descriptors(q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc)
+    sizes = Sizes(
+        heads, key_heads, together, turned, query_length, key_length, offset, left, right,
+        of_keys, order_ptr, interval_stride_b,
+    )  # fmt: skip
+    scores = Scores(scale, softcap, slopes, dropout)
+    pointers = Pointers(counter_ptr, marked_ptr)
+    # Written out each: a sum of tuples forgets names, one given a name forgets constants.
+    gl.warp_specialize(
+        [
+            (_consumer, (0, SETUP, sizes, scores, pointers, descs, memory, bars)),
+            (_consumer, (1, SETUP, sizes, scores, pointers, descs, memory, bars)),
+            (producer, (SETUP, sizes, scores, pointers, descs, memory, bars)),
+            (store_dq, (SETUP, sizes, scores, pointers, descs, memory, bars)),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
+    )

@@ -1,0 +1,357 @@
+"""What the backward's two kernels share: copies, the sum of dQ, probabilities."""
+
+# What stands in a kernel is Triton's language, which its types do not describe.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+
+from hf_flash_two.kernels.hopper.gluon import (
+    asm,
+    gl,
+    jit,
+    mbarrier,
+    reinterpret,
+    tma_add,
+    tma_load,
+    tma_store,
+    tma_store_done,
+    tma_store_read,
+)
+from hf_flash_two.kernels.hopper.schedule import (
+    await_turn,
+    end_turn,
+    first_row_of,
+    place_of,
+    rank_of,
+)
+from hf_flash_two.kernels.hopper.tile import keep_bits
+from hf_flash_two.kernels.params import LOG2E
+from hf_flash_two.kernels.triton.tile import INTERVALS
+from hf_flash_two.masks import FAR
+
+_LOG2E = gl.constexpr(LOG2E)
+_FAR = gl.constexpr(FAR)
+
+
+class Descriptors(NamedTuple):
+    """TMA's, of tiles of Q, K, V, dO, `Rows`, the sum of dQ, dK and dV."""
+
+    q: Any
+    k: Any
+    v: Any
+    do: Any
+    rows: Any
+    dq: Any
+    dk: Any
+    dv: Any
+
+
+class Memory(NamedTuple):
+    """Shared memory: tiles, those but K's and V's in two stages; dQ in two halves."""
+
+    k: Any
+    v: Any
+    q: Any
+    do: Any
+    rows: Any
+    ds: Any
+    dq: Any
+
+
+class Barriers(NamedTuple):
+    k_full: Any
+    v_full: Any
+    q_full: Any
+    do_full: Any
+    dq_empty: Any
+
+
+@jit
+def wait_at(FIRST: gl.constexpr, stage, WARPS: gl.constexpr):
+    """Waits at a named barrier of one consumer's or both consumers' and one more warp's threads."""
+    x = gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+    gl.inline_asm_elementwise(
+        "bar.sync $1, 288; mov.b32 $0, $1;", "=r,r", [x * 0 + (FIRST + stage)],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@jit
+def arrive_at(FIRST: gl.constexpr, stage, WARPS: gl.constexpr):
+    """The other side of `wait_at`: goes on at once."""
+    x = gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+    gl.inline_asm_elementwise(
+        "bar.arrive $1, 288; mov.b32 $0, $1;", "=r,r", [x * 0 + (FIRST + stage)],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@jit
+def tile_of(desc, memory):
+    """A tile in shared memory as TMA takes it."""
+    return reinterpret(memory, desc.dtype, desc.block_type.shape, desc.layout)
+
+
+@jit
+def load(desc, at, full, memory):
+    """Starts a copy of one tile; ``full`` is told the bytes to expect."""
+    mbarrier.expect(full, desc.block_type.nbytes)
+    tma_load(desc, at, full, tile_of(desc, memory))
+
+
+@jit
+def producer(SETUP: gl.constexpr, sizes, scores, pointers, descs, memory, bars):
+    """The warp that copies tiles into shared memory: K and V once, then those of the queries."""
+    Q_STAGES: gl.constexpr = memory.q.type.shape[0]
+    DO_STAGES: gl.constexpr = memory.do.type.shape[0]
+    place = place_of(sizes, SETUP)
+    of_keys = [place.batch, place.key_head, place.tile * SETUP.BLOCK_K, 0]
+    load(descs.k, of_keys, bars.k_full, memory.k)
+    if place.count == 0:
+        load(descs.v, of_keys, bars.v_full, memory.v)
+    for member in range(sizes.heads.group):
+        head, first_row = first_row_of(place, member, sizes, SETUP)
+        for step in range(place.count):
+            done = member * place.count + step
+            stage = done % Q_STAGES
+            tile = place.start + step * place.step
+            at = [place.batch, head, tile * SETUP.BLOCK_Q, 0]
+            if done >= Q_STAGES:
+                wait_at(5, stage, 1)
+            q_full = bars.q_full.index(stage)
+            mbarrier.expect(q_full, descs.q.block_type.nbytes + descs.rows.block_type.nbytes)
+            tma_load(descs.q, at, q_full, tile_of(descs.q, memory.q.index(stage)))
+            rows = tile_of(descs.rows, memory.rows.index(stage))
+            tma_load(descs.rows, [0, first_row + tile, 0], q_full, rows)
+            if done == 0:
+                load(descs.v, of_keys, bars.v_full, memory.v)
+            stage = done % DO_STAGES
+            if done >= DO_STAGES:
+                wait_at(14, stage, 1)
+            load(descs.do, at, bars.do_full.index(stage), memory.do.index(stage))
+
+
+@jit
+def _add(desc, at, source, first):
+    """Adds a piece of dQ; the first that comes is stored."""
+    if first:
+        tma_store(desc, [at, 0], source)
+    else:
+        tma_add(desc, [at, 0], source)
+
+
+@jit
+def _end_turn_of(tile, pointers):
+    """Lets the next add to a tile of dQ, if there is one: all of this one's is in memory."""
+    if tile >= 0:
+        tma_store_done(0, 1)
+        end_turn(pointers.counter + tile)
+
+
+@jit
+def store_dq(SETUP: gl.constexpr, sizes, scores, pointers, descs, memory, bars):
+    """The warp that adds dQ to its sum, each half in pieces of 64 x 64."""
+    PIECES: gl.constexpr = SETUP.BLOCK_Q * descs.q.block_type.shape[3] // 8192
+    place = place_of(sizes, SETUP)
+    half_0 = tile_of(descs.dq, memory.dq.index(0))
+    half_1 = tile_of(descs.dq, memory.dq.index(1))
+    previous = -1
+    for member in range(sizes.heads.group):
+        _, first_row = first_row_of(place, member, sizes, SETUP)
+        for step in range(place.count):
+            tile = first_row + place.start + step * place.step
+            first = False
+            if SETUP.ORDERED:
+                rank = rank_of(place, place.start + step * place.step, sizes, SETUP)
+                await_turn(pointers.counter + tile, rank)
+                first = rank == 0
+                # The turn before ends here: what it added has reached memory while this one was
+                # waited for.
+                _end_turn_of(previous, pointers)
+                previous = tile
+            for piece in gl.static_range(PIECES):
+                at = (tile * 2 * PIECES + piece) * 16
+                asm("bar.sync 10, 160;", 1)
+                _add(descs.dq, at, half_0, first)
+                asm("bar.sync 12, 160;", 1)
+                _add(descs.dq, at + PIECES * 16, half_1, first)
+                tma_store_read(1)
+                mbarrier.arrive(bars.dq_empty.index(0), count=1)
+                tma_store_read(0)
+                mbarrier.arrive(bars.dq_empty.index(1), count=1)
+    if SETUP.ORDERED:
+        _end_turn_of(previous, pointers)
+    tma_store_done(0, 1)
+
+
+class Keys(NamedTuple):
+    """The keys of a tile, and the rows of queries from which, and until which, each is seen."""
+
+    col: Any
+    seen_from: Any
+    seen_until: Any
+
+
+class Head(NamedTuple):
+    """A query head: its batch row, its number, ALiBi's slope."""
+
+    batch: Any
+    number: Any
+    slope: Any
+
+
+@jit
+def keys_of(place, col, sizes, SETUP: gl.constexpr):
+    """`Keys` in the layout of ``col``."""
+    seen_from, seen_until = col, col
+    if SETUP.MASK == INTERVALS:
+        at = col + place.batch.to(gl.int64) * sizes.interval_stride_b
+        inside = col < sizes.key_length
+        seen_from = gl.load(sizes.of_keys.start_ptr + at, inside, _FAR) - sizes.offset
+        seen_until = gl.load(sizes.of_keys.stop_ptr + at, inside, -_FAR) - sizes.offset
+    elif SETUP.MASKED:
+        seen_from = col * 0
+        if SETUP.RIGHT:
+            seen_from = col - sizes.right - sizes.offset
+        seen_from = gl.where(col < sizes.key_length, seen_from, _FAR)
+        seen_until = col + sizes.left + 1 - sizes.offset
+    return Keys(col, seen_from, seen_until)
+
+
+@triton.constexpr_function
+def _by_rows(columns):
+    """A layout of four warps in which each thread has 16 bytes of a row."""
+    threads = min(columns // 8, 32)
+    return gl.BlockedLayout([1, 8], [32 // threads, threads], [4, 1], [1, 0])
+
+
+@jit
+def clear_keys(tile, place, first, sizes, SETUP: gl.constexpr):
+    """Zeros where keys that nobody sees stand: 0 times what they hold may be NaN."""
+    ROWS: gl.constexpr = tile.type.shape[0]
+    BY_ROWS: gl.constexpr = _by_rows(tile.type.shape[1])
+    col = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, BY_ROWS))
+    keys = keys_of(place, col, sizes, SETUP)
+    seen_until = sizes.query_length
+    if SETUP.LEFT or SETUP.MASK == INTERVALS:
+        seen_until = gl.minimum(keys.seen_until, sizes.query_length)
+    unseen = gl.maximum(keys.seen_from, 0) >= seen_until
+    if gl.max(unseen.to(gl.int32), 0) != 0:
+        x = tile.load(BY_ROWS)
+        tile.store(gl.where(unseen[:, None], gl.zeros_like(x), x))
+
+
+@jit
+def clear_rows(tile, lse):
+    """Zeros where rows that see nothing stand, whose ``lse`` in shared memory is infinite."""
+    BY_ROWS: gl.constexpr = _by_rows(tile.type.shape[1])
+    unseeing = lse.load(gl.SliceLayout(1, BY_ROWS)) == float("inf")
+    x = tile.load(BY_ROWS)
+    tile.store(gl.where(unseeing[:, None], gl.zeros_like(x), x))
+
+
+@jit
+def head_of(place, member, sizes, scores, SETUP: gl.constexpr):
+    """The query head that is one ``member`` of the group."""
+    head = place.key_head * sizes.heads.group + member
+    slope = 0.0
+    if SETUP.ALIBI:
+        at = scores.slopes.ptr + place.batch * scores.slopes.stride_b
+        slope = gl.load(at + head * scores.slopes.stride_h)
+    return Head(place.batch, head, slope)
+
+
+@jit
+def _modify(s, lse, tile, keys, head, sizes, scores, SETUP: gl.constexpr):
+    """Scores less lse in base 2, and d(capped score) / d(scaled score): not of plain scores."""
+    d_cap = s
+    if SETUP.SOFTCAP:
+        # tanh(x) = 1 - 2 / (exp(2x) + 1) saturates correctly at both ends.
+        capped = 1 - 2 / (gl.exp2(s * (scores.scale * (2 * _LOG2E) / scores.softcap)) + 1)
+        d_cap = 1 - capped * capped
+        s = capped * scores.softcap
+    else:
+        s = s * scores.scale
+    if SETUP.ALIBI:
+        # In float32: integers would be subtracted before the loop and fill the registers.
+        first = (tile * SETUP.BLOCK_Q + sizes.offset).to(gl.float32)
+        rows = gl.arange(0, SETUP.BLOCK_Q, layout=gl.SliceLayout(0, s.type.layout))
+        position = rows.to(gl.float32) + first
+        s -= head.slope * gl.abs(position[None, :] - keys.col.to(gl.float32)[:, None])
+    return (s - lse[None, :]) * _LOG2E, d_cap
+
+
+@jit
+def probabilities(
+    s, lse, tile, keys, head, sizes, scores, MASKED: gl.constexpr, SETUP: gl.constexpr
+):  # fmt: skip
+    """P^T of one tile, and d(capped score) / d(scaled score).
+
+    With dropout, what is dropped has a minus: one register for both.
+
+    Args:
+        s: [keys, queries], the products. lse: [queries].
+    """
+    row = tile * SETUP.BLOCK_Q + gl.arange(
+        0, SETUP.BLOCK_Q, layout=gl.SliceLayout(0, s.type.layout)
+    )
+    d_cap = s
+    if SETUP.PLAIN:
+        s = s * scores.scale - lse[None, :]
+    else:
+        s, d_cap = _modify(s, lse, tile, keys, head, sizes, scores, SETUP)
+    if MASKED:
+        seen = row[None, :] >= keys.seen_from[:, None]
+        if SETUP.LEFT or SETUP.MASK == INTERVALS:
+            seen = seen & (row[None, :] < keys.seen_until[:, None])
+        s = gl.where(seen, s, float("-inf"))
+    p = gl.exp2(s)
+    if SETUP.DROPOUT:
+        kept = keep_bits(
+            scores.dropout.seed_ptr, scores.dropout.threshold, head.batch, head.number,
+            row[None, :], keys.col[:, None],
+        )  # fmt: skip
+        p = gl.where(kept, p, -p)
+    return p, d_cap
+
+
+@jit
+def weights(p, scores, SETUP: gl.constexpr):
+    """What values are summed with: P after dropout."""
+    if SETUP.DROPOUT:
+        p = gl.maximum(p, 0.0) * scores.dropout.keep_scale
+    return p
+
+
+@jit
+def score_gradient(p, dp, delta, scores, SETUP: gl.constexpr):
+    """dS of `probabilities` and of what came for `weights`."""
+    if SETUP.DROPOUT:
+        dp = gl.where(p > 0, dp * scores.dropout.keep_scale, 0.0)
+        p = gl.abs(p)
+    return p * (dp - delta)
+
+
+@jit
+def gradient_scale(scores, SETUP: gl.constexpr):
+    """What turns a sum of dS Q into dK."""
+    scale = scores.scale
+    if SETUP.PLAIN:
+        scale = scale * (1 / _LOG2E)
+    return scale
+
+
+@jit
+def in_order_of_registers(x):
+    """[64, 64] of a product as one run, each thread's numbers in groups of four.
+
+    The bits of row and column in the order of registers, lanes and warps of the product: nothing
+    moves, and each thread stores 16 bytes at a time.
+    """
+    return x.reshape([2] * 12).permute((6, 7, 8, 0, 1, 3, 4, 5, 9, 10, 2, 11)).reshape([4096])

@@ -1,0 +1,189 @@
+"""What stands before and behind the backward's main kernel: what it needs of each row, and dQ.
+
+`prepare` computes delta and turns lse into what the kernel reads; `order` says, of intervals, in
+which order tiles of keys add to dQ; `convert` makes dQ of its sum.
+"""
+
+# What stands in a kernel is Triton's language, which its types do not describe.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_flash_two.kernels.hopper.gluon import gl, jit
+from hf_flash_two.kernels.hopper.schedule import ROW_MULTIPLE, Setup, Sizes, sees
+from hf_flash_two.kernels.params import LOG2E, AttentionParams
+from hf_flash_two.kernels.triton.args import Heads, Intervals, Operand
+from hf_flash_two.kernels.triton.config import Tiles
+from hf_flash_two.kernels.triton.launch import Launch, plan_for
+from hf_flash_two.kernels.triton.tile import head_ptr, unit
+from hf_flash_two.tensor_cache import derive
+
+_LOG2E = tl.constexpr(LOG2E)
+_ROW_MULTIPLE = tl.constexpr(ROW_MULTIPLE)
+
+ROWS = 64
+"""Rows of a program of `prepare` and of `convert`."""
+
+_PER_LENGTH = ["query_length", "key_length", "offset", "count", "interval_stride_b"]
+
+
+@triton.jit(do_not_specialize=["query_length"])
+def prepare_kernel(
+    out: Operand, do: Operand, lse_ptr, d_lse: Operand, rows_ptr, counter_ptr, dq_sum_ptr,
+    heads, query_length, rows_size,
+    PLAIN: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, ORDERED: tl.constexpr,
+):  # fmt: skip
+    """`triton.args.Rows` of one tile of queries; and zeros.
+
+    The grid is tiles of the padded queries x batch rows x query heads.
+
+    Args:
+        out, do: [B, Hq, Tq, Dv]. lse_ptr: [B, Hq, Tq]. d_lse: [B, Hq, Tq] or None.
+        rows_ptr: [2, B, Hq, padded Tq], lse and delta.
+        counter_ptr: [B, Hq, padded Tq / BLOCK_Q]. dq_sum_ptr: [B, Hq, padded Tq, BLOCK_D].
+        rows_size: B * Hq * padded Tq.
+    """
+    program = tl.program_id(0)
+    tiles = tl.cdiv(query_length, _ROW_MULTIPLE) * (_ROW_MULTIPLE // ROWS)
+    row = program % tiles * ROWS + tl.arange(0, ROWS)
+    batch = (program // tiles // heads).to(tl.int64)
+    head = (program // tiles % heads).to(tl.int64)
+    inside = row < query_length
+    d = tl.arange(0, BLOCK_V)
+    both = inside[:, None] & (d < DV)[None, :]
+    out_at = head_ptr(out, batch, head) + row.to(tl.int64) * out.stride_t
+    do_at = head_ptr(do, batch, head) + row.to(tl.int64) * do.stride_t
+    out_tile = tl.load(out_at[:, None] + d[None, :], both, 0.0).to(tl.float32)
+    do_tile = tl.load(do_at[:, None] + d[None, :], both, 0.0).to(tl.float32)
+    delta = tl.sum(out_tile * do_tile, 1)
+    # A row that sees sinks only is all 0, and what arrives for it, NaN perhaps, is of no account.
+    delta = tl.where(tl.max(tl.abs(out_tile), 1) == 0, 0.0, delta)
+    if d_lse.ptr is not None:
+        d_lse_at = head_ptr(d_lse, batch, head) + row.to(tl.int64) * d_lse.stride_t
+        delta -= tl.load(d_lse_at, inside, 0.0)
+    lse = tl.load(lse_ptr + (batch * heads + head) * query_length + row, inside, float("-inf"))
+    delta = tl.where(lse == float("-inf"), 0.0, delta)
+    # That of a row that sees nothing makes all its probabilities 0, and is how it is known.
+    unseeing = (lse == float("-inf")) & inside
+    lse = tl.where(lse == float("-inf"), 0.0, lse * (_LOG2E / unit(PLAIN)))
+    lse = tl.where(unseeing, float("inf"), lse)
+    at = rows_ptr + program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    tl.store(at, lse)
+    tl.store(at + rows_size, delta)
+    if program % (BLOCK_Q // ROWS) == 0:
+        tl.store(counter_ptr + program // (BLOCK_Q // ROWS), 0)
+    if not ORDERED:
+        dq_at = dq_sum_ptr + program.to(tl.int64) * (ROWS * BLOCK_D)
+        tl.store(dq_at + tl.arange(0, ROWS * BLOCK_D), tl.zeros([ROWS * BLOCK_D], tl.float32))
+
+
+@triton.jit(do_not_specialize=["query_length"])
+def convert_kernel(
+    dq_sum_ptr, counter_ptr, marked_ptr, dq: Operand,
+    heads, query_length, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr,
+    ORDERED: tl.constexpr,
+):  # fmt: skip
+    """dQ of one tile of queries.
+
+    The grid is tiles of queries x batch rows x query heads.
+
+    Args:
+        marked_ptr: int8 [B, Hq, Tq] or None, see `triton.backward.replace_marked`.
+    """
+    program = tl.program_id(0)
+    tiles = tl.cdiv(query_length, ROWS)
+    padded = tl.cdiv(query_length, _ROW_MULTIPLE) * (_ROW_MULTIPLE // ROWS)
+    tile = program % tiles
+    batch = (program // tiles // heads).to(tl.int64)
+    head = (program // tiles % heads).to(tl.int64)
+    at = (batch * heads + head) * padded + tile
+    row = tile * ROWS + tl.arange(0, ROWS)
+    dq_at = head_ptr(dq, batch, head) + row.to(tl.int64) * dq.stride_t
+    PIECES: tl.constexpr = BLOCK_D // 64
+    marked = tl.zeros([ROWS], tl.int32)
+    for piece in tl.static_range(PIECES):
+        # The bits of a number's place, see `gradients._step`.
+        x = tl.load(dq_sum_ptr + (at * PIECES + piece) * 4096 + tl.arange(0, 4096))
+        x = x.reshape(2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2)
+        x = x.permute(3, 4, 10, 5, 6, 7, 0, 1, 2, 8, 9, 11).reshape(64, 64)
+        if ORDERED:
+            # A tile that sees nothing has never been stored.
+            x = tl.where(tl.load(counter_ptr + at // (BLOCK_Q // ROWS)) == 0, 0.0, x)
+        if marked_ptr is not None:
+            marked = tl.maximum(marked, tl.max((x != x).to(tl.int32), 1))
+        d = piece * 64 + tl.arange(0, 64)
+        tl.store(
+            dq_at[:, None] + d[None, :], (x * scale).to(dq.ptr.dtype.element_ty),
+            (row < query_length)[:, None] & (d < D)[None, :],
+        )  # fmt: skip
+    if marked_ptr is not None:
+        marked_at = marked_ptr + (batch * heads + head) * query_length + row
+        tl.store(marked_at, marked.to(tl.int8), row < query_length)
+
+
+def order(
+    params: AttentionParams, query_length: int, key_length: int, setup: Setup
+) -> Tensor | None:
+    """int32 [B or 1, query tiles, 2] for `gradients._rank`; None without intervals.
+
+    The last tile of keys that sees a tile of queries, and whether one between it and the first
+    does not. Worked out once for each mask, which all layers share.
+    """
+    bounds = params.key_bounds
+    if bounds is None:
+        return None
+
+    def build() -> Tensor:
+        count = triton.cdiv(query_length, setup.BLOCK_Q)
+        result = bounds.new_empty(bounds.shape[0], count, 2)
+        kind = ("dq order", bounds.device.index, bounds.data_ptr() % 16, setup)
+        launch = plan_for(kind, _launch, setup)
+        launch(
+            (count * bounds.shape[0], 1, 1), bounds, result, count,
+            query_length, key_length, params.query_offset,
+            key_length if bounds.shape[0] > 1 else 0,
+        )  # fmt: skip
+        return result
+
+    settings = (params.query_offset, query_length, key_length, setup.BLOCK_Q, setup.BLOCK_K)
+    return derive(("dq order", *settings), build, bounds)
+
+
+def _launch(setup: Setup) -> Launch:
+    tiles = Tiles(setup.BLOCK_Q, setup.BLOCK_K, 0, 0, warps=1, stages=1)
+    return Launch(order_kernel, None, {}, (), {"SETUP": setup}, tiles)
+
+
+@jit(do_not_specialize=_PER_LENGTH)
+def order_kernel(
+    bounds_ptr, order_ptr, count, query_length, key_length, offset, interval_stride_b,
+    SETUP: gl.constexpr,
+):  # fmt: skip
+    """Of one tile of queries, see `order`. The grid is query tiles x batch rows."""
+    program = gl.program_id(0)
+    batch = program // count
+    query_tile = program - batch * count
+    sizes = Sizes(
+        Heads(1, 1), 1, 1, 0, query_length, key_length, offset, 0, 0,
+        Intervals(None, None, bounds_ptr), None, interval_stride_b,
+    )  # fmt: skip
+    tiles = gl.cdiv(key_length, SETUP.BLOCK_K)
+    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    first, last, seen_tiles = tiles, -1, 0
+    for begin in range(0, tiles, 32):
+        tile = begin + lane
+        seen = sees(tile, batch, query_tile, tiles - 1, sizes, SETUP)
+        seen_tiles += gl.sum(seen.to(gl.int32), 0)
+        first = gl.minimum(first, gl.min(gl.where(seen, tile, tiles), 0))
+        last = gl.maximum(last, gl.max(gl.where(seen, tile, -1), 0))
+    at = order_ptr + program * 2
+    gl.store(at, last)
+    gl.store(at + 1, (last - first + 1 != seen_tiles).to(gl.int32))

@@ -1,0 +1,301 @@
+"""Which tiles a program of the backward goes through, and in which order dQ is summed.
+
+**Order.** With `Setup.ORDERED` the key tiles of a head add to a tile of dQ one after the other, so
+that the same inputs give the same bits. A counter per tile of dQ says how many have added; a tile
+of keys waits until that is its own rank, which `rank_of` works out of the mask. All wait only for
+programs of a lower number, and the GPU starts programs in the order of their numbers.
+"""
+
+# What stands in a kernel is Triton's language, which its types do not describe.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+
+from hf_flash_two.kernels.hopper.gluon import gl, jit
+from hf_flash_two.kernels.triton.tile import BAND, INTERVALS
+from hf_flash_two.masks import KEY_GROUP
+
+_KEY_GROUP = gl.constexpr(KEY_GROUP)
+ROW_MULTIPLE = 128
+"""`Rows` are padded to multiples of this, so that no tile needs a bounds check."""
+_ROW_MULTIPLE = gl.constexpr(ROW_MULTIPLE)
+
+
+class Setup(NamedTuple):
+    """What is decided at compile time.
+
+    Attributes:
+        MASK, LEFT, RIGHT, SOFTCAP, PLAIN, DROPOUT, RESCUE: see `triton.args.Flags`.
+        CLEAR: what keys hold that nobody sees, and rows that see nothing, is cleared. Else NaN
+            there marks whole tiles, which are then computed anew.
+        ALIBI: slopes are given.
+        MASKED: some tile may hold hidden pairs or end behind the last key.
+        TAIL: such tiles may also be among the last that a program visits.
+        ORDERED: dQ is summed in a fixed order.
+        DOWN: the last tile of keys adds first.
+        DV_FIRST: dV's product is issued before dS is computed.
+        LATE_LSE, LATE_DELTA: are read after the products they stand beside: fewer registers.
+        BLOCK_Q, BLOCK_K: queries and keys of a tile.
+    """
+
+    MASK: int
+    LEFT: bool
+    RIGHT: bool
+    SOFTCAP: bool
+    PLAIN: bool
+    RESCUE: bool
+    CLEAR: bool
+    ALIBI: bool
+    DROPOUT: bool
+    MASKED: bool
+    TAIL: bool
+    ORDERED: bool
+    DOWN: bool
+    DV_FIRST: bool
+    LATE_LSE: bool
+    LATE_DELTA: bool
+    BLOCK_Q: int
+    BLOCK_K: int
+
+
+class Sizes(NamedTuple):
+    """Lengths, and what the mask is made of.
+
+    Attributes:
+        heads: Hq, and how many query heads share a key head.
+        key_heads: B * Hk.
+        together: how many key heads have their tiles of keys side by side in the grid.
+        turned: how many of the last key heads add their first tile of keys first.
+        left, right: the band.
+        order_ptr: of intervals, see `rows.order`.
+        interval_stride_b: Tk, or 0 where one row of intervals serves all.
+    """
+
+    heads: Any
+    key_heads: Any
+    together: Any
+    turned: Any
+    query_length: Any
+    key_length: Any
+    offset: Any
+    left: Any
+    right: Any
+    of_keys: Any
+    order_ptr: Any
+    interval_stride_b: Any
+
+
+class Pointers(NamedTuple):
+    """int32, one of each tile of dQ, 0; int8 [B, Hk, Tk], see `triton.backward.replace_marked`."""
+
+    counter: Any
+    marked: Any
+
+
+class Scores(NamedTuple):
+    """What makes scores of products: ``scale``, in base 2 if plain, the cap, ALiBi's slopes;
+
+    and what drops pairs.
+    """
+
+    scale: Any
+    softcap: Any
+    slopes: Any
+    dropout: Any
+
+
+class Place(NamedTuple):
+    """What a program does: a tile of keys, and the tiles of queries that it goes through.
+
+    Attributes:
+        up: the first tile of keys adds first; queries then go from the last to the first.
+        start: the first tile of queries in the order in which they are visited.
+        step: 1 or -1.
+        before, whole, count: tiles of queries: the first that need a mask, those that need none,
+            all.
+    """
+
+    batch: Any
+    key_head: Any
+    tile: Any
+    up: Any
+    start: Any
+    step: Any
+    before: Any
+    whole: Any
+    count: Any
+
+
+@triton.constexpr_function
+def log2(size):
+    return size.bit_length() - 1
+
+
+@jit
+def span_of(tile, sizes, bounds_at, SETUP: gl.constexpr):
+    """Query tiles that see a tile of keys: [start, stop), and those without hidden pairs in it.
+
+    A tile of keys and one of queries meet if their whole rectangle meets the mask, inside of the
+    tensors or not: `rank_of` turns the question round and must get the same answer.
+    """
+    SHIFT: gl.constexpr = log2(SETUP.BLOCK_Q)
+    count = gl.cdiv(sizes.query_length, SETUP.BLOCK_Q)
+    start, stop, full_start, full_stop = 0, count, 0, count
+    # Rows of queries that stand at the first and the last key.
+    first = tile * SETUP.BLOCK_K - sizes.offset
+    last = first + SETUP.BLOCK_K - 1
+    if SETUP.MASK == BAND:
+        if SETUP.RIGHT:
+            start = gl.maximum((first - sizes.right) >> SHIFT, 0)
+            full_start = (last - sizes.right + SETUP.BLOCK_Q - 1) >> SHIFT
+        if SETUP.LEFT:
+            stop = gl.minimum(((last + sizes.left) >> SHIFT) + 1, count)
+            full_stop = (first + sizes.left + 1) >> SHIFT
+    if SETUP.MASK == INTERVALS:
+        min_start, max_start, min_stop, max_stop = _bounds(bounds_at, tile, sizes, SETUP)
+        start = gl.minimum(gl.maximum(min_start - sizes.offset, 0) >> SHIFT, count)
+        full_start = (max_start - sizes.offset + SETUP.BLOCK_Q - 1) >> SHIFT
+        stop = gl.minimum((max_stop - sizes.offset + SETUP.BLOCK_Q - 1) >> SHIFT, count)
+        full_stop = (min_stop - sizes.offset) >> SHIFT
+    stop = gl.maximum(stop, start)
+    if SETUP.MASKED:
+        full_start = gl.minimum(gl.maximum(full_start, start), stop)
+        full_stop = gl.minimum(full_stop, stop)
+        # Beyond the last key, scores are 0, which may be far above those of the others.
+        none = (full_stop <= full_start) | (tile * SETUP.BLOCK_K + SETUP.BLOCK_K > sizes.key_length)
+        full_start = gl.where(none, stop, full_start)
+        full_stop = gl.where(none, stop, full_stop)
+    return start, stop, full_start, full_stop
+
+
+@jit
+def _bounds(bounds_at, tile, sizes, SETUP: gl.constexpr):
+    """`AttentionMask.key_bounds` of a tile of keys, or of several side by side."""
+    groups = gl.cdiv(sizes.key_length, _KEY_GROUP)
+    one = bounds_at + tile * (SETUP.BLOCK_K // _KEY_GROUP) * 4
+    # A tile's second group may lie behind the last: the first again.
+    two = one
+    if SETUP.BLOCK_K > _KEY_GROUP:
+        two += gl.where(tile * 2 + 1 < groups, 4, 0)
+    return (
+        gl.minimum(gl.load(one), gl.load(two)),
+        gl.maximum(gl.load(one + 1), gl.load(two + 1)),
+        gl.minimum(gl.load(one + 2), gl.load(two + 2)),
+        gl.maximum(gl.load(one + 3), gl.load(two + 3)),
+    )
+
+
+@jit
+def _bounds_of(batch, sizes, SETUP: gl.constexpr):
+    """Where `AttentionMask.key_bounds` of a batch row begin."""
+    at = sizes.of_keys.tiles_ptr
+    if SETUP.MASK == INTERVALS:
+        groups = gl.cdiv(sizes.key_length, _KEY_GROUP)
+        at += gl.where(sizes.interval_stride_b != 0, batch * groups * 4, 0)
+    return at
+
+
+@jit
+def place_of(sizes, SETUP: gl.constexpr):
+    """Which tile of keys is this program's, and its way through the queries."""
+    key_tiles = gl.cdiv(sizes.key_length, SETUP.BLOCK_K)
+    program = gl.program_id(0)
+    group = program // (sizes.together * key_tiles)
+    program -= group * sizes.together * key_tiles
+    width = gl.minimum(sizes.together, sizes.key_heads - group * sizes.together)
+    tile = program // width
+    head = group * sizes.together + program - tile * width
+    up = False
+    if SETUP.DOWN:
+        up = head >= sizes.key_heads - sizes.turned
+        tile = gl.where(up, tile, key_tiles - 1 - tile)
+    per_batch = sizes.heads.count // sizes.heads.group
+    batch = head // per_batch
+    start, stop, full_start, full_stop = span_of(
+        tile, sizes, _bounds_of(batch, sizes, SETUP), SETUP
+    )
+    return Place(
+        batch, head - batch * per_batch, tile, up,
+        gl.where(up, stop - 1, start), gl.where(up, -1, 1),
+        gl.where(up, stop - full_stop, full_start - start), full_stop - full_start, stop - start,
+    )  # fmt: skip
+
+
+@jit
+def rank_of(place, query_tile, sizes, SETUP: gl.constexpr):
+    """How many tiles of keys add to a tile of dQ before this program's."""
+    if SETUP.MASK == INTERVALS:
+        tiles = gl.cdiv(sizes.query_length, SETUP.BLOCK_Q)
+        at = sizes.order_ptr + query_tile * 2
+        at += gl.where(sizes.interval_stride_b != 0, place.batch * tiles * 2, 0)
+        last, gaps = gl.load(at), gl.load(at + 1)
+        rank = last - place.tile
+        if gaps != 0:
+            rank = _count_after(place, query_tile, last, sizes, SETUP)
+        return rank
+    SHIFT: gl.constexpr = log2(SETUP.BLOCK_K)
+    position = query_tile * SETUP.BLOCK_Q + sizes.offset
+    first, last = 0, gl.cdiv(sizes.key_length, SETUP.BLOCK_K) - 1
+    if SETUP.LEFT:
+        first = gl.maximum((position - sizes.left) >> SHIFT, 0)
+    if SETUP.RIGHT:
+        last = gl.minimum((position + SETUP.BLOCK_Q - 1 + sizes.right) >> SHIFT, last)
+    rank = place.tile - first
+    if SETUP.DOWN:
+        rank = gl.where(place.up, rank, last - place.tile)
+    return rank
+
+
+@jit
+def sees(tile, batch, query_tile, last, sizes, SETUP: gl.constexpr):
+    """Which of several tiles of keys, up to the last, a tile of queries sees."""
+    bounds_at = _bounds_of(batch, sizes, SETUP)
+    start, stop, _, _ = span_of(gl.minimum(tile, last), sizes, bounds_at, SETUP)
+    return (tile <= last) & (start <= query_tile) & (query_tile < stop)
+
+
+@jit
+def _count_after(place, query_tile, last, sizes, SETUP: gl.constexpr):
+    """How many tiles of keys behind this one a tile of queries sees, up to the last it sees."""
+    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    count = 0
+    for behind in range(place.tile + 1, last + 1, 32):
+        seen = sees(behind + lane, place.batch, query_tile, last, sizes, SETUP)
+        count += gl.sum(seen.to(gl.int32), 0)
+    return count
+
+
+@jit
+def await_turn(counter_ptr, rank):
+    """One warp waits until so many have added, and sees what they added."""
+    x = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 v; again: ld.acquire.gpu.global.b32 v, [$1];"
+        " setp.ne.b32 p, v, $2; @p bra again; fence.proxy.async.global; mov.b32 $0, v; }",
+        "=r,l,r", [counter_ptr + x * 0, rank + x * 0], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@jit
+def end_turn(counter_ptr):
+    """One more has added."""
+    x = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.eq.b32 p, $2, 0; fence.proxy.async.global;"
+        " @p red.release.gpu.global.add.s32 [$1], 1; mov.b32 $0, $2; }",
+        "=r,l,r", [counter_ptr + x * 0, x], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@jit
+def first_row_of(place, member, sizes, SETUP: gl.constexpr):
+    """Where a query head begins, in tiles of `Rows`."""
+    head = place.key_head * sizes.heads.group + member
+    tiles = gl.cdiv(sizes.query_length, _ROW_MULTIPLE) * (_ROW_MULTIPLE // SETUP.BLOCK_Q)
+    return head, (place.batch * sizes.heads.count + head) * tiles

@@ -1,0 +1,290 @@
+"""The backward of Hopper GPUs for head dims above 128: as `gradients`, in tiles of 64 x 64.
+
+dK and dV of 64 keys and 256 columns fill the registers of two consumers, so that each has half of
+the columns, of all keys; and of dQ too. What they need of scores is computed once: consumer 0
+computes P^T, consumer 1 dP^T and dS^T. P^T goes from one to the other in float32, each thread to
+the one in the same place, and to both as an operand; dS^T to both.
+
+Named barriers: 5, 6: a stage of Q is free; 14, 15: one of dO; 8: P is there; 11: nobody reads P
+any more; 9, 13: the same of dS; 10, 12: a piece of a half of dQ is ready; 7: the two consumers.
+"""
+
+# What stands in a kernel is Triton's language, which its types do not describe.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from hf_flash_two.kernels.hopper.gluon import (
+    allocate_barriers,
+    asm,
+    fence_async_shared,
+    gl,
+    jit,
+    mbarrier,
+    tma_store,
+    tma_store_read,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from hf_flash_two.kernels.hopper.parts import (
+    Barriers,
+    Descriptors,
+    arrive_at,
+    gradient_scale,
+    head_of,
+    in_order_of_registers,
+    keys_of,
+    probabilities,
+    producer,
+    score_gradient,
+    store_dq,
+    tile_of,
+    weights,
+)
+from hf_flash_two.kernels.hopper.schedule import Pointers, Scores, Sizes, place_of
+from hf_flash_two.kernels.triton.args import Dropout, Heads, Intervals, PerHead
+
+_Q_STAGES = gl.constexpr(2)
+
+
+class Memory(NamedTuple):
+    """Shared memory: tiles, of Q and of its `Rows` two; P as it is exchanged; dQ in two halves."""
+
+    k: Any
+    v: Any
+    q: Any
+    do: Any
+    rows: Any
+    p: Any
+    ds: Any
+    exchanged: Any
+    dq: Any
+
+
+@jit
+def _hand_on(HALF: gl.constexpr, dq, use, memory, bars):
+    """Gives the store warp a piece of dQ, the ``use``-th."""
+    mbarrier.wait(bars.dq_empty.index(HALF), (use & 1) ^ 1)
+    memory.dq.index(HALF).store(in_order_of_registers(dq))
+    fence_async_shared()
+    if HALF == 0:
+        asm("bar.arrive 10, 160;", 4)
+    else:
+        asm("bar.arrive 12, 160;", 4)
+
+
+@jit
+def _step(
+    HALF: gl.constexpr, MASKED: gl.constexpr, SETUP: gl.constexpr, done, tile, keys, head,
+    sizes, scores, memory, bars, dk, dv,
+):  # fmt: skip
+    """One tile of queries: adds to half of dK and dV, and hands on half a tile of dQ."""
+    D: gl.constexpr = memory.k.type.shape[1]
+    DV: gl.constexpr = memory.v.type.shape[1]
+    DTYPE: gl.constexpr = memory.q.dtype
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    ROW: gl.constexpr = gl.SliceLayout(0, S)
+    DO_STAGES: gl.constexpr = memory.do.type.shape[0]
+    stage = done % _Q_STAGES
+    do_stage = done % DO_STAGES
+    q, do, rows = memory.q.index(stage), memory.do.index(do_stage), memory.rows.index(stage)
+    do_half = do.slice(HALF * (DV // 2), DV // 2, dim=1)
+    zeros = gl.zeros((64, 64), gl.float32, S)
+    mbarrier.wait(bars.q_full.index(stage), (done // _Q_STAGES) & 1)
+    if HALF == 0:
+        s = warpgroup_mma(memory.k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        lse = rows.slice(0, 64).load(ROW)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        p, d_cap = probabilities(s, lse, tile, keys, head, sizes, scores, MASKED, SETUP)
+        p_half = weights(p, scores, SETUP).to(DTYPE)
+        if SETUP.SOFTCAP:
+            p = p * d_cap
+        asm("bar.sync 11, 256;", 4)
+        memory.exchanged.store(in_order_of_registers(p))
+        memory.p.store(p_half)
+        fence_async_shared()
+        asm("bar.sync 8, 256;", 4)
+        mbarrier.wait(bars.do_full.index(do_stage), (done // DO_STAGES) & 1)
+        dv_async = warpgroup_mma(memory.p, do_half, dv, is_async=True)
+        asm("bar.sync 9, 256;", 4)
+    else:
+        mbarrier.wait(bars.do_full.index(do_stage), (done // DO_STAGES) & 1)
+        dp = warpgroup_mma(memory.v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        delta = rows.slice(64, 64).load(ROW)
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+        RUN: gl.constexpr = in_order_of_registers(dp).type.layout
+        asm("bar.sync 8, 256;", 4)
+        if SETUP.DV_FIRST:
+            dv_async = warpgroup_mma(memory.p, do_half, dv, is_async=True)
+        # As `rows.convert` reads it.
+        p = memory.exchanged.load(RUN).reshape([2] * 12)
+        p = p.permute((3, 4, 10, 5, 6, 7, 0, 1, 2, 8, 9, 11)).reshape([64, 64])
+        p = gl.convert_layout(p, S)
+        ds = score_gradient(p, dp, delta[None, :], scores, SETUP).to(DTYPE)
+        asm("bar.sync 13, 256;", 4)
+        memory.ds.store(ds)
+        if not SETUP.DV_FIRST:
+            dv_async = warpgroup_mma(memory.p, do_half, dv, is_async=True)
+        fence_async_shared()
+        asm("bar.sync 9, 256;", 4)
+    ds_rows = memory.ds.permute((1, 0))
+    k_0 = memory.k.slice(HALF * (D // 2), 64, dim=1)
+    k_1 = memory.k.slice(HALF * (D // 2) + 64, 64, dim=1)
+    dq_0 = warpgroup_mma(ds_rows, k_0, zeros, use_acc=False, is_async=True)
+    dq_1 = warpgroup_mma(ds_rows, k_1, zeros, use_acc=False, is_async=True)
+    dv = warpgroup_mma_wait(2, deps=(dv_async,))
+    arrive_at(14, do_stage, 4)
+    if HALF == 1:
+        asm("bar.arrive 11, 256;", 4)
+    dk_async = warpgroup_mma(memory.ds, q.slice(HALF * (D // 2), D // 2, dim=1), dk, is_async=True)
+    dq_0 = warpgroup_mma_wait(2, deps=(dq_0,))
+    _hand_on(HALF, dq_0, 0, memory, bars)
+    dq_1 = warpgroup_mma_wait(1, deps=(dq_1,))
+    _hand_on(HALF, dq_1, 1, memory, bars)
+    dk = warpgroup_mma_wait(0, deps=(dk_async,))
+    if HALF == 0:
+        asm("bar.arrive 13, 256;", 4)
+    arrive_at(5, stage, 4)
+    return dk, dv
+
+
+@jit
+def _consumer(
+    HALF: gl.constexpr, SETUP: gl.constexpr, sizes, scores, pointers, descs, memory, bars
+):  # fmt: skip
+    D: gl.constexpr = memory.k.type.shape[1]
+    DV: gl.constexpr = memory.v.type.shape[1]
+    DTYPE: gl.constexpr = memory.q.dtype
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    DK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 16])
+    DV_: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV // 2, 16])
+    place = place_of(sizes, SETUP)
+    dk = gl.zeros((64, D // 2), gl.float32, DK)
+    dv = gl.zeros((64, DV // 2), gl.float32, DV_)
+    col = place.tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
+    keys = keys_of(place, col, sizes, SETUP)
+    # P and dS may be written.
+    if HALF == 1:
+        asm("bar.arrive 11, 256;", 4)
+    else:
+        asm("bar.arrive 13, 256;", 4)
+    mbarrier.wait(bars.k_full, 0)
+    mbarrier.wait(bars.v_full, 0)
+    for member in range(sizes.heads.group):
+        head = head_of(place, member, sizes, scores, SETUP)
+        before = member * place.count
+        # The consumer of dP knows no mask.
+        if SETUP.MASKED and HALF == 0:
+            for step in range(0, place.before):
+                dk, dv = _step(
+                    HALF, True, SETUP, before + step, place.start + step * place.step, keys, head,
+                    sizes, scores, memory, bars, dk, dv,
+                )  # fmt: skip
+            for step in range(place.before, place.before + place.whole):
+                dk, dv = _step(
+                    HALF, False, SETUP, before + step, place.start + step * place.step, keys, head,
+                    sizes, scores, memory, bars, dk, dv,
+                )  # fmt: skip
+            if SETUP.TAIL:
+                for step in range(place.before + place.whole, place.count):
+                    dk, dv = _step(
+                        HALF, True, SETUP, before + step, place.start + step * place.step,
+                        keys, head, sizes, scores, memory, bars, dk, dv,
+                    )  # fmt: skip
+        else:
+            for step in range(0, place.count):
+                dk, dv = _step(
+                    HALF, False, SETUP, before + step, place.start + step * place.step, keys, head,
+                    sizes, scores, memory, bars, dk, dv,
+                )  # fmt: skip
+    if SETUP.RESCUE:
+        marked = gl.max((dv != dv).to(gl.int32), 1)
+        marked = gl.convert_layout(marked, gl.SliceLayout(1, DK))
+        marked = gl.maximum(marked, gl.max((dk != dk).to(gl.int32), 1))
+        key = place.tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, DK))
+        head = place.batch * (sizes.heads.count // sizes.heads.group) + place.key_head
+        # Either half of the columns may hold NaN: both say so, and none says that there is none.
+        gl.store(
+            pointers.marked + head.to(gl.int64) * sizes.key_length + key, marked.to(gl.int8),
+            (key < sizes.key_length) & (marked != 0),
+        )  # fmt: skip
+    # Both are done with all of K: K and V become what dK and dV are stored from.
+    asm("bar.sync 7, 256;", 4)
+    memory.v.slice(HALF * (DV // 2), DV // 2, dim=1).store(dv.to(DTYPE))
+    memory.k.slice(HALF * (D // 2), D // 2, dim=1).store(
+        (dk * gradient_scale(scores, SETUP)).to(DTYPE)
+    )
+    fence_async_shared()
+    asm("bar.sync 7, 256;", 4)
+    at = [place.batch, place.key_head, place.tile * 64, 0]
+    if HALF == 0:
+        tma_store(descs.dv, at, tile_of(descs.dv, memory.v))
+    else:
+        tma_store(descs.dk, at, tile_of(descs.dk, memory.k))
+    tma_store_read(0)
+
+
+@jit(
+    do_not_specialize=[
+        "query_length", "key_length", "offset", "left", "right", "interval_stride_b", "key_heads",
+        "together", "turned",
+    ]
+)  # fmt: skip
+def wide_kernel(
+    q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc,
+    of_keys: Intervals, order_ptr, slopes: PerHead, dropout: Dropout, counter_ptr, marked_ptr,
+    heads: Heads, query_length, key_length, offset, left, right, interval_stride_b,
+    key_heads, together, turned, scale, softcap,
+    SETUP: gl.constexpr,
+):  # fmt: skip
+    """dK, dV of one tile of keys, and what it adds to dQ: see `gradients.gradients_kernel`.
+
+    ``marked_ptr`` holds zeros.
+    """
+    gl.static_assert(SETUP.BLOCK_Q == 64)
+    gl.static_assert(SETUP.BLOCK_K == 64)
+    D: gl.constexpr = k_desc.block_type.shape[3]
+    DV: gl.constexpr = v_desc.block_type.shape[3]
+    DO_STAGES: gl.constexpr = 1 if DV == 256 else 2
+    DTYPE: gl.constexpr = q_desc.dtype
+    K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], DTYPE)
+    V: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DV], DTYPE)
+    P: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], DTYPE)
+    LINEAR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    memory = Memory(
+        gl.allocate_shared_memory(DTYPE, [64, D], K),
+        gl.allocate_shared_memory(DTYPE, [64, DV], V),
+        gl.allocate_shared_memory(DTYPE, [_Q_STAGES, 64, D], K),
+        gl.allocate_shared_memory(DTYPE, [DO_STAGES, 64, DV], V),
+        gl.allocate_shared_memory(gl.float32, [_Q_STAGES, 128], LINEAR),
+        gl.allocate_shared_memory(DTYPE, [64, 64], P),
+        gl.allocate_shared_memory(DTYPE, [64, 64], P),
+        gl.allocate_shared_memory(gl.float32, [4096], LINEAR),
+        gl.allocate_shared_memory(gl.float32, [2, 4096], LINEAR),
+    )
+    bars = Barriers(
+        allocate_barriers(1, 1).index(0), allocate_barriers(1, 1).index(0),
+        allocate_barriers(_Q_STAGES, 1), allocate_barriers(DO_STAGES, 1), allocate_barriers(2, 1),
+    )  # fmt: skip
+    descs = Descriptors(q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc)
+    sizes = Sizes(
+        heads, key_heads, together, turned, query_length, key_length, offset, left, right,
+        of_keys, order_ptr, interval_stride_b,
+    )  # fmt: skip
+    scores = Scores(scale, softcap, slopes, dropout)
+    pointers = Pointers(counter_ptr, marked_ptr)
+    # Written out each: a sum of tuples forgets names, one given a name forgets constants.
+    gl.warp_specialize(
+        [
+            (_consumer, (0, SETUP, sizes, scores, pointers, descs, memory, bars)),
+            (_consumer, (1, SETUP, sizes, scores, pointers, descs, memory, bars)),
+            (producer, (SETUP, sizes, scores, pointers, descs, memory, bars)),
+            (store_dq, (SETUP, sizes, scores, pointers, descs, memory, bars)),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
+    )

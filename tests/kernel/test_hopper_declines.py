@@ -1,0 +1,171 @@
+"""Where the Hopper kernels run, by GPU and by version of Triton, and what; needs no GPU."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="what they compute depends on Triton's tiles")
+
+from compiling import params
+from helpers import inputs
+
+from hf_flash_two import AttentionMask, flash_attention
+from hf_flash_two.kernels import hopper, select
+from hf_flash_two.kernels.hopper.versions import unfit
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str | None]]:
+    """Why a GPU of this capability declines, with this Triton."""
+
+    def ask(capability=(9, 0), version="3.6.0", by_name=False) -> str | None:
+        hopper._device_declines.cache_clear()
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(hopper, "find_spec", lambda name: version)
+        monkeypatch.setitem(
+            __import__("sys").modules, "triton", SimpleNamespace(__version__=version)
+        )
+        return hopper._device_declines(GPU, by_name)
+
+    yield ask
+    hopper._device_declines.cache_clear()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.1", "3.8.0", "3.9.0", "3.6.0+git9844da95"])
+def test_a_hopper_gpu_computes(asked: Callable, version: str) -> None:
+    assert asked(version=version) is None
+    assert asked(version=version, by_name=True) is None
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
+def test_other_gpus_do_not(asked: Callable, capability: tuple[int, int]) -> None:
+    """Nor those that came later: Blackwell's products are others."""
+    number = ".".join(map(str, capability))
+    assert f"this one has {number}" in asked(capability)
+
+
+def test_amds_gpus_do_not(asked: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked()
+    hopper._device_declines.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "needs a Hopper GPU" in hopper._device_declines(GPU, False)
+
+
+def test_the_cpu_does_not() -> None:
+    with pytest.raises(ValueError, match="'hopper' cannot run, it needs a Hopper GPU .*on cpu"):
+        flash_attention(*inputs(5, 7), kernel="hopper")
+
+
+def test_without_triton_they_do_not(asked: Callable) -> None:
+    assert asked(version=None) == "Triton is not installed"
+
+
+def test_a_version_known_to_be_unfit_is_named_and_warned_of(asked: Callable) -> None:
+    """The portable kernels compute instead, and the user learns why it is slower: once."""
+    with pytest.warns(RuntimeWarning, match="Triton 3.5.1 does not suit.*portable") as caught:
+        reason = asked(version="3.5.1")
+    assert "install triton>=3.6,<3.10" in reason and len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert hopper._device_declines(GPU, False) == reason
+        assert hopper._device_declines(GPU, True) == reason, "which raises it"
+
+
+def test_a_newer_version_is_tried_by_name_only(asked: Callable) -> None:
+    with pytest.warns(RuntimeWarning, match="Triton 3.10.0 is newer than those.*kernel='hopper'"):
+        assert "is newer" in asked(version="3.10.0")
+    assert asked(version="3.10.0", by_name=True) is None
+    assert unfit("4.0", by_name=False) and not unfit("4.0", by_name=True)
+
+
+def test_versions_are_compared_as_numbers() -> None:
+    assert unfit("3.10.0+gitab12", by_name=False) and not unfit("3.9.10", by_name=False)
+    assert unfit("2.99", by_name=False) and not unfit("3.6.0rc1", by_name=False)
+
+
+# What they compute, of calls on such a GPU
+
+
+def call(
+    lengths: tuple[int, int] = (300, 300),
+    dims: tuple[int, int] = (128, 128),
+    dtype: torch.dtype = torch.bfloat16,
+    **changes,
+) -> tuple:
+    query, key, value = inputs(*lengths, head_dim=dims[0], value_dim=dims[1], dtype=dtype)
+    mask = changes.pop("mask", AttentionMask.causal())
+    return query, key, value, params(mask, lengths[1], **changes)
+
+
+@pytest.fixture
+def declined(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str | None, str | None]]:
+    """Why the forward and the backward of a call are declined where the GPU is a Hopper."""
+    monkeypatch.setattr(hopper, "_device_declines", lambda device, by_name: None)
+    questions = (hopper.declines, hopper.declines_backward)
+    return lambda given: tuple(ask(*given, by_name=False) for ask in questions)
+
+
+COMPUTED = {
+    **{f"D{d}-{d_v}": {"dims": (d, d_v)} for d, d_v in (
+        (64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (80, 80), (8, 40),
+    )},
+    "float16": {"dtype": torch.float16},
+    "full": {"mask": AttentionMask.full()},
+    "window": {"mask": AttentionMask.causal(window=7)},
+    "padded": {"mask": AttentionMask.from_padding(torch.ones(2, 300))},
+    "softcap": {"softcap": 30.0},
+    "sinks": {"sinks": torch.zeros(1, 6)},
+    "alibi": {"alibi_slopes": torch.zeros(1, 6)},
+    "dropout": {"seed": torch.zeros(1, dtype=torch.int64), "dropout_p": 0.1},
+    "cache": {"lengths": (100, 900)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", COMPUTED.values(), ids=COMPUTED)
+def test_what_they_compute(declined: Callable, given: dict) -> None:
+    """Declining is silent under "auto": that they still compute this is to be seen here."""
+    assert declined(call(**given)) == (None, None)
+
+
+DECLINED = {
+    "float32": ({"dtype": torch.float32}, "bfloat16 and float16, not torch.float32"),
+    "dense": ({"mask": AttentionMask.from_dense(torch.ones(300, 300).bool())}, "no dense masks"),
+    "bias": ({"bias": torch.zeros(1, 1, 300, 300)}, "no bias"),
+    "wide": ({"dims": (320, 320)}, "head dims up to 256"),
+    "odd": ({"dims": (60, 60)}, "rows of whole 16 bytes"),
+    "no keys": ({"lengths": (300, 0)}, "nothing to compute"),
+}
+
+
+@pytest.mark.parametrize(("given", "reason"), DECLINED.values(), ids=DECLINED)
+def test_what_they_decline(declined: Callable, given: dict, reason: str) -> None:
+    for found in declined(call(**given)):
+        assert found is not None and reason in found
+
+
+def test_few_queries_are_left_to_decoding(declined: Callable) -> None:
+    for rows in (1, 4):
+        assert "few queries" in declined(call(lengths=(rows, 900)))[0]
+
+
+def test_limits_on_tiles_are_left_to_the_portable_kernels(declined: Callable) -> None:
+    for name in ("block_q", "block_k"):
+        assert "cannot be limited" in declined(call(**{name: 32}))[0]
+
+
+def test_by_name_the_reason_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "_device_declines", lambda device, by_name: None)
+    query, key, value, given = call(bias=torch.zeros(1, 1, 300, 300))
+    for backward in (False, True):
+        with pytest.raises(ValueError, match="'hopper' cannot run, it has no bias; use 'auto'"):
+            select("hopper", query, key, value, given, backward)
+        assert select("auto", query, key, value, given, backward).name != "hopper"
