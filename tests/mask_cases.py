@@ -112,7 +112,8 @@ def tree(tq: int, tk: int):
     segment = runs_of(cuts, tk)
 
     def sees(b, i, j):
-        return (j <= i) & ancestors[segment[i], segment[j]]
+        # Queries before all keys see none: j <= i says so.
+        return (j <= i) & ancestors[segment[i.clamp(min=0)], segment[j]]
 
     mask = AttentionMask.from_tree(lengths, parents).slice_queries(tk - tq, tk, tk, tk)
     return mask, dense_mask(BATCH, tq, tk, sees)

@@ -17,7 +17,7 @@ from hf_flash_two.kernels.hopper.config import (
     parts,
 )
 from hf_flash_two.kernels.hopper.gluon import gl, shared_layout
-from hf_flash_two.kernels.params import AttentionParams, Layout, output_layout
+from hf_flash_two.kernels.params import AttentionParams, Forward, Layout, output_layout
 from hf_flash_two.kernels.triton.args import PerHead, Tma, broadcast_strides, dropout_of
 from hf_flash_two.kernels.triton.config import Tiles, device_of
 from hf_flash_two.kernels.triton.launch import Launch, on_device, planned
@@ -42,15 +42,39 @@ def forward(
     query, key, value = [x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value)]
     with on_device(query):
         plan = planned(_plan, params, (query, key, value))
-        out = query.new_empty_strided(*plan.out)
-        lse = query.new_empty(plan.out[0][:3], dtype=torch.float32)
-        ranges = key_ranges(params, plan.tiles, query.shape[2], key.shape[2])
-        runs = _key_runs(params, plan.tiles.block_k)
-        tickets = query.new_zeros(plan.tickets, dtype=torch.int32) if plan.tickets else None
-        plan.attend(
-            query, query, key, key, value, value, out, out, out, runs, lse, ranges,
-            params.alibi_slopes, params.sinks, params.seed, tickets,
-        )  # fmt: skip
+        return _attend(plan, query, key, value, params)
+
+
+def prepare(
+    query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, with_lse: bool
+) -> Forward | None:
+    """`forward` for all calls that differ from this one in their tensors' values only, or None."""
+    if any(x.stride(3) != 1 for x in (query, key, value)):
+        return None
+    with on_device(query):
+        plan = planned(_plan, params, (query, key, value))
+
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+    ) -> tuple[Tensor, Tensor]:
+        with on_device(query):
+            return _attend(plan, query, key, value, params)
+
+    return run
+
+
+def _attend(
+    plan: _Plan, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+) -> tuple[Tensor, Tensor]:
+    out = query.new_empty_strided(*plan.out)
+    lse = query.new_empty(plan.out[0][:3], dtype=torch.float32)
+    ranges = key_ranges(params, plan.tiles, query.shape[2], key.shape[2])
+    runs = _key_runs(params, plan.tiles.block_k)
+    tickets = query.new_zeros(plan.tickets, dtype=torch.int32) if plan.tickets else None
+    plan.attend(
+        query, query, key, key, value, value, out, out, out, runs, lse, ranges,
+        params.alibi_slopes, params.sinks, params.seed, tickets,
+    )  # fmt: skip
     return out, lse
 
 
