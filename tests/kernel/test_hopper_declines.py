@@ -111,7 +111,7 @@ def declined(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str | None,
     """Why the forward and the backward of a call are declined where the GPU is a Hopper."""
     monkeypatch.setattr(hopper, "_device_declines", lambda device, by_name: None)
     questions = (hopper.declines, hopper.declines_backward)
-    return lambda given: tuple(ask(*given, by_name=False) for ask in questions)
+    return lambda given: tuple(ask(*given, by_name=True) for ask in questions)
 
 
 COMPUTED = {
@@ -160,6 +160,34 @@ def test_few_queries_are_left_to_decoding(declined: Callable) -> None:
 def test_limits_on_tiles_are_left_to_the_portable_kernels(declined: Callable) -> None:
     for name in ("block_q", "block_k"):
         assert "cannot be limited" in declined(call(**{name: 32}))[0]
+
+
+TAKEN = {
+    "short": ({"lengths": (1024, 1024)}, (False, False)),
+    "2k": ({"lengths": (2048, 2048)}, (True, False)),
+    "16k": ({"lengths": (16384, 16384)}, (True, True)),
+    "D64": ({"lengths": (4096, 4096), "dims": (64, 64)}, (True, True)),
+    "D256": ({"lengths": (4096, 4096), "dims": (256, 256)}, (True, False)),
+    "window": ({"lengths": (4096, 4096), "mask": AttentionMask.causal(window=9)}, (True, False)),
+    "padded": (
+        {"lengths": (4096, 4096), "mask": AttentionMask.from_padding(torch.ones(2, 4096))},
+        (True, False),
+    ),
+}
+
+
+@pytest.mark.parametrize(("given", "taken"), TAKEN.values(), ids=TAKEN)
+def test_auto_takes_what_was_timed(
+    monkeypatch: pytest.MonkeyPatch, given: dict, taken: tuple[bool, bool]
+) -> None:
+    """The forward and the backward, each where it is known to beat the portable kernels."""
+    monkeypatch.setattr(hopper, "_device_declines", lambda device, by_name: None)
+    described = call(**{"mask": AttentionMask.causal(), **given})
+    for ask, want in zip((hopper.declines, hopper.declines_backward), taken, strict=True):
+        reason = ask(*described, by_name=False)
+        assert (reason is None) == want
+        assert want or "known to be faster" in str(reason)
+        assert ask(*described, by_name=True) is None
 
 
 def test_by_name_the_reason_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:

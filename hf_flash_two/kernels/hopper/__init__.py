@@ -27,7 +27,9 @@ def declines(
         return reason
     from hf_flash_two.kernels.hopper import config
 
-    return config.forward_declines(query, key, value, params)
+    if reason := config.forward_declines(query, key, value, params):
+        return reason
+    return None if by_name else config.forward_is_slow(query)
 
 
 def declines_backward(
@@ -38,7 +40,9 @@ def declines_backward(
         return reason
     from hf_flash_two.kernels.hopper import config
 
-    return config.backward_declines(query, key, value, params)
+    if reason := config.backward_declines(query, key, value, params):
+        return reason
+    return None if by_name else config.backward_is_slow(query, value, params)
 
 
 @lru_cache

@@ -28,6 +28,8 @@ _WIDTHS = (64, 96, 128, 192, 256)
 """Head dims as they are padded."""
 ROWS = 64
 """Queries of a consumer."""
+_TIMED = 2048, 4096
+"""The fewest queries of which the forward and the backward were timed beside the portable ones."""
 _CACHED = 2**25
 """Bytes of keys and values that programs at work together share in the L2 cache."""
 
@@ -54,6 +56,24 @@ def forward_declines(
         return "its tiles cannot be limited"
     if not all(x.stride(3) != 1 or tma_fits(x) for x in (query, key, value)):
         return "TMA does not copy tensors of these strides"
+    return None
+
+
+def forward_is_slow(query: Tensor) -> str | None:
+    """Why "auto" does not take the forward although it computes the call, or None."""
+    if query.shape[2] < _TIMED[0]:
+        return f"it is known to be faster from {_TIMED[0]} queries on"
+    return None
+
+
+def backward_is_slow(query: Tensor, value: Tensor, params: AttentionParams) -> str | None:
+    """Why "auto" does not take the backward although it computes the call, or None."""
+    if query.shape[2] < _TIMED[1]:
+        return f"its backward is known to be faster from {_TIMED[1]} queries on"
+    if (query.shape[3], value.shape[3]) not in ((64, 64), (128, 128)):
+        return "its backward is known to be faster for head dims of 64 and 128"
+    if params.query_start is not None or params.window_left is not None:
+        return "its backward is known to be faster for full and causal attention"
     return None
 
 
