@@ -206,6 +206,31 @@ def test_a_kind_of_call_is_checked_once_and_again_when_it_changes() -> None:
     assert torch.equal(second, flash_attention(query, key, value, scale=2.0))
 
 
+def test_what_is_known_of_a_kind_of_call_is_not_taken_for_another(kernel: str) -> None:
+    """Calls of one shape whose masks and settings differ, and masks whose values do."""
+    query, key, value = inputs(9, 20, dtype=torch.float16)
+    keep = [torch.rand(2, 20) > 0.4 for _ in range(2)]
+    masks = [
+        None, AttentionMask.causal(), AttentionMask.causal(3), AttentionMask.causal(5),
+        AttentionMask.causal(query_offset=2), AttentionMask.window(2, 4),
+        *map(AttentionMask.from_padding, keep), AttentionMask.from_padding(keep[0][:1]),
+    ]  # fmt: skip
+    settings: list[dict] = [{}, {"scale": 0.5}, {"softcap": 2.0}, {"scale": 0.0}]
+    calls = [{"mask": mask, **given} for mask in masks for given in settings]
+
+    def run(**given) -> Tensor:
+        return flash_attention(query, key, value, kernel=kernel, **given)
+
+    want = []
+    for call in calls:
+        attention._calls.clear()
+        want.append(run(**call))
+    for _ in range(2):
+        for call, out in zip(calls, want, strict=True):
+            assert torch.equal(run(**call), out)
+    assert len({tuple(out.flatten().tolist()) for out in want}) == len(want)
+
+
 # torch.compile
 
 
