@@ -190,7 +190,14 @@ def test_scale_of_zero(kernel: str, device: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("part", ["all", "row", "masked", "sinks"])
-@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize(
+    "bias_dtype",
+    [
+        torch.float32,
+        *(pytest.param(x, marks=pytest.mark.long) for x in (torch.bfloat16, torch.half)),
+    ],
+    ids=dtype_id,
+)
 def test_the_smallest_bias(kernel: str, device: str, bias_dtype: torch.dtype, part: str) -> None:
     """A finite bias shifts every score of a row equally: it hides nothing from it."""
     query, key, value = inputs(33, 170, device=device)
