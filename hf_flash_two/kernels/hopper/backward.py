@@ -27,7 +27,7 @@ from hf_flash_two.kernels.triton.args import (
     dropout_of,
     intervals_of,
 )
-from hf_flash_two.kernels.triton.backward import replace_marked
+from hf_flash_two.kernels.triton.backward import gradient_of_sinks, replace_marked
 from hf_flash_two.kernels.triton.config import Tiles, tma_fits, tma_of
 from hf_flash_two.kernels.triton.launch import Launch, on_device, planned
 
@@ -80,12 +80,7 @@ def backward(
                 (marked_rows, marked_keys), Rows(of_rows[0], of_rows[1], None),
                 d_out, d_lse, query, key, value, out, lse, params, dq, dk, dv,
             )  # fmt: skip
-    d_sinks = None
-    if params.sinks is not None:
-        weight = torch.exp(params.sinks[:, :, None] - lse).nan_to_num_(nan=0.0)
-        delta = of_rows[1, :, :, : lse.shape[2]]
-        d_sinks = -(weight * delta).sum(2).sum_to_size(params.sinks.shape)
-    return dq, dk, dv, None, d_sinks
+    return dq, dk, dv, None, gradient_of_sinks(params, lse, of_rows[1])
 
 
 def _as_tma_copies(x: Tensor) -> Tensor:

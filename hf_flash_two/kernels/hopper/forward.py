@@ -20,7 +20,7 @@ from hf_flash_two.kernels.hopper.gluon import gl, shared_layout
 from hf_flash_two.kernels.params import AttentionParams, Forward, Layout, output_layout
 from hf_flash_two.kernels.triton.args import PerHead, Tma, broadcast_strides, dropout_of
 from hf_flash_two.kernels.triton.config import Tiles, device_of
-from hf_flash_two.kernels.triton.launch import Launch, on_device, planned
+from hf_flash_two.kernels.triton.launch import Launch, with_plan
 from hf_flash_two.kernels.triton.ranges import key_ranges
 from hf_flash_two.tensor_cache import derive
 
@@ -37,12 +37,10 @@ class _Plan:
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """out [B, Hq, Tq, Dv] in the dtype of ``query`` and lse [B, Hq, Tq] in float32."""
     query, key, value = [x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value)]
-    with on_device(query):
-        plan = planned(_plan, params, (query, key, value))
-        return _attend(plan, query, key, value, params)
+    return with_plan(_plan, _attend, params, query, key, value)(query, key, value, params)
 
 
 def prepare(
@@ -51,16 +49,7 @@ def prepare(
     """`forward` for all calls that differ from this one in their tensors' values only, or None."""
     if any(x.stride(3) != 1 for x in (query, key, value)):
         return None
-    with on_device(query):
-        plan = planned(_plan, params, (query, key, value))
-
-    def run(
-        query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
-    ) -> tuple[Tensor, Tensor]:
-        with on_device(query):
-            return _attend(plan, query, key, value, params)
-
-    return run
+    return with_plan(_plan, _attend, params, query, key, value)
 
 
 def _attend(

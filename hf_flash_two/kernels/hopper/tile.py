@@ -26,7 +26,7 @@ from hf_flash_two.kernels.triton.tile import BAND, INTERVALS, NO_MASK
 
 __all__ = [
     "BAND", "INTERVALS", "NO_MASK", "any_of", "arrive", "exponent_factor", "keep_bits",
-    "modified", "nth_tile", "seen_tile", "sync", "tiles_of_rows", "uniform",
+    "modified", "nth_tile", "sync", "tiles_of_rows", "uniform",
 ]  # fmt: skip
 
 _LOG2E = gl.constexpr(LOG2E)
@@ -58,25 +58,6 @@ def modified(s, position, col, scale, softcap, slope, FLAGS: gl.constexpr):
             distance = position - col
             s -= slope * gl.maximum(distance, -distance).to(gl.float32)
     return s, d_cap
-
-
-@jit
-def seen_tile(position, col, query_start, query_stop, left, right, FLAGS: gl.constexpr):
-    """The mask of one tile; whether a row or key is there at all is the caller's to know.
-
-    ``query_start`` and ``query_stop`` are of intervals and have the shape of ``col``.
-    """
-    if FLAGS.MASK == INTERVALS:
-        seen = (query_start <= position) & (position < query_stop)
-    elif FLAGS.LEFT and FLAGS.RIGHT:
-        seen = (position - left <= col) & (col <= position + right)
-    elif FLAGS.LEFT:
-        seen = position - left <= col
-    elif FLAGS.RIGHT:
-        seen = col <= position + right
-    else:
-        seen = col == col
-    return seen
 
 
 @jit

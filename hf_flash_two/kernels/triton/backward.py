@@ -108,16 +108,25 @@ def backward(
         of_keys = _gradients(
             plan, rows, d_out, d_lse, query, key, value, out, lse, params, (None, None), dq, dk, dv
         )
-        d_bias = d_sinks = None
+        d_bias = None
         if need_d_bias and params.bias is not None:
             d_bias = torch.empty_like(params.bias, memory_format=torch.contiguous_format)
             if plan.dbias is not None and d_bias.numel():
                 terms = (params.dense, plan.terms(params), params.seed)
                 plan.dbias(query, key, value, d_out, rows, of_keys, *terms, d_bias)
-    if params.sinks is not None:
-        weight = torch.exp(params.sinks[:, :, None] - lse).nan_to_num_(nan=0.0)
-        d_sinks = -(weight * delta[:, :, : lse.shape[2]]).sum(2).sum_to_size(params.sinks.shape)
-    return dq, dk, dv, d_bias, d_sinks
+    return dq, dk, dv, d_bias, gradient_of_sinks(params, lse, delta)
+
+
+def gradient_of_sinks(params: AttentionParams, lse: Tensor, delta: Tensor) -> Tensor | None:
+    """In the shape of the sinks; None without them.
+
+    Args:
+        lse: float32 [B, Hq, Tq]. delta: [B, Hq, at least Tq], see `Rows`.
+    """
+    if params.sinks is None:
+        return None
+    weight = torch.exp(params.sinks[:, :, None] - lse).nan_to_num_(nan=0.0)
+    return -(weight * delta[:, :, : lse.shape[2]]).sum(2).sum_to_size(params.sinks.shape)
 
 
 def replace_marked(

@@ -33,7 +33,7 @@ from hf_flash_two.kernels.triton.config import (
     tma_run,
     tma_tiles,
 )
-from hf_flash_two.kernels.triton.launch import Launch, on_device, planned
+from hf_flash_two.kernels.triton.launch import Launch, with_plan
 from hf_flash_two.kernels.triton.ranges import key_ranges
 
 
@@ -53,9 +53,7 @@ def forward(
     if decodes(query, key, value):
         run = decode.prepare(query, key, value, params, with_lse=True, eager=False)
         return run(query, key, value, params)
-    with on_device(query):
-        plan = planned(_plan, params, (query, key, value))
-        return _attend(plan, query, key, value, params)
+    return with_plan(_plan, _attend, params, query, key, value)(query, key, value, params)
 
 
 def prepare(
@@ -72,16 +70,7 @@ def prepare(
         return None
     if decodes(query, key, value):
         return decode.prepare(query, key, value, params, with_lse=with_lse, eager=True)
-    with on_device(query):
-        plan = planned(_plan, params, (query, key, value))
-
-    def run(
-        query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
-    ) -> tuple[Tensor, Tensor]:
-        with on_device(query):
-            return _attend(plan, query, key, value, params)
-
-    return run
+    return with_plan(_plan, _attend, params, query, key, value)
 
 
 def _attend(

@@ -23,7 +23,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hf_flash_two.kernels.params import AttentionParams
+from hf_flash_two.kernels.params import AttentionParams, Forward
 from hf_flash_two.kernels.triton.args import Tiled, Tma
 from hf_flash_two.kernels.triton.config import Tiles, fp32_precision
 
@@ -88,6 +88,27 @@ def current_stream(tensor: Tensor) -> int:
 def is_capturing(tensor: Tensor) -> bool:
     """Whether kernels on the device of ``tensor`` are recorded into a CUDA graph."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def with_plan(
+    make: Callable[..., Plan],
+    run: Callable[..., tuple[Tensor, Tensor]],
+    params: AttentionParams,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+) -> Forward:
+    """``run(plan, query, key, value, params)``, planned for calls that differ in values only."""
+    with on_device(query):
+        plan = planned(make, params, (query, key, value))
+
+    def call(
+        query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+    ) -> tuple[Tensor, Tensor]:
+        with on_device(query):
+            return run(plan, query, key, value, params)
+
+    return call
 
 
 class Launch:
