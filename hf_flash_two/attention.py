@@ -109,6 +109,72 @@ def flash_attention(
             intervals = mask.query_start, mask.query_stop, mask.key_bounds()
             params = AttentionParams._make((*intervals, *_NO_TENSORS, *numbers))
             return flash_attn(query, key, value, params, kernel, return_lse, eager, run)
+    query, key, value, params = _validated(
+        query, key, value, mask, settings, bias, alibi_slopes, sinks, dropout_seed
+    )
+    if kind is not None:
+        run = prepared(query, key, value, params, kernel, with_lse)
+        if len(_calls) >= _MOST_KINDS:
+            _calls.clear()
+        _calls[kind] = params.numbers, run
+    return flash_attn(query, key, value, params, kernel, return_lse, eager, run)
+
+
+def flash_attention_gradients(
+    d_out: Tensor | None,
+    d_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    mask: AttentionMask | Tensor | None = None,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    kernel: str = "auto",
+    q_bucket_size: int | None = None,
+    k_bucket_size: int | None = None,
+    need_d_bias: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The gradients that `flash_attention` passes on, for a caller with a graph of its own.
+
+    Args:
+        d_out, d_lse: [B, Hq, Tq, Dv] and [B, Hq, Tq]; None is zero.
+        out, lse: as `flash_attention` returned them.
+        need_d_bias: whether that of ``bias`` is wanted.
+
+    Returns:
+        The gradients of query, key, value, bias and sinks, the last two in the shape that
+        `flash_attention` took, or None without one.
+    """
+    settings = (scale, softcap, 0.0, q_bucket_size, k_bucket_size, kernel)
+    query, key, value, params = _validated(
+        query, key, value, _as_mask(mask), settings, bias, alibi_slopes, sinks, None
+    )
+    dq, dk, dv, d_bias, d_sinks = torch.ops.hf_flash_two.flash_attn_bwd(
+        d_out, d_lse, query, key, value, out, lse, *params, kernel, need_d_bias
+    )
+    d_bias = None if bias is None or not need_d_bias else d_bias.reshape(bias.shape)
+    d_sinks = None if sinks is None else d_sinks.reshape(sinks.shape).to(sinks.dtype)
+    return dq, dk, dv, d_bias, d_sinks
+
+
+def _validated(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    settings: tuple,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    dropout_seed: int | Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, AttentionParams]:
+    """The tensors in the dtype to compute in, and all else as kernels take it."""
     _check_inputs(query, key, value)
     query, key, value = _resolve_dtype(query, key, value)
     batch, heads, query_length, head_dim = query.shape
@@ -138,12 +204,7 @@ def flash_attention(
     )
     if params.alibi_slopes is not None:
         _check_constant("alibi_slopes", params.alibi_slopes, "pass `bias`")
-    if kind is not None:
-        run = prepared(query, key, value, params, kernel, with_lse)
-        if len(_calls) >= _MOST_KINDS:
-            _calls.clear()
-        _calls[kind] = params.numbers, run
-    return flash_attn(query, key, value, params, kernel, return_lse, eager, run)
+    return query, key, value, params
 
 
 def _refuse(unknown: Mapping[str, object]) -> None:

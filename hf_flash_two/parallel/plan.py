@@ -15,7 +15,8 @@ from hf_flash_two.masks import AttentionMask
 from hf_flash_two.parallel.devices import attend_over_devices
 
 if TYPE_CHECKING or dist.is_available():
-    from hf_flash_two.parallel.sequence import attend_over_mesh, gather_sequence
+    from hf_flash_two.parallel.layout import Layout
+    from hf_flash_two.parallel.sequence import Spread, attend_over_mesh
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -45,21 +46,22 @@ class ParallelPlan:
 
     def whole_sequence(self, keep: Tensor) -> Tensor:
         """bool [B, T] over the whole sequence, from this rank's shard of it if it is sharded."""
-        if self.mesh is None:
-            return keep
-        return gather_sequence(keep[:, None, :, None], self.mesh, self.layout)[:, 0, :, 0]
+        return keep if self.mesh is None else self._spread(self.mesh).whole_mask(keep)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, **settings
     ) -> Tensor:
         """`flash_attention`, computed where this plan says."""
         if self.mesh is not None:
-            return attend_over_mesh(query, key, value, mask, self.mesh, self.layout, **settings)
+            return attend_over_mesh(query, key, value, mask, self._spread(self.mesh), **settings)
         if self.kind == "devices":
             return attend_over_devices(query, key, value, mask, self.devices, **settings)
         out = flash_attention(query, key, value, mask=mask, **settings)
         assert isinstance(out, Tensor)
         return out
+
+    def _spread(self, mesh: DeviceMesh) -> Spread:
+        return Spread(mesh, Layout.named(self.layout, mesh.size()))
 
 
 def make_plan(
