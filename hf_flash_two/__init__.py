@@ -8,12 +8,14 @@ from hf_flash_two.hf.families import register_attention
 from hf_flash_two.hf.patching import patch, patched, unpatch
 from hf_flash_two.masks import AttentionMask
 from hf_flash_two.module import FlashAttentionTwo
+from hf_flash_two.parallel.context import context_parallel
 from hf_flash_two.testing.parity import check_parity
 
 __all__ = [
     "AttentionMask",
     "FlashAttentionTwo",
     "check_parity",
+    "context_parallel",
     "flash_attention",
     "patch",
     "patched",

@@ -58,6 +58,10 @@ NO_WINDOW_WITHOUT_MASK = frozenset({"diffusion_gemma_text"})
 RETURNS_WEIGHTS = frozenset({"kosmos_2_text_model", "kosmos_2_5_text_model"})
 # Families whose weights leave out what goes to the sinks.
 WEIGHTS_WITHOUT_SINKS = frozenset({"granite_swa", "granitemoe_swa"})
+# Families in which nothing but attention looks at other tokens: they may get a shard of each row.
+SHARDABLE = frozenset({"llama"})
+# Those of them that count positions in the mask, and so need that of the whole row.
+MASK_IS_WHOLE = frozenset({"bloom"})
 
 # Classes with hand-written attention, and those that cannot be run
 

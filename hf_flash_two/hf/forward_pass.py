@@ -52,6 +52,7 @@ class ForwardPass:
     Attributes:
         model: the one whose forward runs.
         said: by its caller, and by that of the model around it, if both share a config.
+        gathered: the same of the whole sequence, where the model gets one shard of it.
         around: the pass within which this one runs.
         frame: the call that opened it; None while tracing.
         ones: the mask with 1 for every visible token, where the caller's may number documents.
@@ -69,15 +70,21 @@ class ForwardPass:
         frame: FrameType | None = None,
     ):
         self.model, self.said, self.around, self.frame = model, said, around, frame
+        self.gathered: Said | None = None
         self.derived = TensorCache() if around is None else around.derived
         self.ones: Tensor | None = None
         self.apart = False
         self.returns_weights: dict[tuple, bool] = {}
         self.wants_weights: bool | None = None
 
+    @property
+    def whole(self) -> Said:
+        """What was said of the whole sequence."""
+        return self.said if self.gathered is None else self.gathered
 
-Begin = Callable[[ForwardPass], Tensor | None]
-"""Called with a pass that opens; returns what replaces the ``attention_mask``, if anything."""
+
+Begin = Callable[[ForwardPass, dict[str, Any]], dict[str, Any]]
+"""Called with a pass that opens and its model's arguments; returns those that are replaced."""
 End = Callable[[ForwardPass], None]
 """Called with a pass whose forward is through."""
 
@@ -87,9 +94,8 @@ def watch(model: PreTrainedModel, begin: Begin, end: End) -> None:
     if _HOOKS in model.__dict__:
         return
     names = list(inspect.signature(type(model).forward).parameters)[1:]
-    slots = tuple(names.index(name) if name in names else len(names) for name in Said._fields)
     model.__dict__[_HOOKS] = (
-        model.register_forward_pre_hook(partial(_open, slots, begin), with_kwargs=True),
+        model.register_forward_pre_hook(partial(_open, names, begin), with_kwargs=True),
         model.register_forward_hook(partial(_close, end), always_call=True),
     )
 
@@ -167,7 +173,7 @@ def _close(*arguments) -> None:
 
 
 def _open_pass(
-    slots: tuple[int, ...], begin: Begin, model: PreTrainedModel, args: tuple, kwargs: dict
+    names: list[str], begin: Begin, model: PreTrainedModel, args: tuple, kwargs: dict
 ) -> tuple[tuple, dict] | None:
     passes, frame = _passes(), None
     if not is_symbolic():
@@ -175,10 +181,8 @@ def _open_pass(
         # What interrupts a forward from outside, as Ctrl-C does, leaves its pass behind.
         while passes and passes[-1].frame not in (None, *callers(frame)):
             passes.pop()
-    given = [
-        kwargs.get(name, args[at] if at < len(args) else None)
-        for name, at in zip(Said._fields, slots, strict=True)
-    ]
+    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = [arguments.get(name) for name in Said._fields]
     around = passes[-1] if passes else None
     if around is not None and around.model.config is model.config:
         for at, name in enumerate(Said._fields):
@@ -190,12 +194,11 @@ def _open_pass(
             given[at] = value if given[at] is None else given[at]
     said = Said(text_positions(given[0]), *given[1:])
     passes.append(ForwardPass(model, said, around, frame))
-    mask, at = begin(passes[-1]), slots[Said._fields.index("attention_mask")]
-    if mask is None:
+    replaced = begin(passes[-1], arguments)
+    if not replaced:
         return None
-    if "attention_mask" in kwargs:
-        return args, {**kwargs, "attention_mask": mask}
-    return (*args[:at], mask, *args[at + 1 :]) if at < len(args) else args, kwargs
+    in_place = [replaced.pop(name, x) for name, x in zip(names, args, strict=False)]
+    return (*in_place, *args[len(in_place) :]), {**kwargs, **replaced}
 
 
 def _close_pass(end: End, model: PreTrainedModel, args: tuple, output) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hf_flash_two.attention import flash_attention
-from hf_flash_two.hf import compat, families, forward_pass
+from hf_flash_two.hf import compat, families, forward_pass, shard
 from hf_flash_two.hf.forward_pass import once
 from hf_flash_two.hf.mask_proxy import MaskProxy
 from hf_flash_two.hf.packing import keep_apart, keep_apart_in_layer
 from hf_flash_two.hf.tensor_masks import from_block_indices, from_indices, from_tensor
 from hf_flash_two.masks import AttentionMask
+
+if TYPE_CHECKING or torch.distributed.is_available():
+    from hf_flash_two.parallel.sequence import Spread, attend_over_mesh
 
 # Other attention functions read these; here they change no result. cu_seq_lens hold the lengths,
 # every kernel is deterministic, and the shapes tell the groups of heads.
@@ -80,6 +83,7 @@ def attention_forward(
         ValueError: arguments contradict each other or do not fit.
     """
     _refuse_what_others_use(module, kwargs)
+    spread = getattr(attention_mask, "spread", None) or shard.current()
     bias = None
     if cache is not None or kwargs.get("write_index") is not None:
         compat.require("serving")
@@ -91,8 +95,11 @@ def attention_forward(
     else:
         mask, bias = _resolve_mask(
             module, query, key, attention_mask, is_causal, sliding_window, position_ids,
-            cu_seq_lens_q, cu_seq_lens_k,
+            cu_seq_lens_q, cu_seq_lens_k, spread,
         )  # fmt: skip
+    if spread is not None:
+        keys = key.shape[2] * spread.ranks
+        position_bias = shard.whole_bias(spread, module, position_bias, keys)
     if indices is not None:
         mask = mask & from_indices(indices, key.shape[2])
     elif block_indices is not None:
@@ -109,18 +116,13 @@ def attention_forward(
     if sinks is not None:
         s_aux, row_sinks = (s_aux, sinks) if sinks.dim() == 4 else (sinks, None)
     wants_weights = _wants_weights(module, output_attentions)
-    out = flash_attention(
-        query,
-        key,
-        value,
-        mask=mask,
-        scale=scaling,
-        bias=bias,
-        softcap=softcap,
-        sinks=s_aux,
-        dropout_p=dropout,
-        return_lse=wants_weights or row_sinks is not None,
-    )
+    terms: dict[str, Any] = dict(scale=scaling, bias=bias, softcap=softcap, sinks=s_aux)
+    terms["return_lse"] = wants_weights or row_sinks is not None
+    if spread is None:
+        out = flash_attention(query, key, value, mask=mask, dropout_p=dropout, **terms)
+    else:
+        shard.check_layer(module, dropout, wants_weights)
+        out = attend_over_mesh(query, key, value, mask, spread, **terms)
     if not isinstance(out, tuple):
         return out.transpose(1, 2).contiguous(), None
     out, lse = out if row_sinks is None else _with_row_sinks(*out, row_sinks)
@@ -178,11 +180,15 @@ def _resolve_mask(
     position_ids: Tensor | None,
     cu_seq_lens_q: Tensor | None,
     cu_seq_lens_k: Any,
+    spread: Spread | None,
 ) -> tuple[AttentionMask, Tensor | None]:
     """(mask, additive bias or None)"""
     causal = _causality(module, attention_mask, is_causal)
     batch, heads, queries, _ = query.shape
     keys = key.shape[2]
+    if spread is not None:
+        shapes = queries, keys * spread.ranks
+        return shard.mask_of_layer(spread, module, attention_mask, causal, shapes), None
     bias = padding = None
     if isinstance(attention_mask, MaskProxy):
         attention_mask = attention_mask.broadcast_to(queries, keys)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hf_flash_two.hf import compat, families
+from hf_flash_two.hf import compat, families, shard
 from hf_flash_two.hf.mask_proxy import MaskProxy
 from hf_flash_two.hf.packing import demand, documents_of_mask, positions_within
 from hf_flash_two.hf.tensor_masks import from_tiles
@@ -77,9 +77,14 @@ def make_mask(
             "attention_mask: expected 2 dimensions [batch, keys], or 4 for a ready mask, got "
             f"{list(attention_mask.shape)}"
         )
-    axes = _Axes(kv_length, q_offset, kv_offset, device)
     if attention_mask is not None:
         attention_mask = attention_mask[:batch_size]
+    own_queries, spread = q_length, shard.current()
+    if spread is not None:
+        q_length, kv_length, attention_mask, mask_function = shard.whole_arguments(
+            spread, q_length, kv_length, q_offset, kv_offset, attention_mask, mask_function
+        )
+    axes = _Axes(kv_length, q_offset, kv_offset, device)
     keep = _padding(attention_mask, axes, q_length)
     kinds = _kinds(mask_function)
     causal = "causal" in kinds
@@ -122,7 +127,7 @@ def make_mask(
     adds_it = hand_written or family in families.WANTS_TENSOR
     if allow_is_bidirectional_skip and adds_it and mask.hides_nothing:
         return None
-    shape = (batch_size, 1, q_length, kv_length)
+    shape = (batch_size, 1, own_queries, kv_length)
     proxy = MaskProxy(
         mask,
         shape,
@@ -131,6 +136,7 @@ def make_mask(
         causal=causal,
         packed=packed,
         padding=attention_mask,
+        spread=spread,
     )
     return proxy.as_additive(dtype) if family in families.WANTS_TENSOR else proxy
 

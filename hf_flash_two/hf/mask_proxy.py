@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from transformers.utils import logging
 
 from hf_flash_two.hf.tensor_masks import from_dense
 from hf_flash_two.masks import AttentionMask
+
+if TYPE_CHECKING:
+    from hf_flash_two.parallel.sequence import Spread
 
 logger = logging.get_logger(__name__)
 
@@ -34,6 +37,8 @@ class MaskProxy(BlockMask):
         causal: whether causality is part of the mask.
         packed: whether it holds the packed documents that the model's caller described.
         padding: [B, L], nonzero for visible tokens, that it was made with; None if all are.
+        spread: where the model gets one shard of the sequence, how it is spread: ``mask`` is of
+            the whole, and the tensor has this rank's queries and all keys.
     """
 
     ndim = 4
@@ -48,11 +53,13 @@ class MaskProxy(BlockMask):
         causal: bool,
         packed: bool = False,
         padding: Tensor | None = None,
+        spread: Spread | None = None,
     ):
         self.mask, self.device, self.dtype = mask, torch.device(device), dtype
         batch, heads, queries, keys = shape
         self._shape = batch, heads, queries, keys
         self.causal, self.packed, self.padding = causal, packed, padding
+        self.spread = spread
 
     @property
     def shape(self) -> torch.Size:
@@ -76,6 +83,8 @@ class MaskProxy(BlockMask):
             return self
         if self.mask.hides_nothing:
             return self._replace(shape=(batch, heads, queries, keys))
+        if self.spread is not None:
+            return self
         wanted = [n if has == 1 else has for has, n in zip(own, (queries, keys), strict=True)]
         if wanted == own:
             return self
@@ -84,7 +93,13 @@ class MaskProxy(BlockMask):
 
     def as_bool(self) -> Tensor:
         """bool [B, 1, Tq, Tk], True may attend."""
-        return self.mask.to_dense(*self._shape[2:], device=self.device).expand(self._shape)
+        queries, keys = self._shape[2:]
+        if self.spread is None:
+            return self.mask.to_dense(queries, keys, device=self.device).expand(self._shape)
+        queries *= self.spread.ranks
+        rows = self.spread.layout.positions(self.spread.rank, queries, self.device)
+        visible = self.mask.to_dense(queries, keys, device=self.device)
+        return visible.index_select(2, rows).expand(self._shape)
 
     def as_additive(self, dtype: torch.dtype) -> Tensor:
         """[B, 1, Tq, Tk]: 0 where the query may attend, the smallest number elsewhere."""
@@ -134,14 +149,14 @@ class MaskProxy(BlockMask):
         return self.as_tensor(other.dtype)
 
     def _replace(self, **changes) -> MaskProxy:
-        names = ("mask", "shape", "device", "dtype", "causal", "packed", "padding")
+        names = ("mask", "shape", "device", "dtype", "causal", "packed", "padding", "spread")
         return MaskProxy(**{name: getattr(self, name) for name in names} | changes)
 
     def __getitem__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, index
     ) -> MaskProxy | Tensor:
         rows = _slices(index, self._shape)
-        if rows is None:
+        if rows is None or self.spread is not None:
             return self.as_tensor()[index]
         batch, (start_q, stop_q), (start_k, stop_k) = rows
         _, _, queries, keys = self._shape
@@ -153,7 +168,8 @@ class MaskProxy(BlockMask):
         return self._replace(mask=mask, shape=shape, padding=padding)
 
     def __and__(self, other) -> MaskProxy | Tensor:
-        if not isinstance(other, MaskProxy) or other._shape != self._shape:
+        whole = self.spread is None
+        if not whole or not isinstance(other, MaskProxy) or other._shape != self._shape:
             return _bitwise_and(self, other)
         queries, keys = self._shape[2:]
         offset, others = (m.mask.resolve_offset(queries, keys) for m in (self, other))

@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from hf_flash_two.hf import compat, families, forward_pass
+from hf_flash_two.hf import compat, families, forward_pass, shard
 from hf_flash_two.hf.forward_pass import ForwardPass, current, once
 from hf_flash_two.masks import AttentionMask
 from hf_flash_two.tensor_cache import all_values, is_mapped, is_symbolic
@@ -71,17 +71,18 @@ def keep_apart() -> None:
         running.apart = True
 
 
-def _begin(running: ForwardPass) -> Tensor | None:
+def _begin(running: ForwardPass, arguments: dict[str, Any]) -> dict[str, Any]:
     """Replace a mask that numbers documents by one of ones: models compute with its values."""
     given, around = running.said.attention_mask, running.around
     if around is not None and given is not None and given is around.ones:
         # The model around this one handed on the mask of ones that it got.
         given = around.said.attention_mask
         running.said = running.said._replace(attention_mask=given)
-    if not _is_numbered(given):
-        return None
-    running.ones = (given != 0).to(given.dtype)
-    return running.ones
+    replaced = shard.begin(running, arguments)
+    if _is_numbered(given):
+        running.ones = (given != 0).to(given.dtype)
+        replaced = {"attention_mask": running.ones} | replaced
+    return replaced
 
 
 def _end(ending: ForwardPass) -> None:
@@ -93,7 +94,7 @@ def _end(ending: ForwardPass) -> None:
         if around is not None and _says_no_more_than(around, ending):
             around.apart = True
         return
-    ends, tokens = ending.said.cu_seq_lens_q, _tokens(ending)
+    ends, tokens = ending.whole.cu_seq_lens_q, _tokens(ending)
     if ends is not None:
         if ends.numel() > 2:
             _refuse(ending.model, "cu_seq_lens_q")
@@ -123,7 +124,7 @@ def _says_no_more_than(outer: ForwardPass, inner: ForwardPass) -> bool:
 
 def _tokens(ending: ForwardPass) -> tuple[int, int] | None:
     """(batch, tokens in a row) of what was said; None if the caller made the whole mask."""
-    positions, mask = ending.said[:2]
+    positions, mask = ending.whole[:2]
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
         return None
     if mask is not None:
@@ -150,7 +151,7 @@ def _said_documents(
         offset: how many tokens of the row were passed in before these.
         causal: in a bidirectional model positions that restart say nothing of documents.
     """
-    said = running.said
+    said = running.whole
     if said.cu_seq_lens_q is not None:
         if batch != 1 or not _equal(said.cu_seq_lens_q, said.cu_seq_lens_k):
             return None
@@ -229,7 +230,7 @@ def documents_of_mask(
     causal = causal or families.hides_future(running.model)
     if not causal and (queries != keys or families.has_cross_attention(running.model)):
         return None, in_function  # what else attends in such a model are decoders to encoders
-    bounded = running.said.cu_seq_lens_q is not None
+    bounded = running.whole.cu_seq_lens_q is not None
     if in_function and not bounded and compat.remaps_positions():
         running.apart = True
         return None, True

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,11 @@ from hf_flash_two.hf.mask_proxy import MaskProxy
 from hf_flash_two.hf.tensor_masks import from_dense, parted
 from hf_flash_two.hf.tracer.batch_dims import BatchDims, BatchShape
 from hf_flash_two.masks import AttentionMask
+from hf_flash_two.parallel import context
 from hf_flash_two.tensor_cache import has_value
+
+if TYPE_CHECKING or torch.distributed.is_available():
+    from hf_flash_two.parallel.sequence import Spread, attend_over_mesh
 
 
 class Lazy:
@@ -244,7 +248,10 @@ class TracedScores(Lazy):
     def lower(self, value: Tensor) -> Tensor | None:
         """probabilities @ value [..., Tk, Dv]: [*batch, Tq, Dv]."""
         self.check_recorded()
-        if value.shape[-2] != self.shape[-1] or not self.holds(*value.shape[:-2], 1, 1):
+        spread = context.current()
+        if value.shape[-2] * _ranks(spread) != self.shape[-1] or not self.holds(
+            *value.shape[:-2], 1, 1
+        ):
             return None
         dims = BatchDims([*self.batch_shapes, *(shape for shape, *_ in self.products)])
         mask, biases, visible, batch = self._parted_terms(dims)
@@ -254,17 +261,23 @@ class TracedScores(Lazy):
         for (_, seen), whole in zip(visible, split, strict=True):
             mask = mask & self._mask_of(seen, dims.flatten(whole, heads_at), dims, heads_at, mask)
         query, key, value = self._flattened(value, dims, heads_at)
+        bias = None if bias is None else dims.flatten(bias, heads_at)
         dropout_p, seed = self.dropout or (0.0, None)
-        out: Any = flash_attention(
-            query,
-            key,
-            value,
-            mask=mask,
-            scale=self.scale,
-            bias=None if bias is None else dims.flatten(bias, heads_at),
-            dropout_p=dropout_p,
-            dropout_seed=seed,
-        )
+        if spread is None:
+            out: Any = flash_attention(
+                query,
+                key,
+                value,
+                mask=mask,
+                scale=self.scale,
+                bias=bias,
+                dropout_p=dropout_p,
+                dropout_seed=seed,
+            )
+        else:
+            if dropout_p or visible or self.causal:
+                self.tracer.refuse("dropout, or a mask of its own, on a shard of the sequence")
+            out = attend_over_mesh(query, key, value, mask, spread, scale=self.scale, bias=bias)
         self.tracer.lowered = True
         return out.reshape(*self.batch_shape, *out.shape[-2:])
 
@@ -330,9 +343,15 @@ def product(tracer: Any, query: Tensor, key: Tensor) -> TracedScores | None:
         return None
     batch = tuple(torch.broadcast_shapes(query.shape[:-2], key.shape[:-2]))
     products = ((batch, query.expand(*batch, -1, -1), key.transpose(-1, -2)),)
-    shape = torch.Size((*batch, query.shape[-2], key.shape[-1]))
+    keys = key.shape[-1] * _ranks(context.current())
+    shape = torch.Size((*batch, query.shape[-2], keys))
     recorded = tuple((x, version_of(x)) for x in (query, key))
     return TracedScores(tracer, products, shape, dtype, (batch,), recorded=recorded)
+
+
+def _ranks(spread: Spread | None) -> int:
+    """Over how many shards the keys of a layer are spread."""
+    return 1 if spread is None else spread.ranks
 
 
 def _moved(seen: AttentionMask, mask: AttentionMask, queries: int, keys: int) -> AttentionMask:

@@ -1,0 +1,238 @@
+"""What is different for a model that gets one shard of every row: see `parallel.context`.
+
+A model sees its shard and knows nothing of the others. What it is told of the sequence, positions
+and padding, is gathered when its forward begins; masks are made of the whole sequence; attention
+reaches over all ranks. What would need more than that is refused by name: `families` lists the
+models of which a test shows that nothing but attention looks at other tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from hf_flash_two.hf import compat, families
+from hf_flash_two.hf.forward_pass import ForwardPass, once
+from hf_flash_two.hf.mask_proxy import MaskProxy
+from hf_flash_two.masks import AttentionMask
+from hf_flash_two.parallel import context
+
+if TYPE_CHECKING or torch.distributed.is_available():
+    from hf_flash_two.parallel.sequence import Spread
+
+current = context.current
+
+_BIASES = WeakIdKeyDictionary()
+"""By the position bias that a model made of its shard, the one of the whole sequence."""
+
+
+def begin(running: ForwardPass, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Gather what was said to the model of ``running``; returns the arguments that it lacks.
+
+    Raises:
+        NotImplementedError: the model is not known to be right on a shard.
+    """
+    spread, model = current(), running.model
+    if spread is None:
+        return {}
+    family = model.config.model_type
+    if family not in families.SHARDABLE:
+        raise NotImplementedError(
+            f"context parallelism: {type(model).__name__} ({family}) is not among the families "
+            "that are tested on a shard of the sequence; docs/parallel.md lists them"
+        )
+    given: dict[str, Any] = {}
+    said, names = running.said, _parameters(type(model))
+    positions, mask = said.position_ids, said.attention_mask
+    tokens = next(
+        (kwargs[x] for x in ("input_ids", "inputs_embeds") if kwargs.get(x) is not None), None
+    )
+    if positions is None and "position_ids" in names and tokens is not None:
+        length = tokens.shape[1] * spread.ranks
+        positions = spread.layout.positions(spread.rank, length, tokens.device)[None]
+        given["position_ids"] = positions
+    if isinstance(mask, Tensor) and mask.dim() != 2:
+        raise NotImplementedError(
+            "attention_mask: a mask of four dimensions is not sharded; pass [batch, keys]"
+        )
+    running.gathered = said._replace(
+        position_ids=None if positions is None else whole(spread, positions),
+        attention_mask=None if mask is None else whole(spread, mask),
+    )
+    if family in families.MASK_IS_WHOLE and tokens is not None:
+        mask = running.gathered.attention_mask
+        if mask is None:
+            shape = tokens.shape[0], tokens.shape[1] * spread.ranks
+            mask = torch.ones(shape, dtype=torch.int64, device=tokens.device)
+        given["attention_mask"] = mask
+    if kwargs.get("labels") is not None:
+        given |= _loss_arguments(spread, model, kwargs)
+    return given
+
+
+def whole(spread: Spread, shard: Tensor) -> Tensor:
+    """[B, T] in the order of the sequence, of which this rank has ``shard``."""
+    return once(shard, ("whole", spread), lambda: spread.gather(shard, shard.dim() - 1))
+
+
+def _loss_arguments(spread: Spread, model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The number of labels that divides the loss, so that the mean over the ranks is right."""
+    shifted = kwargs.get("shift_labels")
+    if (
+        shifted is None
+        or not getattr(model, "accepts_loss_kwargs", True)
+        or not hasattr(model, "loss_function")
+    ):
+        raise NotImplementedError(
+            f"labels: {type(model).__name__} would take the mean over the labels of one shard; "
+            "pass shift_labels beside them to a causal model, as `context_parallel` does, or "
+            "compute the loss from its logits"
+        )
+    if kwargs.get("num_items_in_batch") is not None:
+        return {}
+    count = (spread.gather(shifted, 1) != context.IGNORED).sum()
+    return {"num_items_in_batch": count / spread.ranks}
+
+
+@cache
+def _parameters(model: type[nn.Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(model.forward).parameters)
+
+
+# Masks of the whole sequence
+
+
+def whole_arguments(
+    spread: Spread,
+    queries: int,
+    keys: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    attention_mask: Tensor | None,
+    function: Callable,
+) -> tuple[int, int, Tensor | None, Callable]:
+    """Lengths, 2-D mask and mask function of the whole sequence, from those made for a shard.
+
+    Raises:
+        NotImplementedError: there is a cache of earlier tokens.
+    """
+    if not isinstance(q_offset, int) or q_offset or kv_offset:
+        raise NotImplementedError("context parallelism: not with a cache of earlier tokens")
+    own, ranks = attention_mask, spread.ranks
+    # A mask of all keys was given to the model as such; then it tells their number.
+    is_whole = own is not None and own.shape[1] == queries * ranks
+    if own is not None and not is_whole:
+        attention_mask = whole(spread, own)
+    keys = keys if is_whole and keys == queries * ranks else keys * ranks
+    return queries * ranks, keys, attention_mask, whole_function(spread, function, attention_mask)
+
+
+def whole_function(spread: Spread, function: Callable, attention_mask: Tensor | None) -> Callable:
+    """A mask function of the whole sequence, from one that was made for a shard.
+
+    Documents are left out: `packing` finds them in what was said of the whole sequence.
+
+    Args:
+        attention_mask: of the whole sequence.
+
+    Raises:
+        NotImplementedError: it looks at more than positions and padding.
+    """
+    builder, arguments = compat.describe(function)
+    utils: Any = compat.masking_utils
+    if builder in ("causal", "bidirectional") or builder.startswith("sliding_window"):
+        return function
+    if builder == "remap_positions_for_packed_sequence":
+        return whole_function(spread, arguments[0], attention_mask)
+    if builder == "packed_sequence_mask_function":
+        return utils.bidirectional_mask_function
+    if builder in ("and_masks", "or_masks"):
+        parts = (whole_function(spread, part, attention_mask) for part in arguments[0])
+        return getattr(utils, builder)(*parts)
+    if builder == "chunked_overlay":
+        size, left = arguments
+        if attention_mask is not None:
+            left = (attention_mask.cumsum(1) == 0).sum(1).to(left.dtype)
+        return utils.chunked_overlay(size, left)
+    raise NotImplementedError(
+        "context parallelism: the model's mask looks at more than positions, padding and packed "
+        "documents, and one shard does not tell that of the others"
+    )
+
+
+# Attention over all ranks
+
+
+def mask_of_layer(
+    spread: Spread, module: nn.Module, given: Any, causal: bool, shape: tuple[int, int]
+) -> AttentionMask:
+    """The mask of the whole sequence that a layer attends with.
+
+    Args:
+        shape: this rank's queries, and all keys.
+
+    Raises:
+        ValueError: the layer's mask was lost, or is not one that was made here.
+    """
+    if given is None and not causal:
+        return AttentionMask.full()
+    if not isinstance(given, MaskProxy) or given.spread is None:
+        raise ValueError(
+            f"attention_mask: under context parallelism {type(module).__name__} needs the mask "
+            f"that flash_two made of the whole sequence, got {type(given).__name__}"
+        )
+    if tuple(given.shape[2:]) != shape:
+        raise ValueError(
+            f"attention_mask: made for {list(given.shape[2:])} queries and keys, but the layer "
+            f"attends with {shape[0]} to {shape[1]}"
+        )
+    return given.mask
+
+
+def check_layer(module: nn.Module, dropout: float, wants_weights: bool) -> None:
+    """Refuse what a shard cannot give."""
+    if dropout:
+        raise NotImplementedError(
+            f"context parallelism: {type(module).__name__} drops probabilities (dropout "
+            f"{dropout}); set the config's attention dropout to 0"
+        )
+    if wants_weights:
+        raise NotImplementedError(
+            "output_attentions: not possible under context parallelism; set it to False"
+        )
+
+
+def whole_bias(spread: Spread, module: Any, bias: Tensor | None, keys: int) -> Tensor | None:
+    """This rank's rows of the position bias of T5 and its like, [1, H, Tq, all keys].
+
+    A model makes it in its first layer, as if its shard were all there is, and hands it on.
+
+    Args:
+        keys: of the whole sequence.
+    """
+    if bias is None:
+        return None
+    known = _BIASES.get(bias)
+    if known is not None:
+        return known
+    if not hasattr(module, "compute_bias"):
+        raise NotImplementedError(
+            f"position_bias: {type(module).__name__} makes it of one shard; context parallelism "
+            "is not possible"
+        )
+    if not module.has_relative_attention_bias:
+        # To other sequences there is none: the model hands on zeros.
+        if bias.any():
+            raise NotImplementedError("position_bias: unknown where on the sequence it was made")
+        return None
+    queries = bias.shape[2] * spread.ranks
+    rows = spread.layout.positions(spread.rank, queries, bias.device)
+    found = module.compute_bias(queries, keys, device=bias.device).index_select(2, rows)
+    _BIASES[bias] = found
+    return found
