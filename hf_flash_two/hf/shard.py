@@ -63,7 +63,7 @@ def begin(running: ForwardPass, kwargs: dict[str, Any]) -> dict[str, Any]:
         )
     running.gathered = said._replace(
         position_ids=None if positions is None else whole(spread, positions),
-        attention_mask=None if mask is None else whole(spread, mask),
+        attention_mask=whole(spread, mask) if isinstance(mask, Tensor) else None,
     )
     if family in families.MASK_IS_WHOLE and tokens is not None:
         mask = running.gathered.attention_mask
