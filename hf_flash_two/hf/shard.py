@@ -28,6 +28,7 @@ if TYPE_CHECKING or torch.distributed.is_available():
 
 current = context.current
 
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 _BIASES = WeakIdKeyDictionary()
 """By the position bias that a model made of its shard, the one of the whole sequence."""
 
@@ -42,10 +43,12 @@ def begin(running: ForwardPass, kwargs: dict[str, Any]) -> dict[str, Any]:
     if spread is None:
         return {}
     family = model.config.model_type
+    reason = _why_not(model) if running.around is None else None
     if family not in families.SHARDABLE:
+        reason = f"{family} is not among the families tested so; docs/parallel.md says which are"
+    if reason is not None:
         raise NotImplementedError(
-            f"context parallelism: {type(model).__name__} ({family}) is not among the families "
-            "that are tested on a shard of the sequence; docs/parallel.md lists them"
+            f"context parallelism: {type(model).__name__} cannot get one shard of a row: {reason}"
         )
     given: dict[str, Any] = {}
     said, names = running.said, _parameters(type(model))
@@ -76,19 +79,30 @@ def begin(running: ForwardPass, kwargs: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
+def _why_not(model: nn.Module) -> str | None:
+    """Why a variant of a family cannot be sharded whose usual models can."""
+    config: Any = model.config
+    kinds = set(getattr(config, "layer_types", None) or ()) - _ATTENTION
+    if kinds:
+        return f"it has layers of {', '.join(sorted(kinds))}"
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv1d) and module.kernel_size != (1,):
+            return f"{name} mixes neighbouring tokens"
+    if getattr(config, "output_router_logits", False):
+        return "output_router_logits adds a loss that is no mean over tokens"
+    return None
+
+
 def whole(spread: Spread, shard: Tensor) -> Tensor:
     """[B, T] in the order of the sequence, of which this rank has ``shard``."""
     return once(shard, ("whole", spread), lambda: spread.gather(shard, shard.dim() - 1))
 
 
-def _loss_arguments(spread: Spread, model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _loss_arguments(spread: Spread, model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The number of labels that divides the loss, so that the mean over the ranks is right."""
     shifted = kwargs.get("shift_labels")
-    if (
-        shifted is None
-        or not getattr(model, "accepts_loss_kwargs", True)
-        or not hasattr(model, "loss_function")
-    ):
+    takes_sums = "kwargs" in _parameters(type(model)) and hasattr(model, "loss_function")
+    if shifted is None or not takes_sums or model.config.model_type in families.SHIFTS_LABELS:
         raise NotImplementedError(
             f"labels: {type(model).__name__} would take the mean over the labels of one shard; "
             "pass shift_labels beside them to a causal model, as `context_parallel` does, or "
