@@ -73,7 +73,7 @@ SHARDABLE = frozenset(
     minimax_m3_vl_text ministral ministral3 mistral mixtral modernbert modernbert-decoder mt5
     nanochat nemotron nomic_bert olmo olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2
     qwen2_moe qwen3 qwen3_moe rembert roc_bert sarvam_mla sarvam_moe seed_oss smollm3 solar_open
-    squeezebert stablelm starcoder2 t5 t5gemma ultrabert ultravbert umt5 vaultgemma youtu
+    squeezebert stablelm starcoder2 t5 t5_gemma_module t5gemma ultrabert ultravbert umt5 vaultgemma youtu
     """.split()
 )
 # Those of them that count positions in the mask, and so need that of the whole row.

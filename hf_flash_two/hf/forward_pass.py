@@ -47,6 +47,10 @@ class Said(NamedTuple):
     output_attentions: bool | None = None
 
 
+LOSS = ("labels", "shift_labels", "num_items_in_batch")
+"""The arguments of a model that decide its loss."""
+
+
 class ForwardPass:
     """
     Attributes:
@@ -55,6 +59,8 @@ class ForwardPass:
         gathered: the same of the whole sequence, where the model gets one shard of it.
         around: the pass within which this one runs.
         frame: the call that opened it; None while tracing.
+        caller: what was said to the model around it, where that one has no hooks or was called past
+            them, of `Said` and of labels.
         ones: the mask with 1 for every visible token, where the caller's may number documents.
         apart: whether all documents that were described are kept apart.
         returns_weights: whether layers are to, by what decides that.
@@ -70,6 +76,7 @@ class ForwardPass:
         frame: FrameType | None = None,
     ):
         self.model, self.said, self.around, self.frame = model, said, around, frame
+        self.caller: dict[str, Any] = {}
         self.gathered: Said | None = None
         self.derived = TensorCache() if around is None else around.derived
         self.ones: Tensor | None = None
@@ -183,17 +190,18 @@ def _open_pass(
             passes.pop()
     arguments = {**dict(zip(names, args, strict=False)), **kwargs}
     given = [arguments.get(name) for name in Said._fields]
-    around = passes[-1] if passes else None
+    around, caller = passes[-1] if passes else None, {}
     if around is not None and around.model.config is model.config:
         for at, name in enumerate(Said._fields):
             # Fields that are not needed are not looked at: the compiler would guard each tensor.
             given[at] = getattr(around.said, name) if given[at] is None else given[at]
     elif frame is not None and around is None:
-        for name, value in _said_past_hooks(model, frame).items():
-            at = Said._fields.index(name)
-            given[at] = value if given[at] is None else given[at]
+        caller = _said_past_hooks(model, frame)
+        for at, name in enumerate(Said._fields):
+            given[at] = caller.get(name) if given[at] is None else given[at]
     said = Said(text_positions(given[0]), *given[1:])
     passes.append(ForwardPass(model, said, around, frame))
+    passes[-1].caller = caller
     replaced = begin(passes[-1], arguments)
     if not replaced:
         return None
@@ -211,7 +219,7 @@ _open_in_eager, _close_in_eager = map(torch.compiler.disable, (_open_pass, _clos
 
 
 def _said_past_hooks(model: PreTrainedModel, frame: FrameType) -> dict:
-    """What the model around this one got, where its forward was called without hooks (PEFT)."""
+    """What the model around this one got, if it has no hooks or was called past them (PEFT)."""
     for caller in callers(frame):
         if caller.f_code.co_name != "forward":
             continue
@@ -219,5 +227,5 @@ def _said_past_hooks(model: PreTrainedModel, frame: FrameType) -> dict:
         owner = variables.get("self")
         if isinstance(owner, PreTrainedModel) and owner.config is model.config:
             given = {**variables.get("kwargs", {}), **variables}
-            return {name: given[name] for name in Said._fields if name in given}
+            return {name: given[name] for name in (*Said._fields, *LOSS) if name in given}
     return {}

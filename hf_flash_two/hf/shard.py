@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from hf_flash_two.hf import compat, families
+from hf_flash_two.hf import compat, families, forward_pass
 from hf_flash_two.hf.forward_pass import ForwardPass, once
 from hf_flash_two.hf.mask_proxy import MaskProxy
 from hf_flash_two.masks import AttentionMask
@@ -74,8 +74,11 @@ def begin(running: ForwardPass, kwargs: dict[str, Any]) -> dict[str, Any]:
             shape = tokens.shape[0], tokens.shape[1] * spread.ranks
             mask = torch.ones(shape, dtype=torch.int64, device=tokens.device)
         given["attention_mask"] = mask
-    if kwargs.get("labels") is not None:
-        given |= _loss_arguments(spread, model, kwargs)
+    if kwargs.get("labels") is not None or running.caller.get("labels") is not None:
+        _check_loss(running, kwargs)
+        if kwargs.get("labels") is not None and kwargs.get("num_items_in_batch") is None:
+            count = (spread.gather(kwargs["shift_labels"], 1) != context.IGNORED).sum()
+            given["num_items_in_batch"] = count / spread.ranks
     return given
 
 
@@ -98,20 +101,22 @@ def whole(spread: Spread, shard: Tensor) -> Tensor:
     return once(shard, ("whole", spread), lambda: spread.gather(shard, shard.dim() - 1))
 
 
-def _loss_arguments(spread: Spread, model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The number of labels that divides the loss, so that the mean over the ranks is right."""
-    shifted = kwargs.get("shift_labels")
-    takes_sums = "kwargs" in _parameters(type(model)) and hasattr(model, "loss_function")
-    if shifted is None or not takes_sums or model.config.model_type in families.SHIFTS_LABELS:
+def _check_loss(running: ForwardPass, kwargs: dict[str, Any]) -> None:
+    """Refuse a loss that would not be this rank's share of the mean over all labels."""
+    model: Any = running.model
+    directly = kwargs.get("labels") is not None
+    told = kwargs if directly else running.caller
+    # A head that was called past its hooks has to have been told the number of labels.
+    knows = told.get("num_items_in_batch") is not None or (
+        directly and "kwargs" in _parameters(type(model)) and hasattr(model, "loss_function")
+    )
+    shifts = model.config.model_type in families.SHIFTS_LABELS
+    if shifts or not knows or told.get("shift_labels") is None:
         raise NotImplementedError(
-            f"labels: {type(model).__name__} would take the mean over the labels of one shard; "
-            "pass shift_labels beside them to a causal model, as `context_parallel` does, or "
-            "compute the loss from its logits"
+            f"labels: {type(model).__name__} or its head would take the mean over the labels of "
+            "one shard; pass shift_labels and num_items_in_batch beside them to a causal model, as "
+            "`context_parallel` does, or compute the loss from its logits"
         )
-    if kwargs.get("num_items_in_batch") is not None:
-        return {}
-    count = (spread.gather(shifted, 1) != context.IGNORED).sum()
-    return {"num_items_in_batch": count / spread.ranks}
 
 
 @cache
@@ -138,11 +143,16 @@ def whole_arguments(
     """
     if not isinstance(q_offset, int) or q_offset or kv_offset:
         raise NotImplementedError("context parallelism: not with a cache of earlier tokens")
-    own, ranks = attention_mask, spread.ranks
-    # A mask of all keys was given to the model as such; then it tells their number.
-    is_whole = own is not None and own.shape[1] == queries * ranks
-    if own is not None and not is_whole:
-        attention_mask = whole(spread, own)
+    running, ranks = forward_pass.current(), spread.ranks
+    if running is None:
+        raise NotImplementedError(
+            "context parallelism: a mask was made outside of a model that flash_two watches; load "
+            "the model with attn_implementation='flash_two'"
+        )
+    is_whole = running.model.config.model_type in families.MASK_IS_WHOLE
+    if attention_mask is not None and not is_whole:
+        attention_mask = whole(spread, attention_mask)
+    # Without a cache the mask that a model is given tells it the number of keys.
     keys = keys if is_whole and keys == queries * ranks else keys * ranks
     return queries * ranks, keys, attention_mask, whole_function(spread, function, attention_mask)
 

@@ -123,6 +123,9 @@ def context_parallel(
     if length % chosen.chunks and "attention_mask" not in whole:
         whole["attention_mask"] = torch.ones_like(whole["position_ids"])
     filled = {name: _filled(name, x, chosen.chunks) for name, x in whole.items()}
+    if "shift_labels" in filled:
+        count = (filled["shift_labels"] != IGNORED).sum()
+        filled.setdefault("num_items_in_batch", count / ranks)
     part = {
         name: chosen.split(x, spread.rank, 1) if name in _SHARDED else x
         for name, x in filled.items()

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -41,7 +42,7 @@ def main(checks: Iterable[Callable[[DeviceMesh], None]]) -> None:
         try:
             check(mesh)
             raised[check.__name__] = None
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             raised[check.__name__] = traceback.format_exc()
         dist.barrier()
     (Path(sys.argv[1]) / f"{dist.get_rank()}.json").write_text(json.dumps(raised))

@@ -143,7 +143,7 @@ def test_ones_serve_models_that_compute_with_the_numbers_of_a_mask(monkeypatch) 
     model = BY_NAME["bloom"].build()
     ids, given = small_tokens(1, LENGTH), given_to(model, "numbers")
     expected = alone(model, ids)
-    monkeypatch.setattr(packing, "_begin", lambda running: None)
+    monkeypatch.setattr(packing, "_begin", lambda running, arguments: {})
     patch(model)
     leaks_or_refuses(lambda: model(ids, **given).logits, expected)
 

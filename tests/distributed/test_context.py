@@ -1,0 +1,334 @@
+"""Models on one shard of each row: several processes give what one gives."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+
+import processes
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from hf_flash_two import context_parallel
+
+VOCABULARY, TOKENS = 64, 64
+SIZES = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, vocab_size=VOCABULARY, max_position_embeddings=512,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+CHANGES: dict[str, dict] = {
+    "Llama": {},
+    "Mistral": {"sliding_window": 12},
+    "Gemma2": {"sliding_window": 12, "query_pre_attn_scalar": 8},
+    "Gemma3": {
+        "sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "GptOss": {"sliding_window": 12, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "Llama4": dict(
+        intermediate_size_mlp=48, attention_chunk_size=10, num_local_experts=2,
+        num_experts_per_tok=1, interleave_moe_layer_step=2, no_rope_layers=[1, 0],
+        layer_types=["chunked_attention", "full_attention"],
+    ),
+}  # fmt: skip
+CONFIGS = {"Gemma3": "Gemma3TextConfig", "Llama4": "Llama4TextConfig"}
+
+
+@cache
+def causal_model(name: str) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    config_class = getattr(transformers, CONFIGS.get(name, f"{name}Config"))
+    config = config_class(**SIZES, **CHANGES[name])
+    cls = getattr(transformers, f"{name}ForCausalLM")
+    model = cls._from_config(config, attn_implementation="flash_two").train()
+    model.config.use_cache = False
+    return model
+
+
+def batches() -> dict[str, dict[str, Tensor]]:
+    """Rows that are plain, of a length that does not fit, padded, packed."""
+    torch.manual_seed(5)
+    ids = torch.randint(3, VOCABULARY, (2, TOKENS))
+    labels = ids.clone()
+    labels[:, :7] = -100
+    plain = {"input_ids": ids, "labels": labels}
+    left, right = torch.ones(2, 2, TOKENS, dtype=torch.int64)
+    left[0, :20], right[1, 40:] = 0, 0
+
+    def padded(mask: Tensor) -> dict[str, Tensor]:
+        hidden = (mask == 0) | (mask.roll(1, 1) == 0)
+        return plain | {"attention_mask": mask, "labels": labels.masked_fill(hidden, -100)}
+
+    ends = torch.tensor([0, 5, 25, 28, TOKENS], dtype=torch.int32)
+    lengths = ends.diff().tolist()
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    apart = labels.masked_fill(positions == 0, -100)
+    packed = {"input_ids": ids[:1], "position_ids": positions, "labels": apart[:1]}
+    others = torch.cat([torch.arange(30), torch.arange(TOKENS - 30)])[None]
+    several = torch.cat([positions, others])
+    bounds = dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=36, max_length_k=36)
+    return {
+        "plain": plain,
+        "odd": {name: x[:, :61] for name, x in plain.items()},
+        "left": padded(left),
+        "right": padded(right),
+        "packed": packed,
+        "boundaries": packed | bounds,
+        "several packed rows": plain
+        | {"position_ids": several, "labels": labels.masked_fill(several == 0, -100)},
+    }
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {}
+    for name, parameter in model.named_parameters():
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        found[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
+    model.zero_grad()
+    return found
+
+
+def check_gradients(got: dict[str, Tensor], want: dict[str, Tensor], worst: float = 5e-6) -> None:
+    """Relative to each, or to a small share of the largest: keys' biases have none but noise."""
+    least = 1e-3 * max(grad.norm() for grad in want.values())
+    for name, expected in want.items():
+        error = (got[name] - expected).norm() / max(expected.norm(), least)
+        assert error < worst, f"{name}: {error}"
+
+
+def mean(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Of all ranks."""
+    x = x.detach().clone()
+    dist.all_reduce(x, group=mesh.get_group())
+    return x / mesh.size()
+
+
+def check_training(
+    model: nn.Module, batch: dict[str, Tensor], mesh: DeviceMesh, averaged: bool = False, **options
+) -> None:
+    """Logits, loss and the gradient of every parameter.
+
+    Args:
+        averaged: gradients are means over the ranks already.
+    """
+    whole = model(**batch)
+    whole.loss.backward()
+    want = gradients(model)
+    with context_parallel(mesh, batch, **options) as shard:
+        out = model(**shard.batch)
+        out.loss.backward()
+        logits = shard.gather(out.logits)
+    seen = batch.get("attention_mask", torch.ones(batch["input_ids"].shape))[..., None]
+    torch.testing.assert_close(logits * seen, whole.logits * seen, atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(mean(out.loss, mesh), whole.loss, atol=1e-6, rtol=2e-6)
+    got = gradients(model)
+    check_gradients(got if averaged else {n: mean(x, mesh) for n, x in got.items()}, want)
+
+
+def check_every_kind_of_batch(mesh: DeviceMesh) -> None:
+    for batch in batches().values():
+        check_training(causal_model("Llama"), batch, mesh)
+
+
+def check_windows_softcaps_sinks_and_chunks(mesh: DeviceMesh) -> None:
+    given = batches()
+    for name in ("Mistral", "Gemma2", "Gemma3", "GptOss", "Llama4"):
+        for kind in ("left", "packed"):
+            check_training(causal_model(name), given[kind], mesh)
+
+
+def check_layouts_and_exchanges(mesh: DeviceMesh) -> None:
+    given = batches()
+    for layout, exchange in (
+        ("contiguous", "gather"), ("head_tail", "ulysses"), ("balanced", "auto"),
+    ):  # fmt: skip
+        for kind in ("left", "several packed rows"):
+            batch = given[kind]
+            check_training(causal_model("GptOss"), batch, mesh, layout=layout, exchange=exchange)
+
+
+def check_two_dimensions(mesh: DeviceMesh) -> None:
+    if mesh.size() == 4:
+        grid = init_device_mesh("cpu", (2, 2))
+        with context_parallel(grid, batches()["left"]) as shard, torch.no_grad():
+            logits = shard.gather(causal_model("Llama")(**shard.batch).logits)
+        with torch.no_grad():
+            whole = causal_model("Llama")(**batches()["left"]).logits
+        torch.testing.assert_close(logits[1], whole[1], atol=2e-6, rtol=2e-6)
+
+
+def check_logits(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    mesh: DeviceMesh,
+    rtol: float = 2e-6,
+    worst: float = 5e-6,
+) -> None:
+    """Of a model whose loss is left to the caller."""
+    torch.manual_seed(1)
+    logits = _logits(model(**batch))
+    weights = torch.randn(logits.shape)
+    seen = batch.get("attention_mask")
+    if seen is not None and seen.shape[1] == logits.shape[1]:
+        weights = weights * seen[..., None]
+    (logits * weights).sum().backward()
+    want = gradients(model)
+    with context_parallel(mesh, batch) as shard:
+        known = {*batch, *inspect.signature(type(model).forward).parameters}
+        torch.manual_seed(1)
+        mine = _logits(model(**{k: x for k, x in shard.batch.items() if k in known}))
+        (mine * shard.spread.layout.split(weights, shard.spread.rank, 1)).sum().backward()
+        got = shard.spread.gather(mine.detach(), 1)
+    expected = logits.detach() * (weights != 0)
+    error = (got * (weights != 0) - expected).norm() / expected.norm()
+    assert error < rtol, error
+    sums = {name: mean(x, mesh) * mesh.size() for name, x in gradients(model).items()}
+    check_gradients(sums, want, worst)
+
+
+def _logits(output) -> Tensor:
+    return output.logits if hasattr(output, "logits") else output[0]
+
+
+def check_an_encoder(mesh: DeviceMesh) -> None:
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        vocab_size=VOCABULARY, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.BertForMaskedLM._from_config(config, attn_implementation="flash_two")
+    for kind in ("plain", "right"):
+        batch = {k: x for k, x in batches()[kind].items() if k != "labels"}
+        positions = torch.arange(TOKENS).expand(2, -1)
+        check_logits(model, batch | {"position_ids": positions}, mesh)
+
+
+def check_encoder_and_decoder(mesh: DeviceMesh) -> None:
+    """Position biases of the whole sequence, and another length for each of the two."""
+    config = transformers.T5Config(
+        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=VOCABULARY,
+        dropout_rate=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration._from_config(
+        config, attn_implementation="flash_two"
+    )
+    model.config.use_cache = model.decoder.config.use_cache = False
+    targets = torch.randint(3, VOCABULARY, (2, 32))
+    for kind in ("plain", "right"):
+        batch = {k: x for k, x in batches()[kind].items() if k != "labels"}
+        check_logits(model, batch | {"decoder_input_ids": targets}, mesh)
+
+
+def check_hand_written_attention(mesh: DeviceMesh) -> None:
+    """BLOOM, whose ALiBi counts positions in the mask."""
+    config = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=VOCABULARY)
+    torch.manual_seed(0)
+    model = transformers.BloomForCausalLM._from_config(config, attn_implementation="flash_two")
+    model.config.use_cache = False
+    for kind in ("plain", "left"):
+        batch = {k: x for k, x in batches()[kind].items() if k != "labels"}
+        check_logits(model, batch, mesh)
+    with pytest.raises(NotImplementedError, match="labels: BloomModel or its head would take"):
+        with context_parallel(mesh, batches()["plain"]) as shard:
+            model(**{k: x for k, x in shard.batch.items() if k != "position_ids"})
+
+
+def check_checkpointing(mesh: DeviceMesh) -> None:
+    model = causal_model("Gemma2")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        for kind in ("left", "packed"):
+            check_training(model, batches()[kind], mesh)
+    finally:
+        model.gradient_checkpointing_disable()
+
+
+def check_sharded_parameters(mesh: DeviceMesh) -> None:
+    """FSDP2 over the same ranks takes the mean of gradients."""
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(**SIZES, sliding_window=12)
+    model = transformers.MistralForCausalLM._from_config(config, attn_implementation="flash_two")
+    model.config.use_cache = False
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    check_training(model, batches()["left"], mesh, averaged=True)
+
+
+def check_refusals(mesh: DeviceMesh) -> None:
+    plain = batches()["plain"]
+    model = causal_model("Llama")
+
+    def refused(batch: dict, message: str, model: nn.Module = model, **changes) -> None:
+        with pytest.raises((NotImplementedError, ValueError), match=message):
+            with context_parallel(mesh, batch) as shard:
+                model(**shard.batch | changes)
+
+    refused(plain, "labels: LlamaForCausalLM or its head would take", shift_labels=None)
+    refused(plain, "output_attentions: not possible", output_attentions=True)
+    refused(plain | {"attention_mask": torch.ones(2, 1, TOKENS, TOKENS)}, "expected .batch, keys.")
+    refused(plain | {"pixel_values": torch.ones(2, 3)}, "batch: pixel_values is not known")
+    refused({"labels": plain["labels"]}, "batch: expected input_ids or inputs_embeds")
+    other = transformers.OPTForCausalLM._from_config(
+        transformers.OPTConfig(
+            hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2,
+            vocab_size=VOCABULARY, word_embed_proj_dim=16,
+        ),
+        attn_implementation="flash_two",
+    )  # fmt: skip
+    refused(plain, r"OPTForCausalLM cannot get one shard of a row: opt is not among", other)
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    try:
+        refused(plain, "it has layers of linear_attention")
+    finally:
+        del model.config.layer_types
+    dropping = transformers.LlamaForCausalLM._from_config(
+        transformers.LlamaConfig(**SIZES, attention_dropout=0.1), attn_implementation="flash_two"
+    )
+    refused(plain, r"LlamaAttention drops probabilities", dropping.train())
+    for name, given in (("layout", "ring"), ("exchange", "ring")):
+        with pytest.raises(ValueError, match=f"{name}: expected one of"):
+            with context_parallel(mesh, plain, **{name: given}):
+                pass
+
+
+def check_report(mesh: DeviceMesh) -> None:
+    with context_parallel(mesh, batches()["plain"]) as shard, torch.no_grad():
+        causal_model("Mistral")(**shard.batch)
+    assert "2 x gather: a window reaches few keys of other ranks" in shard.report()
+
+
+CHECKS = (
+    check_every_kind_of_batch,
+    check_windows_softcaps_sinks_and_chunks,
+    check_layouts_and_exchanges,
+    check_two_dimensions,
+    check_an_encoder,
+    check_encoder_and_decoder,
+    check_hand_written_attention,
+    check_checkpointing,
+    check_sharded_parameters,
+    check_refusals,
+    check_report,
+)
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["2_processes", "4_processes"])
+def raised(request, tmp_path_factory: pytest.TempPathFactory) -> processes.Raised:
+    return processes.run(__file__, request.param, tmp_path_factory.mktemp("context"))
+
+
+@pytest.mark.parametrize("name", [check.__name__ for check in CHECKS])
+def test_processes(raised: processes.Raised, name: str) -> None:
+    processes.passed(raised, name)
+
+
+if __name__ == "__main__":
+    processes.main(CHECKS)
