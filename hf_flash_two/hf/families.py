@@ -63,17 +63,17 @@ WEIGHTS_WITHOUT_SINKS = frozenset({"granite_swa", "granitemoe_swa"})
 SHARDABLE = frozenset(
     """
     afmoe albert apertus apertus1p5_text arcee aria_text axk1 beam bert biogpt bitnet bloom
-    codegen cohere cohere2 cohere2_moe ctrl cwm dbrx deepseek_v2 deepseek_v3 diffllama
-    distilbert dory dots1 electra ernie ernie4_5 ernie4_5_moe eurobert exaone exaone4 exaone_moe
-    falcon flex_olmo flint gemma gemma2 gemma3_text gemma4_text gemma4_unified_text glm glm4
-    glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite granite_swa granitemoe
+    codegen cohere cohere2 cohere2_moe ctrl cwm dbrx deepseek_v2 deepseek_v3 diffllama distilbert
+    dory dots1 electra ernie ernie4_5 ernie4_5_moe eurobert exaone exaone4 exaone_moe falcon
+    flex_olmo flint gemma gemma2 gemma3_text gemma4_text gemma4_unified_text glm glm4 glm4_moe
+    glm4_moe_lite gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite granite_swa granitemoe
     granitemoe_swa granitemoeshared gte helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3
     hyperclovax internlm3 iquestcoder jais2 jetmoe jina_embeddings_v3 kolibri1 laguna llama
     llama4_text longcat_flash megatron-bert mellum mimo_v2_flash minicpm3 minimax_m2
     minimax_m3_vl_text ministral ministral3 mistral mixtral modernbert modernbert-decoder mt5
-    nanochat nemotron nomic_bert olmo olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2
-    qwen2_moe qwen3 qwen3_moe rembert roc_bert sarvam_mla sarvam_moe seed_oss smollm3 solar_open
-    squeezebert stablelm starcoder2 t5 t5_gemma_module t5gemma ultrabert ultravbert umt5 vaultgemma youtu
+    nanochat nemotron nomic_bert olmo olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2 qwen2_moe
+    qwen3 qwen3_moe rembert roc_bert sarvam_mla sarvam_moe seed_oss smollm3 solar_open squeezebert
+    stablelm starcoder2 t5 t5_gemma_module t5gemma ultrabert ultravbert umt5 vaultgemma youtu
     """.split()
 )
 # Those of them that count positions in the mask, and so need that of the whole row.
