@@ -36,6 +36,8 @@ from hf_flash_two.tensor_cache import derive, is_symbolic
 EXCHANGES = ("auto", "gather", "ulysses")
 _GATHERED = 2**27
 """Bytes of keys and values that are gathered at a time, if one head does not take more."""
+_FEW_RUNS = 2
+"""So many calls for runs of queries are faster than one call that puts up with any order."""
 _MOST_SENT = 0.7
 """Above this share of all keys, all are sent to all: one collective that copies nothing first."""
 
@@ -272,13 +274,14 @@ class _View(NamedTuple):
     """What one rank sees.
 
     Attributes:
-        parts: runs of its queries, each with its mask over the keys that come.
+        parts: runs of its queries, each with the run of the keys that come which it attends to, and
+            its mask over these.
         positions: int64 [keys], where these stand in the sequence; None: in its order.
         route: how they come.
         layout: of keys that come in the order of ranks and are to be put in that of the sequence.
     """
 
-    parts: tuple[tuple[slice, AttentionMask], ...]
+    parts: tuple[tuple[slice, slice, AttentionMask], ...]
     positions: Tensor | None
     route: Route
     layout: Layout | None = None
@@ -303,7 +306,9 @@ def _over_keys(
 
 
 def _view(mask: AttentionMask, shard: _Shard, device: torch.device, by_position: bool) -> _View:
-    if by_position:
+    is_band = mask.intervals is None and mask.dense is None
+    ends = is_band and mask.window_left is None and mask.window_right is not None
+    if by_position or ends and len(shard.layout.owners[0]) <= _FEW_RUNS:
         return _by_position(mask, shard)
     if mask.dense is not None or is_symbolic():
         return _make_view(mask, shard, device)
@@ -323,12 +328,20 @@ def _view_of_band(
 
 
 def _by_position(mask: AttentionMask, shard: _Shard) -> _View:
-    """Where scores depend on positions: whole runs of queries, and all keys in order."""
-    parts, at = [], 0
-    size = shard.lengths[0] // shard.layout.chunks
+    """Whole runs of queries and all keys in order: for scores that depend on positions.
+
+    A few of them are faster for causal masks, which kernels know as such, than one of intervals.
+    """
+    parts, at, (queries, keys) = [], 0, shard.lengths
+    size = queries // shard.layout.chunks
     for chunk in shard.layout.owners[shard.rank]:
-        part = mask.slice_queries(chunk * size, (chunk + 1) * size, *shard.lengths)
-        parts.append((slice(at, at + size), part))
+        part = mask.slice_queries(chunk * size, (chunk + 1) * size, queries, keys)
+        stop = keys
+        if mask.window_right is not None:
+            last = part.resolve_offset(size, keys) + size - 1
+            stop = min(keys, max(1, last + mask.window_right + 1))
+            part = part.slice_keys(0, stop, size, keys)
+        parts.append((slice(at, at + size), slice(0, stop), part))
         at += size
     return _View(tuple(parts), None, shard.everything(), shard.layout)
 
@@ -357,7 +370,8 @@ def _make_view(mask: AttentionMask, shard: _Shard, device: torch.device) -> _Vie
     part = AttentionMask.full()
     if replace(mask, dense=None).hides_nothing is False:
         part = AttentionMask.from_intervals(start, stop, query_offset=0)
-    return _View(((slice(None), replace(part, dense=dense)),), positions, route)
+    part = replace(part, dense=dense)
+    return _View(((slice(None), slice(None), part),), positions, route)
 
 
 def _needs(seen: list[tuple[Tensor, ...]], layout: Layout) -> list[list[Run]] | None:
@@ -409,11 +423,11 @@ class _Gathered(Function):
         for rows, keys, values in _groups(query, key, value, view):
             parts = [
                 flash_attention(
-                    query[:, rows, part], keys, values, mask=mask, bias=_part(bias, rows, part),
-                    sinks=_of_heads(sinks, rows), return_lse=True,
-                    **_settings_of(settings, rows),
+                    query[:, rows, part], keys[:, :, seen], values[:, :, seen], mask=mask,
+                    bias=_part(bias, rows, part, seen), sinks=_of_heads(sinks, rows),
+                    return_lse=True, **_settings_of(settings, rows),
                 )
-                for part, mask in view.parts
+                for part, seen, mask in view.parts
             ]  # fmt: skip
             results.append([torch.cat(x, 2) for x in zip(*parts, strict=True)])
         out, lse = (torch.cat(x, 1) for x in zip(*results, strict=True))
@@ -432,19 +446,26 @@ class _Gathered(Function):
         returning: list[Pending] = []
         for rows, keys, values in _groups(query, key, value, view):
             both: Tensor | None = None
-            for part, mask in view.parts:
+            for part, seen, mask in view.parts:
                 at = (slice(None), rows, part)
                 upstream_out, upstream_lse = (None if x is None else x[at] for x in (d_out, d_lse))
                 grads = flash_attention_gradients(
-                    upstream_out, upstream_lse, query[at], keys, values, out[at],
-                    lse[at], mask=mask, bias=_part(bias, rows, part), sinks=_of_heads(sinks, rows),
-                    need_d_bias=need_d_bias, **_settings_of(settings, rows),
+                    upstream_out, upstream_lse, query[at], keys[:, :, seen], values[:, :, seen],
+                    out[at], lse[at], mask=mask, bias=_part(bias, rows, part, seen),
+                    sinks=_of_heads(sinks, rows), need_d_bias=need_d_bias,
+                    **_settings_of(settings, rows),
                 )  # fmt: skip
                 d_query[at] = grads[0]
                 d_keys = torch.cat(grads[1:3], 3)
-                both = d_keys if both is None else both.to(statistics) + d_keys
+                if len(view.parts) == 1 and d_keys.shape[2] == keys.shape[2]:
+                    both = d_keys
+                else:
+                    if both is None:
+                        shape = (*keys.shape[:3], d_keys.shape[3])
+                        both = d_keys.new_zeros(shape, dtype=statistics)
+                    both[:, :, seen] += d_keys
                 if d_bias is not None:
-                    _part(d_bias, rows, part).add_(grads[3])
+                    _part(d_bias, rows, part, seen).add_(grads[3])
                 if sinks is not None:
                     d_sinks[..., rows].add_(grads[4])
             assert both is not None
@@ -483,12 +504,13 @@ def _groups(
         yield slice(heads.start * share, heads.stop * share), keys, values
 
 
-def _part(bias: Any, heads: slice, rows: slice) -> Any:
+def _part(bias: Any, heads: slice, rows: slice, keys: slice) -> Any:
     """Of [B or 1, Hq or 1, Tq or 1, Tk or 1]."""
     if bias is None:
         return None
+    whole = slice(None)
     bias = _of_heads(bias, heads)
-    return bias if bias.shape[2] == 1 else bias[:, :, rows]
+    return bias[:, :, rows if bias.shape[2] > 1 else whole, keys if bias.shape[3] > 1 else whole]
 
 
 def _settings_of(settings: dict[str, Any], heads: slice) -> dict[str, Any]:
