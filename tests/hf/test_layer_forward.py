@@ -14,21 +14,12 @@ import accelerate
 import pytest
 import torch
 import transformers
-from checks import backward
 from hand_written_models import FAMILIES, HandWritten, floats
-from helpers import assert_same_gradients, gradients_of
-from models import (
-    ENCODERS,
-    SEQUENCE_MODELS,
-    encoder_inputs,
-    patched_where_known,
-    supported,
-)
+from models import supported
 from test_patching import build
 from torch import nn
 
 from hf_flash_two import patch, patched, unpatch
-from hf_flash_two.hf.families import attention_kind
 
 HOOKS = [name for name in vars(nn.Linear(1, 1)) if name.endswith(("_hooks", "_hooks_with_kwargs"))]
 
@@ -96,54 +87,6 @@ def test_replicas_in_threads_are_asked_for_weights_each(ids: torch.Tensor) -> No
     assert len(found[True]) == len(found[False]) == 20
     for weights in found[True]:
         torch.testing.assert_close(weights, wanted)
-
-
-TRAINED: dict[str, Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]]] = {
-    "bloom": lambda: (build("bloom"), encoder_inputs()),
-    "gptj": lambda: (build("gptj"), encoder_inputs()),
-    **{
-        family.name: lambda family=family: (family.build("eager"), family.inputs())
-        for family in [*SEQUENCE_MODELS, *ENCODERS]
-        if family.name in ("t5", "clip")
-    },
-}
-"""Hand-written, through the interface, an encoder with its decoder, two towers."""
-
-
-@pytest.mark.parametrize("name", TRAINED)
-def test_replicas_in_threads_train_as_one_model(name: str, kernel_calls) -> None:
-    """As `nn.DataParallel` runs them: each has its rows of the batch, all are inside at once."""
-    model, inputs = TRAINED[name]()
-    real = inputs.get("decoder_attention_mask", inputs["attention_mask"]).bool()
-
-    def outputs(model: nn.Module, given: dict[str, torch.Tensor]) -> torch.Tensor:
-        out = model(**given)
-        return out.text_embeds + out.image_embeds if name == "clip" else out.logits
-
-    def gradients(out: torch.Tensor) -> dict[str, torch.Tensor]:
-        model.zero_grad()
-        backward(out if name == "clip" else out[real])
-        return gradients_of(model)
-
-    expected = gradients(outputs(model, inputs))
-    patched_where_known(model)
-    meet = threading.Barrier(2, timeout=60)
-    found: dict[int, torch.Tensor] = {}
-
-    def run(row: int, copied: nn.Module) -> None:
-        found[row] = outputs(copied, {name: x[row, None] for name, x in inputs.items()})
-
-    for module in model.modules():
-        if attention_kind(type(module)) is not None:
-            module.register_forward_pre_hook(lambda *_: (meet.wait(), None)[1])
-    copies = [replica(model, 1.0, trains=True) for _ in range(2)]
-    threads = [threading.Thread(target=run, args=each) for each in enumerate(copies)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert kernel_calls
-    assert_same_gradients(gradients(torch.cat([found[0], found[1]])), expected)
 
 
 def through_pickle(model: nn.Module) -> nn.Module:
