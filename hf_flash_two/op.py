@@ -33,6 +33,10 @@ from hf_flash_two.kernels.params import (
 )
 from hf_flash_two.masks import KEY_GROUP
 
+_DTENSOR: type | tuple[type, ...] = ()
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor as _DTENSOR
+
 _INPUTS = {"query": "Tensor", "key": "Tensor", "value": "Tensor"}
 _SETTINGS = SCHEMA | {"kernel": "str"}
 _FORWARD_SCHEMA = _INPUTS | _SETTINGS
@@ -392,6 +396,11 @@ def flash_attn(
             return _Eager.apply(*inputs, params, kernel, run, return_lse)
         result = run(query, key, value, params)
     else:
+        # A DTensor that is gathered first is laid out as its parts were, and results as it is; all
+        # believe the strides of the whole.
+        query, key, value = (
+            x.contiguous() if isinstance(x, _DTENSOR) else x for x in (query, key, value)
+        )
         result = torch.ops.hf_flash_two.flash_attn_fwd(query, key, value, *params, kernel)
     out, lse = result
     return out if not return_lse or lse is None else (out, lse)

@@ -103,7 +103,9 @@ class TensorCache:
         if not isinstance(value, Tensor) or may_be_kept(value):
             self._entries.pop(at, None)
             if len(self._entries) >= _MOST:
-                del self._entries[next(iter(self._entries))]
+                # Threads share what follows from a mask: another may drop the same one.
+                for oldest in list(self._entries)[:1]:
+                    self._entries.pop(oldest, None)
             self._entries[at] = _Entry(value, sources)
         return value
 

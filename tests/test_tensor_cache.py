@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -63,6 +64,23 @@ def test_bounded() -> None:
     assert len(cache._entries) == tensor_cache._MOST
     assert cache.once(key, build, source) == build.built
     assert cache.once(0, build, source) == build.built
+
+
+def test_two_threads_may_drop_the_same_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one comes in between, while the key of the oldest entry is looked up."""
+    monkeypatch.setattr(tensor_cache, "_MOST", 1)
+    cache, build, source = TensorCache(), Counted(), torch.zeros(3)
+    others: list[Callable[[], None]] = []
+
+    class Key:
+        def __hash__(self) -> int:
+            while others:
+                others.pop()()
+            return 0
+
+    cache.once(Key(), build, source)
+    others.append(cache._entries.clear)
+    assert cache.once("k", build, source) == 2 and not others
 
 
 def test_only_what_is_our_own_keeps() -> None:

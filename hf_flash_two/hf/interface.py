@@ -83,6 +83,7 @@ def attention_forward(
         ValueError: arguments contradict each other or do not fit.
     """
     _refuse_what_others_use(module, kwargs)
+    _check_heads(module, query, key, s_aux, sinks, position_bias)
     spread = getattr(attention_mask, "spread", None) or shard.current()
     bias = None
     if cache is not None or kwargs.get("write_index") is not None:
@@ -154,6 +155,39 @@ def _refuse_what_others_use(module: torch.nn.Module, kwargs: dict[str, object]) 
         )
 
 
+def _check_heads(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    s_aux: Tensor | None,
+    sinks: Tensor | None,
+    position_bias: Tensor | None,
+) -> None:
+    """Refuse what tensor parallelism left whole beside one rank's share of the query's heads.
+
+    Whole keys would pass all later checks, and serve other queries than their own.
+    """
+    heads, key_heads = query.shape[1], key.shape[1]
+    counts = {}
+    if s_aux is not None:
+        counts["s_aux"] = s_aux.shape[0]
+    if sinks is not None:
+        counts["sinks"] = sinks.shape[0 if sinks.dim() == 1 else 1]
+    if position_bias is not None and position_bias.dim() > 2:
+        counts["position_bias"] = position_bias.shape[-3]
+    wrong = [
+        f"{name}: got {count} heads" for name, count in counts.items() if count not in (1, heads)
+    ]
+    groups = getattr(module, "num_key_value_groups", None)
+    if groups is not None and key_heads * groups != heads:
+        wrong.append(f"key: got {key_heads} heads, each for {groups} of the query's")
+    if wrong:
+        raise ValueError(
+            f"{wrong[0]}, and a query of {heads}; a tensor-parallel plan that splits the heads of "
+            "queries must give each rank its part of these too"
+        )
+
+
 def _causality(module: torch.nn.Module, attention_mask, is_causal: bool | None) -> bool:
     modules = getattr(module, "is_causal", True)
     if is_causal is None:
@@ -195,7 +229,8 @@ def _resolve_mask(
         if attention_mask.shape[2:] != (queries, keys):
             raise ValueError(
                 f"attention_mask: made for {list(attention_mask.shape[2:])} queries and keys, but "
-                f"the layer attends with {queries} to {keys}"
+                f"the layer attends with {queries} to {keys}; under sequence parallelism both must "
+                "be of whole sequences"
             )
         mask, padding = attention_mask.mask, attention_mask.padding
         if attention_mask.packed:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from functools import cache
+from pathlib import Path
 
-import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -321,14 +322,14 @@ CHECKS = (
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2_processes", "4_processes"])
-def raised(request, tmp_path_factory: pytest.TempPathFactory) -> processes.Raised:
-    return processes.run(__file__, request.param, tmp_path_factory.mktemp("context"))
+def raised(request, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
+    return launch(__file__, request.param, tmp_path_factory.mktemp("context"))
 
 
 @pytest.mark.parametrize("name", [check.__name__ for check in CHECKS])
-def test_processes(raised: processes.Raised, name: str) -> None:
-    processes.passed(raised, name)
+def test_processes(raised: list[dict[str, str | None]], name: str) -> None:
+    assert_passed(raised, name)
 
 
 if __name__ == "__main__":
-    processes.main(CHECKS)
+    run(CHECKS, Path(sys.argv[1]))

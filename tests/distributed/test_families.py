@@ -8,13 +8,15 @@ parameter. Another language model joins the list once its check passes: add its 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
-import processes
 import pytest
 import torch
 import transformers
+from ranks import assert_passed, launch, run
 from test_context import check_logits
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.models.auto import modeling_auto
@@ -69,7 +71,7 @@ def named(family: str) -> Callable[[DeviceMesh], None]:
 
 
 @pytest.fixture(scope="module")
-def raised(request, tmp_path_factory: pytest.TempPathFactory) -> processes.Raised:
+def raised(request, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
     """Those of this session run, in one set of processes."""
     asked = {
         item.callspec.params["family"]
@@ -77,16 +79,16 @@ def raised(request, tmp_path_factory: pytest.TempPathFactory) -> processes.Raise
         if item.path == request.path
     }
     os.environ[ASKED] = " ".join(sorted(asked))
-    return processes.run(__file__, 2, tmp_path_factory.mktemp("families"))
+    return launch(__file__, 2, tmp_path_factory.mktemp("families"))
 
 
 @pytest.mark.parametrize(
     "family",
     [pytest.param(x, marks=() if x in SAMPLE else pytest.mark.sweep) for x in FAMILIES],
 )
-def test_family(raised: processes.Raised, family: str) -> None:
-    processes.passed(raised, family)
+def test_family(raised: list[dict[str, str | None]], family: str) -> None:
+    assert_passed(raised, family)
 
 
 if __name__ == "__main__":
-    processes.main([named(family) for family in os.environ[ASKED].split()])
+    run([named(family) for family in os.environ[ASKED].split()], Path(sys.argv[1]))

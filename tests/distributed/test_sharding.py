@@ -1,15 +1,8 @@
-"""Two processes on one CPU compute what one computes: DTensor, DDP and FSDP.
-
-The checks run once, all in the same two processes; a test for each reads how it went.
-"""
+"""Two processes on one CPU compute what one computes: DTensor, DDP and FSDP."""
 
 from __future__ import annotations
 
-import gc
-import json
-import subprocess
 import sys
-import traceback
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -18,8 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from ranks import assert_passed, launch, run
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -219,42 +213,15 @@ CHECKS = [
 ]
 
 
-def main(results: Path) -> None:
-    """In each process: every check, and what it raised."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (WORLD,))
-    raised = {}
-    for check in CHECKS:
-        try:
-            check(mesh)
-            raised[check.__name__] = None
-        except Exception:
-            raised[check.__name__] = traceback.format_exc()
-    (results / f"{dist.get_rank()}.json").write_text(json.dumps(raised))
-    # A model with DDP that outlives its process group can wait for Gloo's threads for ever.
-    gc.collect()
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
-    results = tmp_path_factory.mktemp("sharding")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    finished = subprocess.run(
-        [*launcher, f"--nproc-per-node={WORLD}", __file__, str(results)],
-        capture_output=True,
-        text=True,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return [json.loads((results / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    return launch(__file__, WORLD, tmp_path_factory.mktemp("sharding"))
 
 
 @pytest.mark.parametrize("name", [check.__name__ for check in CHECKS])
 def test_two_processes(outcomes: list[dict[str, str | None]], name: str) -> None:
-    for rank, raised in enumerate(outcomes):
-        assert raised[name] is None, f"rank {rank}:\n{raised[name]}"
+    assert_passed(outcomes, name)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run(CHECKS, Path(sys.argv[1]))

@@ -29,14 +29,22 @@ def ids() -> torch.Tensor:
     return torch.randint(3, 97, (2, 11), generator=torch.Generator().manual_seed(1))
 
 
-def replica(model: nn.Module, factor: float) -> nn.Module:
-    """As `torch.nn.parallel.replicate` makes one; instead of a device, weights times ``factor``."""
+def replica(model: nn.Module, factor: float, *, trains: bool = False) -> nn.Module:
+    """As `torch.nn.parallel.replicate` makes one; instead of a device, weights times ``factor``.
+
+    Args:
+        trains: weights are attributes, through which gradients come back to the model's. Many
+            models have no dtype then.
+    """
     modules = list(model.modules())
     copies = {module: module._replicate_for_data_parallel() for module in modules}
     for module, copied in copies.items():
         for name, child in module._modules.items():
             copied._modules[name] = None if child is None else copies[child]
         for name, weight in module._parameters.items():
+            if trains and weight is not None:
+                setattr(copied, name, weight * factor)
+                continue
             moved = None if weight is None else nn.Parameter(weight.detach() * factor)
             copied._parameters[name] = moved
         for name, buffer in module._buffers.items():
