@@ -13,6 +13,9 @@ FEW_ROWS = 64
 """With so few rows of queries to a key head, reading the keys is what takes time: query heads that
 share a key head are handed to the op as rows of one, so that it reads keys once for all."""
 
+_CACHED = 2**18
+"""So many numbers of keys, and as many of values, stay in a cache once they are float32."""
+
 _LONG = 768
 """From so many rows on the op takes 256 of them at a time."""
 
@@ -29,9 +32,15 @@ def has_products(dtype: torch.dtype) -> bool:
     return ask is not None and ask()
 
 
-def tiles_are_faster(dtype: torch.dtype, few: bool) -> bool:
-    """Whether the op loses: few rows of half precision that it would have to convert first."""
-    return few and not has_products(dtype)
+def tiles_are_faster(dtype: torch.dtype, few: bool, keys: int) -> bool:
+    """Whether the op loses: few rows, and keys of half precision that it has to convert first.
+
+    Tiles convert them block by block, in a cache.
+
+    Args:
+        keys: how many numbers they are.
+    """
+    return few and not has_products(dtype) and keys > _CACHED
 
 
 def forward_dtype(dtype: torch.dtype, sinks: bool) -> torch.dtype:
