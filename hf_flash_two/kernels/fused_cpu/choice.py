@@ -61,6 +61,9 @@ def backward_dtype(dtype: torch.dtype, rows: int, all_rows: bool, sinks: bool) -
     return torch.float32 if dtype.itemsize == 2 else dtype
 
 
-def doubled(dtype: torch.dtype, rows: int) -> bool:
-    """Whether a lone row goes twice: products of one row have no fast path in bfloat16."""
-    return dtype == torch.bfloat16 and rows == 1
+def doubled(dtype: torch.dtype, rows: int, keys: int) -> bool:
+    """Whether a lone row goes twice: products of one row have no fast path in bfloat16.
+
+    With few keys the copy takes longer than they do.
+    """
+    return dtype == torch.bfloat16 and rows == 1 and keys >= 128

@@ -50,13 +50,14 @@ class Rows:
         query: Tensor,
         key: Tensor,
         reverse: bool,
-        doubles: Callable[[torch.dtype, int], bool] = lambda dtype, rows: False,
+        doubles: Callable[[torch.dtype, int, int], bool] = lambda *row: False,
     ) -> None:
         self._reverse, self._few = reverse, is_few(query, key) and not reverse
         self._heads, self._key_heads = query.shape[1], key.shape[1]
         self._group = self._heads // self._key_heads
         self._count = piece.rows.stop - piece.rows.start
-        self._doubled = self._few and doubles(query.dtype, self._group * self._count)
+        count = self._group * self._count
+        self._doubled = self._few and doubles(query.dtype, count, key.shape[2])
         self._as_they_are = not (reverse or self._few and self._group > 1 or self._doubled)
 
     def arrange(self, x: Tensor) -> Tensor:
