@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_flash_two.kernels import NAMES as KERNELS
-from hf_flash_two.kernels.params import TENSORS, AttentionParams, Forward, statistics_dtype
+from hf_flash_two.kernels.params import TENSORS, AttentionParams, Prepared, statistics_dtype
 from hf_flash_two.masks import AttentionMask
 from hf_flash_two.op import flash_attn, is_eager, is_recorded, prepared
 
@@ -99,16 +99,16 @@ def flash_attention(
     eager = is_eager(query, key, value)
     mask = _as_mask(mask)
     settings = (scale, softcap, dropout_p, q_bucket_size, k_bucket_size, kernel)
-    kind, run, with_lse = None, None, return_lse
+    recorded = eager and is_recorded(query, key, value)
+    kind, run, with_lse = None, None, return_lse or recorded
     if eager and bias is None and alibi_slopes is None and sinks is None and not dropout_p:
-        with_lse = return_lse or is_recorded(query, key, value)
         kind = _kind(query, key, value, mask, (*settings, with_lse))
         known = None if kind is None else _calls.get(kind)
         if known is not None:
             numbers, run = known
             intervals = mask.query_start, mask.query_stop, mask.key_bounds()
             params = AttentionParams._make((*intervals, *_NO_TENSORS, *numbers))
-            return flash_attn(query, key, value, params, kernel, return_lse, eager, run)
+            return flash_attn(query, key, value, params, kernel, return_lse, eager, recorded, run)
     query, key, value, params = _validated(
         query, key, value, mask, settings, bias, alibi_slopes, sinks, dropout_seed
     )
@@ -117,7 +117,8 @@ def flash_attention(
         if len(_calls) >= _MOST_KINDS:
             _calls.clear()
         _calls[kind] = params.numbers, run
-    return flash_attn(query, key, value, params, kernel, return_lse, eager, run)
+    recorded = recorded or eager and is_recorded(params.bias, params.sinks)
+    return flash_attn(query, key, value, params, kernel, return_lse, eager, recorded, run)
 
 
 def flash_attention_gradients(
@@ -216,7 +217,7 @@ def _refuse(unknown: Mapping[str, object]) -> None:
 _CONSTANTS = frozenset({float, int, str, bool, type(None)})
 _MOST_KINDS = 1024
 _NO_TENSORS = (None,) * (len(TENSORS) - 3)
-_calls: dict[tuple, tuple[tuple[float | None, ...], Forward | None]] = {}
+_calls: dict[tuple, tuple[tuple[float | None, ...], Prepared | None]] = {}
 """Of calls that passed all checks, what others of their kind need not find out again."""
 
 

@@ -27,7 +27,7 @@ from hf_flash_two.kernels.params import (
     SCHEMA,
     TENSORS,
     AttentionParams,
-    Forward,
+    Prepared,
     empty_lse,
     empty_output,
 )
@@ -327,42 +327,43 @@ class _Eager(_SingleLevelFunction):
 
     @staticmethod
     def forward(ctx, query, key, value, bias, sinks, params, kernel, run, return_lse):
-        out, lse = run(query, key, value, params)
+        out, lse = run.forward(query, key, value, params)
         ctx.set_materialize_grads(False)
         tensors = params.tensors
         ctx.save_for_backward(query, key, value, out, lse, *[x for x in tensors if x is not None])
-        ctx.settings = [x is not None for x in tensors], params.numbers, kernel
+        ctx.settings = [x is not None for x in tensors], params.numbers, kernel, run.backward
         return (out, lse) if return_lse else out
 
     @staticmethod
     def backward(ctx, *grad_outputs):
         d_out, d_lse = (*grad_outputs, None)[:2]
         query, key, value, out, lse, *saved = ctx.saved_tensors
-        are_saved, numbers, kernel = ctx.settings
+        are_saved, numbers, kernel, run = ctx.settings
         tensors = iter(saved)
         fields = ([next(tensors) if x else None for x in are_saved], numbers)
         params = AttentionParams._make(chain(*fields))
-        needed = dict(zip(DIFFERENTIABLE, ctx.needs_input_grad, strict=False))
-        need_d_bias = needed["bias"]
+        need_d_bias, need_d_sinks = ctx.needs_input_grad[3:5]
         args = (d_out, d_lse, query, key, value, out, lse)
         batched = any([x is not None and is_legacy_batchedtensor(x) for x in grad_outputs])
         if batched or torch.is_grad_enabled() or not is_eager(*args):
             settings = (*params, kernel, need_d_bias)
             grads = torch.ops.hf_flash_two.flash_attn_bwd(*args, *settings)
-        else:
+        elif run is None or d_out is None or observers:
             grads = _backward(*args, params, kernel, need_d_bias)
+        else:
+            grads = run(*args, params, need_d_bias)
         dq, dk, dv, d_bias, d_sinks = grads
         if not need_d_bias:
             d_bias = None
-        if not needed["sinks"]:
+        if not need_d_sinks:
             d_sinks = None
         return dq, dk, dv, d_bias, d_sinks, None, None, None, None
 
 
 def prepared(
     query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, kernel: str, with_lse: bool
-) -> Forward | None:
-    """In eager mode, the forward of calls that differ in their tensors' values only; see `kernels`.
+) -> Prepared | None:
+    """What computes, in eager mode, calls that differ in their tensors' values only; see `kernels`.
 
     None if there is no such thing.
     """
@@ -380,21 +381,23 @@ def flash_attn(
     kernel: str,
     return_lse: bool,
     eager: bool,
-    run: Forward | None,
+    recorded: bool,
+    run: Prepared | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """out or (out, lse) of validated settings, with gradients of query, key, value, bias and sinks.
 
     Args:
         eager: `is_eager` of query, key and value.
+        recorded: `is_recorded` of what has a gradient.
         run: `prepared` of a call like this one.
     """
     if eager and are_plain(params.tensors):
         if run is None or observers:
-            run = partial(_forward, kernel=kernel)
-        inputs = (query, key, value, params.bias, params.sinks)
-        if is_recorded(*inputs):
+            run = Prepared(partial(_forward, kernel=kernel))
+        if recorded:
+            inputs = (query, key, value, params.bias, params.sinks)
             return _Eager.apply(*inputs, params, kernel, run, return_lse)
-        result = run(query, key, value, params)
+        result = run.forward(query, key, value, params)
     else:
         # A DTensor that is gathered first is laid out as its parts were, and results as it is; all
         # believe the strides of the whole.

@@ -180,6 +180,18 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+class Watched(TorchDispatchMode):
+    """Sees every operation, and changes none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
 def gradients_of(module: nn.Module) -> dict[str, Tensor]:
     """Of the parameters that have one."""
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from helpers import inputs
+from helpers import Watched, inputs
 from machine import GPU, KERNELS
 from oracle import dense_attention
 from torch import Tensor
@@ -16,7 +16,6 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.overrides import BaseTorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -48,7 +47,7 @@ def op_arguments(monkeypatch: pytest.MonkeyPatch, tensors: list[Tensor], **argum
     """What `flash_attention` passes to the forward op."""
     seen = []
 
-    def record(query, key, value, params, kernel, return_lse, eager, run):
+    def record(query, key, value, params, kernel, return_lse, *_):
         seen.extend([query, key, value, *params, kernel])
         return query
 
@@ -92,18 +91,6 @@ def test_opcheck(monkeypatch, make: Callable, dtype: torch.dtype, case: Callable
 
 
 # The thin path of eager mode
-
-
-class Watched(TorchDispatchMode):
-    """Sees every operation, and changes none."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 def with_gradients(tensors: list[Tensor], **arguments) -> tuple[str, list[Tensor]]:

@@ -302,7 +302,9 @@ def _wants_weights(module: torch.nn.Module, asked: bool | None) -> bool:
     running = forward_pass.current()
     if running is None or torch.compiler.is_compiling():
         return _returns_weights(module, asked) or forward_pass.asks_for_weights()
-    alike = (id(getattr(module, "config", None)), asked, getattr(module, "is_decoder", True))
+    # Where layers keep both: `getattr` looks for what is not there in four places.
+    own = module.__dict__
+    alike = type(module), id(own.get("config")), asked, own.get("is_decoder")
     wants = running.returns_weights.get(alike)
     if wants is None:
         wants = _returns_weights(module, asked) or forward_pass.asks_for_weights()

@@ -21,7 +21,7 @@ from hf_flash_two.hf import compat, families, shard
 from hf_flash_two.hf.mask_proxy import MaskProxy
 from hf_flash_two.hf.packing import demand, documents_of_mask, positions_within
 from hf_flash_two.hf.tensor_masks import from_tiles
-from hf_flash_two.masks import AttentionMask
+from hf_flash_two.masks import FAR, AttentionMask
 from hf_flash_two.tensor_cache import is_symbolic
 
 
@@ -36,6 +36,11 @@ class _Axes:
     q_offset: int | Tensor
     kv_offset: int
     device: torch.device | str
+
+    @property
+    def of_queries(self) -> int | Tensor:
+        """Where query 0 stands among the keys."""
+        return self.q_offset - self.kv_offset if self.kv_offset else self.q_offset
 
     def of_keys(self, x: Tensor) -> Tensor:
         """[B, L] over positions -> [B, Tk] over keys."""
@@ -98,8 +103,12 @@ def make_mask(
         if documents is not None:
             apart = AttentionMask.from_documents(segment_ids=documents)
             mask = mask & replace(apart, query_offset=None)
-        mask = _at_queries(mask, q_length, axes)
-        mask = mask if keep is None else _padded(mask, keep, q_length)
+        counted = isinstance(q_offset, Tensor)
+        if q_length == 1 and (counted or keep is not None and not is_symbolic()):
+            mask = _of_one_query(mask, keep, axes)
+        else:
+            mask = _at_queries(mask, q_length, axes)
+            mask = mask if keep is None else mask & AttentionMask.from_padding(keep)
     else:
         if documents is not None and positions is not None:
             mask_function = _within(mask_function, documents, positions, batch_size)
@@ -155,14 +164,6 @@ def _padding(attention_mask: Tensor | None, axes: _Axes, q_length: int) -> Tenso
     return keep if is_symbolic() or not keep.all() else None
 
 
-def _padded(mask: AttentionMask, keep: Tensor, q_length: int) -> AttentionMask:
-    is_last = q_length == 1 and mask.query_offset is None and mask.window_left is None
-    if is_last and not is_symbolic():
-        # The last query sees all keys: no band has to be worked into the intervals.
-        mask = replace(mask, window_right=None)
-    return mask & AttentionMask.from_padding(keep)
-
-
 def _within(function: Callable, documents: Tensor, positions: Tensor, batch: int) -> Callable:
     """``function`` within each document; blocks and padding are looked up by place in the row."""
     documents, positions = (x.expand(batch, -1) for x in (documents, positions))
@@ -179,9 +180,34 @@ def _within(function: Callable, documents: Tensor, positions: Tensor, batch: int
     return lambda b, h, q, k: inside(b, h, q, k) & (documents[b, q] == documents[b, k])
 
 
+def _of_one_query(mask: AttentionMask, keep: Tensor | None, axes: _Axes) -> AttentionMask:
+    """The mask of a step of decoding: the keys that its one query sees, in few operations.
+
+    Args:
+        keep: [B, Tk], nonzero for the keys that are not hidden; None if none is.
+    """
+    offset, last = axes.of_queries, axes.kv_length - 1
+    counted = isinstance(offset, Tensor)
+    left, right = (FAR if x is None else x for x in (mask.window_left, mask.window_right))
+    begins = left < FAR and (counted or offset > left)
+    ends = right < FAR and (counted or offset + right < last)
+    parts: list[Tensor] = []
+    if begins or ends:
+        key = torch.arange(axes.kv_length, device=axes.device)
+        parts += [key + left >= offset] if begins else []
+        parts += [(key - right if right else key) <= offset] if ends else []
+    if keep is not None:
+        parts.append(keep if keep.dtype == torch.bool else keep != 0)
+    if mask.intervals is not None:
+        start, stop = mask.intervals
+        parts += [start <= offset, stop > offset]
+    seen = AttentionMask.from_padding(reduce(and_, parts)) if parts else AttentionMask.full()
+    return seen if not counted and offset == last else replace(seen, query_offset=0)
+
+
 def _at_queries(mask: AttentionMask, q_length: int, axes: _Axes) -> AttentionMask:
     """The mask with its queries in their places on the axis of the keys."""
-    offset = axes.q_offset - axes.kv_offset
+    offset = axes.of_queries
     if isinstance(offset, Tensor):
         first, last = mask.to_intervals(axes.kv_length, axes.device)
         return AttentionMask.from_intervals(first - offset, last - offset, query_offset=0)

@@ -158,6 +158,8 @@ def _said_documents(
         running.apart = True
         return ids_of_boundaries(said.cu_seq_lens_q, queries)
     running.apart = True
+    if queries == 1:
+        return None
     mask = _padding(said.attention_mask, batch, queries, offset)
     positions = said.position_ids
     stand = causal and running.model.config.model_type not in families.WITHOUT_POSITIONS
@@ -166,7 +168,7 @@ def _said_documents(
     if mask is not None and positions is None and not numbers_documents(mask):
         mask = None
     given = [x for x in (positions, mask) if x is not None]
-    if queries == 1 or not given:
+    if not given:
         return None
 
     def build() -> Tensor | None:

@@ -10,8 +10,9 @@ A kernel is a package here with two functions:
   ``forward(query, key, value, params) -> (out, lse)`` and
   ``backward(d_out, d_lse, query, key, value, out, lse, params, need_d_bias) -> (dq, dk, dv, d_bias,
   d_sinks)``;
-  ``prepare(query, key, value, params, with_lse)`` gives the forward of all calls that differ from
-  this one in their tensors' values only, or None. The kernel then declines by nothing else either.
+  ``prepare(query, key, value, params, with_lse)`` gives what computes all calls that differ from
+  this one in their tensors' values only, a `Prepared`, or None. The kernel then declines by nothing
+  else either.
 
 CONTRIBUTING.md says what a new one touches.
 """
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from hf_flash_two.kernels import blockwise, fused_cpu, hopper, triton
-from hf_flash_two.kernels.params import AttentionParams, Forward
+from hf_flash_two.kernels.params import AttentionParams, Prepared
 
 _PACKAGES = {"hopper": hopper, "triton": triton, "fused_cpu": fused_cpu, "blockwise": blockwise}
 """The kernels, in the order in which "auto" asks them."""
@@ -36,7 +37,7 @@ class Kernel(NamedTuple):
     name: str
     forward: Callable
     backward: Callable
-    prepare: Callable[..., Forward | None] = lambda *call: None
+    prepare: Callable[..., Prepared | None] = lambda *call: None
 
 
 def select(

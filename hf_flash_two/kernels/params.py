@@ -74,6 +74,18 @@ class AttentionParams(NamedTuple):
 Forward = Callable[[Tensor, Tensor, Tensor, AttentionParams], tuple[Tensor, Tensor | None]]
 """A kernel's forward: query, key, value and settings -> out and lse."""
 
+
+class Prepared(NamedTuple):
+    """What computes all calls that differ in their tensors' values only.
+
+    Attributes:
+        backward: has the arguments of a kernel's; None if the backward is to be selected.
+    """
+
+    forward: Forward
+    backward: Callable | None = None
+
+
 SCHEMA_TYPES = {
     Tensor | None: "Tensor?", int: "SymInt", int | None: "SymInt?", float: "float",
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import Watched
 from torch import Tensor
 from transformers import BertModel, RemBertModel, masking_utils
 from transformers.masking_utils import causal_mask_function, sdpa_mask
@@ -241,6 +242,17 @@ def test_the_counter_of_a_static_cache_is_not_read_later() -> None:
     made = proxy(causal_mask_function, (7, 53, position, 0), None)
     position.add_(7)
     assert torch.equal(made.as_bool(), dense(causal_mask_function, PLACES["static cache"], None))
+
+
+@pytest.mark.parametrize(("offset", "most"), [(20, 7), (torch.tensor(20), 9)], ids=["", "static"])
+def test_a_step_of_decoding_takes_few_operations(offset, most: int) -> None:
+    """Most are kernels to launch, which bind a step of a small model."""
+    keys = 53 if isinstance(offset, Tensor) else 21
+    keep = attention_mask("left", 21)
+    with Watched() as watched:
+        made = proxy(causal_mask_function, (1, keys, offset, 0), keep)
+    assert made.mask.intervals is not None
+    assert len(watched.seen) <= most, watched.seen
 
 
 def test_a_full_bidirectional_mask_is_left_out_where_it_would_be_added() -> None:

@@ -21,11 +21,14 @@ from torch import Tensor
 from hf_flash_two.kernels import blockwise
 from hf_flash_two.kernels.fused_cpu import choice
 from hf_flash_two.kernels.fused_cpu.additive import Additive, blind, in_blocks
+from hf_flash_two.kernels.fused_cpu.at_once import AtOnce, is_at_once
 from hf_flash_two.kernels.fused_cpu.pieces import Piece, Plan, plan_of, share_no_key
+from hf_flash_two.kernels.fused_cpu.rows import Rows, is_few, readable, result
 from hf_flash_two.kernels.hidden import hides
 from hf_flash_two.kernels.params import (
     TENSORS,
     AttentionParams,
+    Prepared,
     empty_lse,
     output_layout,
     statistics_dtype,
@@ -55,7 +58,7 @@ def declines(
     reason = _declines(
         query.device.type, query.shape[3] == value.shape[3], has_terms, params.scale == 0,
         params.block_q is not None or params.block_k is not None,
-        not by_name and choice.tiles_are_faster(query.dtype, _is_few(query, key)),
+        not by_name and choice.tiles_are_faster(query.dtype, is_few(query, key), key.numel()),
         key.shape[2] == 0,
     )  # fmt: skip
     if reason is None:
@@ -86,18 +89,15 @@ def _declines(
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def load() -> tuple[Callable, Callable]:
-    """The forward and the backward."""
-    return forward, backward
-
-
-def _is_few(query: Tensor, key: Tensor) -> bool:
-    return query.shape[1] // key.shape[1] * query.shape[2] <= choice.FEW_ROWS
+def load() -> tuple[Callable, Callable, Callable]:
+    """The forward, the backward and `prepare`."""
+    return forward, backward, prepare
 
 
 def _plan(query: Tensor, key: Tensor, params: AttentionParams) -> Plan | str:
     batch, heads, rows, width = query.shape
-    few = _is_few(query, key)
+    # Where no heads become rows of one, a square stays one.
+    few = is_few(query, key) and (heads != key.shape[1] or rows != key.shape[2])
     plan = plan_of(params, batch, rows, key.shape[2], heads * width, few)
     return plan if isinstance(plan, str) else in_blocks(plan, params)
 
@@ -114,7 +114,7 @@ def forward(
     """out [B, Hq, Tq, D] in the dtype of ``query`` and lse [B, Hq, Tq] in float32 (float64)."""
     plan = _pieces_of(query, key, params)
     dtype = choice.forward_dtype(query.dtype, params.sinks is not None)
-    inputs = [_readable(x, dtype) for x in (query, key, value)]
+    inputs = [readable(x, dtype) for x in (query, key, value)]
     # What sinks take comes off before the output is rounded.
     out_dtype = query.dtype if params.sinks is None else dtype
     out, lse, additive = None, None, Additive(params, inputs[0])
@@ -123,17 +123,17 @@ def forward(
         out, lse = query.new_empty_strided(*layout, dtype=out_dtype), empty_lse(query)
     for planned in plan.pieces:
         piece, added, reverse = additive(planned)
-        rows = _Rows(piece, query, key, reverse, choice.doubled)
+        rows = Rows(piece, query, key, reverse, choice.doubled)
         queries, keys, values = _cut(piece, *inputs)
         out_part, lse_part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             rows.arrange(queries), keys, values, 0.0, piece.causal,
             attn_mask=rows.arrange_mask(added), scale=params.scale,
         )  # fmt: skip
-        out_part, lse_part = rows.restore(out_part), rows.restore(lse_part[..., None])[..., 0]
+        out_part, lse_part = rows.restore(out_part), rows.restore_lse(lse_part)
         if added is not None and _may_blind(params) and (lse_part == 0).any():
             lse_part = lse_part.masked_fill(blind(piece, added), -torch.inf)
         if out is None or lse is None:
-            out, lse = _result(out_part, query, out_dtype), lse_part.contiguous()
+            out, lse = result(out_part, query, out_dtype), lse_part.contiguous()
         else:
             at = (piece.batch, slice(None), piece.rows)
             out[at], lse[at] = out_part, lse_part
@@ -144,7 +144,7 @@ def forward(
     if params.sinks is not None:
         total = torch.logaddexp(lse, params.sinks[..., None])
         out.mul_(torch.exp(lse - total).nan_to_num_(0.0)[..., None])
-        out, lse = _result(out, query, query.dtype), total
+        out, lse = result(out, query, query.dtype), total
     for row in _polluted(plan, params, [out], []) if hides(query, key, params) else ():
         only = slice(row, row + 1)
         part = blockwise.forward(query[only], key[only], value[only], _rows_of(params, only))
@@ -176,7 +176,7 @@ def backward(
 
     @lru_cache
     def given(dtype: torch.dtype) -> tuple[list[Tensor], Additive]:
-        tensors = [_readable(x, dtype) for x in (query, key, value, d_out, out)]
+        tensors = [readable(x, dtype) for x in (query, key, value, d_out, out)]
         return tensors, Additive(params, tensors[0])
 
     tensors, grads = (query, key, value), []
@@ -196,14 +196,14 @@ def backward(
         dtype = choice.backward_dtype(query.dtype, count, all_rows, has_sinks)
         inputs, additive = given(dtype)
         piece, added, reverse = additive(planned)
-        rows = _Rows(piece, query, key, reverse)
+        rows = Rows(piece, query, key, reverse)
         at = (piece.batch, slice(None), piece.rows)
         d_out_part, out_part, lse_part = (x[at] for x in (*inputs[3:], shown))
         queries, keys, values = _cut(piece, *inputs[:3])
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             rows.arrange(d_out_part), rows.arrange(queries), keys, values, rows.arrange(out_part),
-            rows.arrange(lse_part[..., None])[..., 0], 0.0, piece.causal,
-            attn_mask=rows.arrange_mask(added), scale=params.scale,
+            rows.arrange_lse(lse_part), 0.0, piece.causal, attn_mask=rows.arrange_mask(added),
+            scale=params.scale,
         )  # fmt: skip
         parts = rows.restore(dq), dk, dv
         if plan.is_whole:
@@ -214,7 +214,7 @@ def backward(
                 grad.copy_(part)
             else:
                 grad.add_(part)
-    grads = [_result(x, like, like.dtype) for x, like in zip(grads, tensors, strict=True)]
+    grads = [result(x, like, like.dtype) for x, like in zip(grads, tensors, strict=True)]
     d_sinks = _d_sinks(d_out, out, lse, params)
     again = _polluted(plan, params, grads[:1], grads[1:]) if hides(query, key, params) else []
     if not params.plain:
@@ -237,6 +237,23 @@ def backward(
     return grads[0], grads[1], grads[2], None, d_sinks
 
 
+def prepare(
+    query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, with_lse: bool
+) -> Prepared | None:
+    """`forward` and `backward`, with the same bits, for all calls that differ in values only.
+
+    None where their values decide more, and where the op is called more than once.
+
+    Args:
+        with_lse: otherwise lse may be None.
+    """
+    plan = _pieces_of(query, key, params)
+    if not is_at_once(plan, params):
+        return None
+    call = AtOnce(plan, query, key, value, params, with_lse, forward, backward)
+    return Prepared(call.forward, call.backward)
+
+
 def _d_sinks(d_out: Tensor, out: Tensor, lse: Tensor, params: AttentionParams) -> Tensor | None:
     """[B, Hq], by batch row."""
     if params.sinks is None:
@@ -251,72 +268,9 @@ def _may_blind(params: AttentionParams) -> bool:
     return params.bias is not None or params.dense is not None
 
 
-def _result(x: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` in ``dtype`` and the layout that a result has for the input ``like``."""
-    layout = output_layout(like, like.shape[3])
-    if (x.dtype, x.stride()) == (dtype, layout[1]):
-        return x
-    return like.new_empty_strided(*layout, dtype=dtype).copy_(x)
-
-
-def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` in ``dtype``, its last axis without gaps."""
-    x = x if x.dtype == dtype else x.to(dtype)
-    return x if x.stride(3) == 1 else x.contiguous()
-
-
 def _cut(piece: Piece, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     of_keys = (piece.batch, slice(None), piece.keys)
     return query[piece.batch, :, piece.rows], key[of_keys], value[of_keys]
-
-
-class _Rows:
-    """How the op is shown the rows of a piece: as they are, in reverse, or as rows of one key head.
-
-    Args:
-        doubles: whether a lone row of a dtype goes twice.
-    """
-
-    def __init__(
-        self,
-        piece: Piece,
-        query: Tensor,
-        key: Tensor,
-        reverse: bool,
-        doubles: Callable[[torch.dtype, int], bool] = lambda dtype, rows: False,
-    ) -> None:
-        self._reverse, self._few = reverse, _is_few(query, key) and not reverse
-        self._heads, self._key_heads = query.shape[1], key.shape[1]
-        self._group = self._heads // self._key_heads
-        self._count = piece.rows.stop - piece.rows.start
-        self._doubled = self._few and doubles(query.dtype, self._group * self._count)
-
-    def arrange(self, x: Tensor) -> Tensor:
-        """[B, Hq, rows, any] as the op takes it."""
-        if self._reverse:
-            return x.flip(2)
-        if self._few and self._group > 1:
-            x = x.reshape(x.shape[0], self._key_heads, -1, x.shape[3])
-        return x.repeat(1, 1, 2, 1) if self._doubled else x
-
-    def restore(self, x: Tensor) -> Tensor:
-        """The opposite."""
-        if self._reverse:
-            return x.flip(2)
-        x = x[:, :, :1] if self._doubled else x
-        if self._few and self._group > 1:
-            x = x.reshape(x.shape[0], self._heads, -1, x.shape[3])
-        return x
-
-    def arrange_mask(self, x: Tensor | None) -> Tensor | None:
-        """[B or 1, Hq or 1, rows or 1, keys or 1] as the op takes it; lines come in reverse."""
-        if x is None or not self._few or self._group == 1 or x.shape[1:3] == (1, 1):
-            return x
-        batch, heads, _, width = x.shape
-        if heads == 1:
-            x = x[:, :, None].expand(batch, 1, self._group, self._count, width)
-            return x.reshape(batch, 1, -1, width)
-        return x.expand(-1, -1, self._count, -1).reshape(batch, self._key_heads, -1, width)
 
 
 def _rows_of(params: AttentionParams, batch: slice) -> AttentionParams:

@@ -10,17 +10,20 @@ all. What is left is written out, in blocks of rows that bound the memory.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from hf_flash_two.kernels.fused_cpu.pieces import KEYS, Piece, Plan
 from hf_flash_two.kernels.hidden import HiddenPairs
-from hf_flash_two.kernels.params import AttentionParams, statistics_dtype
+from hf_flash_two.kernels.params import TENSORS, AttentionParams, statistics_dtype
 from hf_flash_two.tensor_cache import derive
 
 _MOST = 2**24
 """Numbers in a block that is written out."""
+_KEPT = 2**16
+"""Numbers in a mask of a band that is kept."""
 _ROWS = 512
 _FEWEST = 64
 _LINE_ROWS = 768
@@ -198,9 +201,29 @@ class Additive:
         return slopes[piece.batch] if slopes.shape[0] > 1 else slopes
 
 
+def band_additive(params: AttentionParams, piece: Piece, dtype: torch.dtype) -> Tensor:
+    """-inf where a band hides pairs of a piece, [1, 1, rows, keys]; a small one is kept."""
+    rows, keys = piece.rows, piece.keys
+    is_small = (rows.stop - rows.start) * (keys.stop - keys.start) <= _KEPT
+    build = _band_additive if is_small else _band_additive.__wrapped__
+    return build(params.numbers, rows.start, rows.stop, keys.start, keys.stop, dtype)
+
+
+@lru_cache(maxsize=64)
+def _band_additive(
+    numbers: tuple, row: int, row_stop: int, key: int, key_stop: int, dtype: torch.dtype
+) -> Tensor:
+    band = AttentionParams._make((*[None] * len(TENSORS), *numbers))
+    pairs = slice(0, 1), slice(row, row_stop), slice(key, key_stop)
+    hidden = HiddenPairs(band, torch.device("cpu"))(*pairs)
+    assert hidden is not None, "nothing is hidden without a band"
+    return _as_additive(hidden, dtype)
+
+
 def _as_additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """[B or 1, rows, keys] as [B or 1, 1, rows, keys]"""
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf)[:, None]
+    zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    return zeros.masked_fill_(hidden, -math.inf)[:, None]
 
 
 def _seen(hidden: Tensor, keys: slice) -> slice:

@@ -13,6 +13,9 @@ FEW_ROWS = 64
 """With so few rows of queries to a key head, reading the keys is what takes time: query heads that
 share a key head are handed to the op as rows of one, so that it reads keys once for all."""
 
+_CACHED = 2**18
+"""So many numbers of keys, and as many of values, stay in a cache once they are float32."""
+
 _LONG = 768
 """From so many rows on the op takes 256 of them at a time."""
 
@@ -29,9 +32,15 @@ def has_products(dtype: torch.dtype) -> bool:
     return ask is not None and ask()
 
 
-def tiles_are_faster(dtype: torch.dtype, few: bool) -> bool:
-    """Whether the op loses: few rows of half precision that it would have to convert first."""
-    return few and not has_products(dtype)
+def tiles_are_faster(dtype: torch.dtype, few: bool, keys: int) -> bool:
+    """Whether the op loses: few rows, and keys of half precision that it has to convert first.
+
+    Tiles convert them block by block, in a cache.
+
+    Args:
+        keys: how many numbers they are.
+    """
+    return few and not has_products(dtype) and keys > _CACHED
 
 
 def forward_dtype(dtype: torch.dtype, sinks: bool) -> torch.dtype:
@@ -52,6 +61,9 @@ def backward_dtype(dtype: torch.dtype, rows: int, all_rows: bool, sinks: bool) -
     return torch.float32 if dtype.itemsize == 2 else dtype
 
 
-def doubled(dtype: torch.dtype, rows: int) -> bool:
-    """Whether a lone row goes twice: products of one row have no fast path in bfloat16."""
-    return dtype == torch.bfloat16 and rows == 1
+def doubled(dtype: torch.dtype, rows: int, keys: int) -> bool:
+    """Whether a lone row goes twice: products of one row have no fast path in bfloat16.
+
+    With few keys the copy takes longer than they do.
+    """
+    return dtype == torch.bfloat16 and rows == 1 and keys >= 128

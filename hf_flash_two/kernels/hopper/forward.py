@@ -17,7 +17,7 @@ from hf_flash_two.kernels.hopper.config import (
     parts,
 )
 from hf_flash_two.kernels.hopper.gluon import gl, shared_layout
-from hf_flash_two.kernels.params import AttentionParams, Forward, Layout, output_layout
+from hf_flash_two.kernels.params import AttentionParams, Layout, Prepared, output_layout
 from hf_flash_two.kernels.triton.args import PerHead, Tma, broadcast_strides, dropout_of
 from hf_flash_two.kernels.triton.config import Tiles, device_of
 from hf_flash_two.kernels.triton.launch import Launch, with_plan
@@ -45,11 +45,11 @@ def forward(
 
 def prepare(
     query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, with_lse: bool
-) -> Forward | None:
+) -> Prepared | None:
     """`forward` for all calls that differ from this one in their tensors' values only, or None."""
     if any(x.stride(3) != 1 for x in (query, key, value)):
         return None
-    return with_plan(_plan, _attend, params, query, key, value)
+    return Prepared(with_plan(_plan, _attend, params, query, key, value))
 
 
 def _attend(

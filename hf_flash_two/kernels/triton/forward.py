@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from hf_flash_two.kernels.params import AttentionParams, Forward, Layout, output_layout
+from hf_flash_two.kernels.params import AttentionParams, Layout, Prepared, output_layout
 from hf_flash_two.kernels.triton import decode
 from hf_flash_two.kernels.triton.args import (
     Heads,
@@ -58,7 +58,7 @@ def forward(
 
 def prepare(
     query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, with_lse: bool
-) -> Forward | None:
+) -> Prepared | None:
     """`forward` in eager mode for all calls that differ from this one in tensors' values only.
 
     None where more decides: what float32 products are made of is PyTorch's to say at any time.
@@ -69,8 +69,9 @@ def prepare(
     if query.dtype == torch.float32 or any(x.stride(3) != 1 for x in (query, key, value)):
         return None
     if decodes(query, key, value):
-        return decode.prepare(query, key, value, params, with_lse=with_lse, eager=True)
-    return with_plan(_plan, _attend, params, query, key, value)
+        run = decode.prepare(query, key, value, params, with_lse=with_lse, eager=True)
+        return Prepared(run)
+    return Prepared(with_plan(_plan, _attend, params, query, key, value))
 
 
 def _attend(
