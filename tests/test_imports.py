@@ -47,8 +47,8 @@ MAY_IMPORT = {
     "attention": ["op", "kernels", "masks"],
     "module": ["attention", "masks", "parallel"],
     # Of the kernels the settings alone, for the ops on DTensors.
-    "parallel": ["attention", "kernels", "masks", "parallel"],
-    "hf": ["attention", "masks", "tensor_cache", "hf"],
+    "parallel": ["attention", "kernels", "masks", "tensor_cache", "parallel"],
+    "hf": ["attention", "masks", "parallel", "tensor_cache", "hf"],
     "testing": ["hf", "kernels", "op", "testing"],
     "__init__": ["attention", "masks", "module", "parallel", "hf", "testing"],
 }
