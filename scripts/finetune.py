@@ -4,12 +4,13 @@
     python scripts/finetune.py --output-dir runs/notes --model MODEL --data notes.jsonl --resume
     accelerate launch --num_processes 2 scripts/finetune.py --output-dir runs/two        # GPUs
     accelerate launch --cpu --num_processes 2 scripts/finetune.py --output-dir runs/two  # CPUs
+    accelerate launch --config_file fsdp.yaml scripts/finetune.py --output-dir runs/two  # sharded
 
 Without --model a small Llama over bytes is built on the spot; without --data it reads the language
 reference that every Python carries. The same command gives the same losses on one process and on
 several; after a kill at any moment, --resume continues to the same losses.
 
-The output folder receives losses.jsonl (a line per step), step-N.pt (the newest checkpoints) and
+The output folder receives losses.jsonl (a line per step), step-N/ (the newest checkpoints) and
 model/ (for from_pretrained).
 """
 
@@ -27,10 +28,8 @@ import json
 import math
 import os
 import random
-import shutil
 import sys
 import time
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -45,6 +44,12 @@ CHANGEABLE = ["output_dir", "resume", "data", "text_field", "attn_implementation
 CHANGEABLE += ["micro_batch_size", "gradient_checkpointing", "eval_every", "save_every", "keep"]
 CHANGEABLE += ["prompt", "sample_tokens"]
 PRECISIONS = ("no", "bf16", "fp16")
+# What `accelerate launch` may be set up for, and why this script does not train with it.
+REFUSED = {
+    "DEEPSPEED": "its engine clips and accumulates gradients itself and has checkpoints of its own",
+    "MEGATRON_LM": "it has models of its own",
+    "PARALLELISM_CONFIG": "each process takes rows of its own",
+}
 
 
 # Arguments
@@ -103,6 +108,7 @@ def parse_arguments() -> argparse.Namespace:
         "--seed", "of new weights, the order of rows and dropout", 0, type=number(int, 0, LAST_SEED)
     )
     args = parser.parse_args()
+    check_launcher()
     check_arguments(args)
     return args
 
@@ -122,6 +128,21 @@ def check_unicode(argument: str, text: str, what: str) -> None:
         text.encode()
     except UnicodeEncodeError as reason:
         refuse(argument, f"{what} is no Unicode text: {reason}")
+
+
+def launched_for(what: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"
+
+
+def check_launcher() -> None:
+    for what, reason in REFUSED.items():
+        if launched_for(what):
+            sys.exit(f"error: accelerate is set up for {what}; this script refuses it: {reason}; "
+                     "FSDP with fsdp_version: 2 shards models")  # fmt: skip
+    version = os.environ.get("FSDP_VERSION", "1")
+    if launched_for("FSDP") and version != "2":
+        sys.exit(f"error: accelerate is set up for FSDP {version}; write fsdp_version: 2 into "
+                 "fsdp_config of its config file")  # fmt: skip
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -171,9 +192,23 @@ if __name__ == "__main__":
 import psutil
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedType
-from safetensors import SafetensorError
+from accelerate import (
+    Accelerator,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    PartialState,
+)
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+from finetune_checkpoints import (
+    load_checkpoint,
+    newest_checkpoint,
+    publish,
+    remove,
+    save_checkpoint,
+    writing,
+)
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm.auto import tqdm
 from transformers import (
     AttentionInterface,
@@ -211,36 +246,66 @@ def check_names(args: argparse.Namespace) -> None:
 
 
 def start_processes() -> None:
-    """Start all processes where `accelerate launch --cpu --num_processes N` started one.
+    """Start all processes where `accelerate launch` started one for several CPUs.
 
     That one is told where to meet the others, but not how many: only the launcher's own command
-    line, which ends in this script's, says so.
+    line, which ends in this script's, and its config file say so.
     """
     if "MASTER_ADDR" not in os.environ or "WORLD_SIZE" in os.environ:
         return
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--num_processes", "--num-processes", type=int, default=1)
-    parser.add_argument("--num_machines", "--num-machines", type=int, default=1)
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--config_file", "--config-file")
+    parser.add_argument("--num_processes", "--num-processes", type=int)
+    parser.add_argument("--num_machines", "--num-machines", type=int)
     launcher = psutil.Process().parent().cmdline()[: -len(sys.argv)]
     asked, _ = parser.parse_known_args(launcher)
-    if asked.num_processes > 1 and asked.num_machines == 1:
+    if asked.config_file or (Path(default_config_file).is_file() and not asked.cpu):
+        config = load_config_from_file(asked.config_file)
+        kind = config.distributed_type.value
+        if kind in ("FSDP", *REFUSED):
+            sys.exit(
+                f"error: with --cpu, accelerate launch leaves out the {kind} of its config file"
+            )
+        asked.num_processes = asked.num_processes or config.num_processes
+        asked.num_machines = asked.num_machines or config.num_machines
+    if (asked.num_processes or 1) > 1 and (asked.num_machines or 1) == 1:
         launch = ["-m", "torch.distributed.run", "--standalone"]
         launch += [f"--nproc_per_node={asked.num_processes}"]
         os.execv(sys.executable, [sys.executable, *launch, *sys.argv])
+
+
+def make_accelerator(precision: str) -> Accelerator:
+    """What `accelerate launch` asks for, on CPUs too."""
+    cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
+    if launched_for("FSDP") and accelerator.distributed_type is DistributedType.MULTI_CPU:
+        # Accelerate shards on accelerators alone, and on CPUs leaves it out without a word.
+        if not cpu:
+            sys.exit("error: to shard over CPUs, hide the GPUs, as with CUDA_VISIBLE_DEVICES=")
+        plugin = FullyShardedDataParallelPlugin()  # as the launcher's environment describes it
+        if precision != "no":
+            plugin.set_mixed_precision(precision)
+        accelerator.state.fsdp_plugin = plugin
+        for state in (PartialState(), accelerator.state):
+            state.distributed_type = DistributedType.FSDP
+    return accelerator
+
+
+def own_rows(accelerator: Accelerator) -> slice:
+    """The rows of a batch that this process takes; the step of the slice is how many share it."""
+    return slice(accelerator.process_index, None, accelerator.num_processes)
 
 
 def check_processes(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         warn("`accelerate launch` has started one process only; for more of them give it --cpu "
              "--num_processes N, or use torchrun")  # fmt: skip
-    sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-    if accelerator.distributed_type in sharded:
-        kind = accelerator.distributed_type.value
-        sys.exit(f"error: accelerate is set up for {kind}; this script is data parallel only")
-    rows, rest = divmod(args.batch_size, accelerator.num_processes)
+    shares = own_rows(accelerator).step
+    rows, rest = divmod(args.batch_size, shares)
     if rest:
-        refuse("batch-size", f"expected a multiple of the {accelerator.num_processes} processes, "
-               f"got {args.batch_size}")  # fmt: skip
+        refuse("batch-size", f"expected a multiple of the {shares} processes, got "
+               f"{args.batch_size}")  # fmt: skip
     args.micro_batch_size = args.micro_batch_size or rows
     if rows % args.micro_batch_size:
         refuse("micro-batch-size", f"expected a divisor of {rows}, each process's rows in a step, "
@@ -437,27 +502,7 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     return args.learning_rate * (1 + math.cos(math.pi * done)) / 2
 
 
-# Files: each gets its name only when it is whole and on the disk
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Stop with the name of what cannot be written, as when the disk is full."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as reason:
-        sys.exit(f"error: cannot write {path}: {reason}; --resume continues this run")
-
-
-def publish(partial: Path, final: Path) -> None:
-    """Rename a finished file or folder, replacing an older one."""
-    for path in (partial, *partial.rglob("*"), partial.parent):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    if final.is_dir():
-        shutil.rmtree(final.rename(f"{final}.old.partial"))
-    partial.replace(final)
+# The output folder
 
 
 def prepare_folder(folder: Path, lines: str) -> None:
@@ -466,59 +511,15 @@ def prepare_folder(folder: Path, lines: str) -> None:
     with writing(log):
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob("*.partial"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)
         log.with_suffix(".partial").write_text(lines)
         publish(log.with_suffix(".partial"), log)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Oldest first."""
-    found = [path for path in folder.glob("step-*.pt") if path.stem[5:].isdecimal()]
-    return sorted(found, key=lambda path: int(path.stem[5:]))
 
 
 def identity_of(args: argparse.Namespace, tokens: Tensor) -> dict:
     """What a resumed run must share with the run that it continues."""
     identity = {name: value for name, value in vars(args).items() if name not in CHANGEABLE}
     return identity | {"text": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()}
-
-
-def save_checkpoint(args: argparse.Namespace, state: dict) -> None:
-    final = args.output_dir / f"step-{state['step']:08d}.pt"
-    with writing(final):
-        torch.save(state, final.with_suffix(".partial"))
-        publish(final.with_suffix(".partial"), final)
-    # Any newer one is damaged: these steps are taken again.
-    saved = checkpoints(args.output_dir)
-    for old in saved[: saved.index(final) + 1][: -args.keep]:
-        old.unlink()
-
-
-def load_checkpoint(folder: Path, identity: dict) -> dict:
-    """The newest whole checkpoint, which must be of the same run; step 0 if there is none."""
-    paths = checkpoints(folder)
-    for path in reversed(paths):
-        try:
-            # torch.save writes a checksum with each record, at which torch.load does not look.
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"{damaged} is damaged")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            theirs = {name: state["identity"][name] for name in identity}
-            if missing := {"step", "weights", "optimizer", "scaler", "log"} - state.keys():
-                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        except Exception as reason:  # of any kind, by what the bytes happen to mean
-            warn(f"{path} is no whole checkpoint and is passed over: {reason!r}")
-            continue
-        for name, now in identity.items():
-            if theirs[name] != now:
-                refuse("resume", f"{path} was written with {name} {theirs[name]!r}, not {now!r}; "
-                       "the losses would not continue")  # fmt: skip
-        return state
-    if paths:
-        refuse("resume", f"no checkpoint in {folder} is whole; name another --output-dir to start "
-               "at the beginning")  # fmt: skip
-    return {"step": 0, "log": ""}
 
 
 # Training
@@ -534,11 +535,22 @@ def perplexity(accelerator: Accelerator, model, rows: tuple[Tensor, Tensor], siz
     """exp(mean loss) over all targets of ``rows``, which the processes share out."""
     model = bare(accelerator, model).eval()
     total = torch.zeros((), device=accelerator.device)
-    share = slice(accelerator.process_index, None, accelerator.num_processes)
-    for batch in zip(*(tensor[share].split(size) for tensor in rows), strict=True):
+    own = own_rows(accelerator)
+    # A sharded model runs on all processes or on none: rows without a target make shares equal.
+    padding = (0, 0, 0, -len(rows[0]) % own.step)
+    parts = (F.pad(tensor, padding)[own].split(size) for tensor in rows)
+    for batch in zip(*parts, strict=True):
         total += loss_sum(model, *(tensor.to(accelerator.device) for tensor in batch))
     targets = max(1, int((rows[1] != 0).sum()))
     return (accelerator.reduce(total) / targets).exp().item()
+
+
+def objective(total: Tensor, targets: int, accelerator: Accelerator) -> Tensor:
+    """What a process differentiates: its part of the mean over the targets of the whole step.
+
+    The gradients of the processes are averaged, and their sum is wanted.
+    """
+    return total * accelerator.num_processes / targets
 
 
 def train_step(args, accelerator: Accelerator, model, optimizer, rows, step: int) -> dict:
@@ -552,16 +564,15 @@ def train_step(args, accelerator: Accelerator, model, optimizer, rows, step: int
         group["lr"] = learning_rate(step, args)
 
     batch = rows_of_step(step, args.batch_size, len(tokens), args.seed)
-    # The mean is over the targets of the whole step, not of one process or micro-batch.
     targets = max(1, int((positions[batch] != 0).sum()))
     total = torch.zeros((), device=device)
-    micro_batches = batch[accelerator.process_index :: processes].split(args.micro_batch_size)
+    micro_batches = batch[own_rows(accelerator)].split(args.micro_batch_size)
     for index, chosen in enumerate(micro_batches, start=1):
-        last = index == len(micro_batches)
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+        # Until they are summed over the processes, gradients of a sharded model are whole ones.
+        summed = index == len(micro_batches) or accelerator.is_fsdp2
+        with contextlib.nullcontext() if summed else accelerator.no_sync(model):
             loss = loss_sum(model, tokens[chosen].to(device), positions[chosen].to(device))
-            # Data parallelism averages the gradients of the processes; their sum is wanted.
-            accelerator.backward(loss * processes / targets)
+            accelerator.backward(objective(loss, targets, accelerator))
         total += loss.detach()
     norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
     optimizer.step()
@@ -594,12 +605,10 @@ def train(args, accelerator: Accelerator, model, optimizer, training, held_out, 
         if finished or (args.eval_every and done % args.eval_every == 0):
             entry["perplexity"] = evaluate()
         write(entry)
-        if main and (finished or done % args.save_every == 0):
-            state = {"step": done, "identity": identity, "optimizer": optimizer.state_dict()}
-            state["log"] = path.read_text()
-            state["weights"] = trained_weights(bare(accelerator, model))
-            state["scaler"] = accelerator.scaler and accelerator.scaler.state_dict()
-            save_checkpoint(args, state)
+        if finished or done % args.save_every == 0:
+            run = {"step": done, "identity": identity, "log": path.read_text()}
+            run["scaler"] = accelerator.scaler and accelerator.scaler.state_dict()
+            save_checkpoint(args.output_dir, run, model, optimizer.optimizer, args.keep)
         bar.set_postfix_str(f"loss {entry['loss']:.4f}, {speed:,.0f} tokens/s", refresh=False)
         bar.update()
     bar.close()
@@ -607,6 +616,18 @@ def train(args, accelerator: Accelerator, model, optimizer, training, held_out, 
 
 
 # The end of a run
+
+
+def whole(args: argparse.Namespace, accelerator: Accelerator, model, tokenizer) -> PreTrainedModel:
+    """The trained model as it is without Accelerate; of use on the main process only."""
+    if not accelerator.is_fsdp2:
+        return accelerator.unwrap_model(model, keep_fp32_wrapper=False, keep_torch_compile=False)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)  # of rank 0; the others get none
+    if accelerator.is_main_process:
+        model = load_model(args, tokenizer)
+        model.load_state_dict(weights)
+    return model
 
 
 def save_model(model: PreTrainedModel, tokenizer, folder: Path) -> None:
@@ -706,8 +727,7 @@ def main() -> None:
     args = parse_arguments()
     check_names(args)
     start_processes()
-    cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(mixed_precision=args.precision, cpu=cpu)
+    accelerator = make_accelerator(args.precision)
     check_processes(args, accelerator)
     documents = load_documents(args.data, args.text_field)
     tokenizer = load_tokenizer(args.model)
@@ -715,26 +735,26 @@ def main() -> None:
     training, held_out = split(tokens, positions, args.eval_fraction)
 
     identity = identity_of(args, tokens)
-    state = load_checkpoint(args.output_dir, identity)
-    start = state["step"]
+    try:
+        checkpoint, run = newest_checkpoint(args.output_dir, identity)
+    except ValueError as reason:
+        refuse("resume", str(reason))
     if args.compare and accelerator.is_main_process:
         check_comparison(args, tokenizer, held_out, accelerator.device)
     model = load_model(args, tokenizer)
     known, largest = model.get_input_embeddings().weight.shape[0], int(tokens.max())
     if largest >= known:
         refuse("model", f"its tokenizer gives token {largest}, and it knows {known}")
-    if start:
-        model.load_state_dict(state["weights"], strict=False)
     optimizer = make_optimizer(model, args)
     model, optimizer = accelerator.prepare(model, optimizer)
-    if start:
-        optimizer.load_state_dict(state["optimizer"])
-    if start and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
+    if checkpoint:
+        load_checkpoint(checkpoint, model, optimizer.optimizer)
+    if checkpoint and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(run["scaler"])
     rounding = 1e-5 if args.precision == "no" else 1e-3
     check_model(bare(accelerator, model), min(known, len(tokenizer)), rounding)
     if accelerator.is_main_process:
-        prepare_folder(args.output_dir, state["log"])
+        prepare_folder(args.output_dir, run["log"])
 
     trained = sum(weight.numel() for weight in trained_weights(model).values())
     accelerator.print(
@@ -742,17 +762,18 @@ def main() -> None:
         f"{args.attn_implementation}, precision {args.precision}\n"
         f"text   {len(documents):,} documents in {len(training[0]):,} rows of {args.max_length} "
         f"tokens, {len(held_out[0]):,} more held out\n"
-        f"steps  {start:,} to {args.steps:,}, {args.batch_size} rows each on "
-        f"{accelerator.num_processes} x {accelerator.device.type}, {args.micro_batch_size} at once"
+        f"steps  {run['step']:,} to {args.steps:,}, {args.batch_size} rows each on "
+        f"{accelerator.num_processes} x {accelerator.device.type}"
+        f"{', sharded' if accelerator.is_fsdp2 else ''}, {args.micro_batch_size} at once"
     )
-    train(args, accelerator, model, optimizer, training, held_out, start, identity)
+    train(args, accelerator, model, optimizer, training, held_out, run["step"], identity)
     accelerator.wait_for_everyone()
+    ordinary = whole(args, accelerator, model, tokenizer)
     if accelerator.is_main_process:
-        model = accelerator.unwrap_model(model, keep_fp32_wrapper=False, keep_torch_compile=False)
-        finish(args, model, tokenizer, held_out, accelerator.device)
+        finish(args, ordinary, tokenizer, held_out, accelerator.device)
     # DDP must not outlive the process group: were it the last to hold it, it would wait for
     # Gloo's threads while holding the interpreter's lock, which they may be waiting for.
-    del model, optimizer
+    del model, ordinary, optimizer
     accelerator.free_memory()
     gc.collect()
     accelerator.end_training()

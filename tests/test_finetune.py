@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -21,8 +23,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from accelerate import DistributedType
 from safetensors import SafetensorError
 from transformers import (
     AttentionInterface,
@@ -35,10 +37,12 @@ from transformers import (
 SCRIPT = Path(__file__).parent.parent / "scripts" / "finetune.py"
 sys.path.insert(0, str(SCRIPT.parent))
 import finetune  # noqa: E402
+import finetune_checkpoints  # noqa: E402
 
 TEXT = Path(__file__).parent / "data" / "ferry.txt"
 SMALL = "--max-length 64 --batch-size 4 --steps 12 --warmup-steps 2 --save-every 3".split()
 SMALL += "--eval-fraction 0.01 --sample-tokens 5".split()
+WEIGHTS = "__0_0.distcp"  # of a checkpoint, the file of the first process
 
 # A server that has imported what takes long and then forks: each run is a fresh process.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -54,8 +58,9 @@ sys.path.insert(0, {str(SCRIPT.parent)!r})
 import finetune
 end = finetune.Accelerator.end_training
 def checked(self):
-    left = [x for x in gc.get_objects() if type(x).__name__ == "DistributedDataParallel"]
-    assert not left
+    kinds = {{type(x).__name__ for x in gc.get_objects()}}
+    left = [kind for kind in kinds if kind.startswith(("DistributedDataParallel", "FSDP"))]
+    assert not left, left
     end(self)
 finetune.Accelerator.end_training = checked
 finetune.main()
@@ -63,17 +68,16 @@ finetune.main()
 
 
 def kill_half_way_through_a_checkpoint() -> None:
-    save, calls = torch.save, []
+    save, calls = dcp.save, []
 
-    def save_half(state, path) -> None:
-        calls.append(path)
-        if len(calls) < 2:
-            return save(state, path)
-        save(state, path)
-        os.truncate(path, path.stat().st_size // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
+    def save_half(state, checkpoint_id: Path) -> None:
+        calls.append(checkpoint_id)
+        save(state, checkpoint_id=checkpoint_id)
+        if len(calls) == 2:
+            truncate(checkpoint_id / WEIGHTS)
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    torch.save = save_half
+    dcp.save = save_half
 
 
 def kill_before(owner: type, name: str, call: int) -> None:
@@ -93,8 +97,12 @@ def kill_before_a_checkpoint_gets_its_name() -> None:
     kill_before(Path, "replace", 3)
 
 
-def kill_before_an_old_checkpoint_goes() -> None:
-    kill_before(Path, "unlink", 1)
+def kill_half_way_through_removing_a_checkpoint() -> None:
+    def remove_half(path: Path) -> None:
+        (path / WEIGHTS).unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    shutil.rmtree = remove_half
 
 
 def kill_between_accumulation_and_update() -> None:
@@ -130,7 +138,7 @@ def allow_files_of(limit: int) -> None:
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 
-    finetune.writing = limited
+    finetune.writing = finetune_checkpoints.writing = limited
 
 
 def fill_the_disk() -> None:
@@ -285,7 +293,7 @@ def test_comparison_fails_loudly_when_the_attentions_differ(finished: Path) -> N
 
 def test_only_the_newest_checkpoints_stay(finished: Path) -> None:
     names = sorted(path.name for path in finished.iterdir())
-    assert names == ["losses.jsonl", "model", "step-00000009.pt", "step-00000012.pt"]
+    assert names == ["losses.jsonl", "model", "step-00000009", "step-00000012"]
 
 
 @pytest.mark.parametrize(
@@ -360,7 +368,7 @@ def test_lora_trains_adapters_and_saves_them_merged(run, tmp_path: Path) -> None
     assert run(folder, *arguments, "--resume") == 0, words(folder)
     assert log(folder) == log(tmp_path / "whole")
     assert log(folder)[-1]["perplexity"] < log(folder)[0]["perplexity"]
-    saved = torch.load(folder / "step-00000012.pt")["weights"]
+    saved = dcp.FileSystemReader(folder / "step-00000012").read_metadata().state_dict_metadata
     assert saved and all("lora_" in name for name in saved)
     before = AutoModelForCausalLM.from_pretrained(base).state_dict()
     after = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
@@ -377,7 +385,7 @@ def test_lora_trains_adapters_and_saves_them_merged(run, tmp_path: Path) -> None
     [
         (kill_half_way_through_a_checkpoint, 3),
         (kill_before_a_checkpoint_gets_its_name, 3),
-        (kill_before_an_old_checkpoint_goes, 6),
+        (kill_half_way_through_removing_a_checkpoint, 6),
         (kill_between_accumulation_and_update, 6),
         (kill_while_the_model_is_saved, 12),
     ],
@@ -391,7 +399,7 @@ def test_resume_continues_to_the_same_losses(
     assert run(folder, "--keep", "1", "--resume") == 0, words(folder)
     assert re.findall(r"steps  (\d+) to 12", words(folder)) == ["0", str(resumed_at)]
     assert log(folder) == log(finished)
-    assert sorted(p.name for p in folder.iterdir()) == ["losses.jsonl", "model", "step-00000012.pt"]
+    assert sorted(p.name for p in folder.iterdir()) == ["losses.jsonl", "model", "step-00000012"]
     ours, theirs = (
         AutoModelForCausalLM.from_pretrained(path / "model").state_dict()
         for path in (folder, finished)
@@ -419,18 +427,19 @@ def test_resume_without_a_checkpoint_starts_at_the_beginning(
 ) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "step-00000003.partial").write_bytes(b"half")
+    (folder / "step-00000003.partial").mkdir()
+    (folder / "step-00000003.partial" / WEIGHTS).write_bytes(b"half")
+    (folder / "losses.partial").write_bytes(b"half")
     (folder / "losses.jsonl").write_text('{"step": 0, "perpl')
     assert run(folder, "--resume") == 0, words(folder)
     assert log(folder) == log(finished)
+    assert not list(folder.glob("*.partial"))
 
 
 def test_resume_refuses_another_run(run, finished: Path) -> None:
     before = (finished / "losses.jsonl").read_bytes()
     assert run(finished, "--resume", "--seed", "1") == 1
-    assert re.search(
-        r"--resume: .*step-00000012.pt was written with seed 0, not 1", words(finished)
-    )
+    assert re.search(r"--resume: .*step-00000012 was written with seed 0, not 1", words(finished))
     assert (finished / "losses.jsonl").read_bytes() == before
 
 
@@ -450,22 +459,37 @@ def truncate(path: Path) -> None:
 
 
 def flip_a_bit(path: Path) -> None:
-    """Of the weights, at which torch.load does not look."""
+    """Of the weights, at which torch.distributed.checkpoint does not look."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    assert torch.load(path).keys() >= {"step", "weights"}
+
+
+def replace_by_a_file(path: Path) -> None:
+    shutil.rmtree(path)
+    path.write_text("Remember the milk.")
+
+
+def replace_by_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
 
 
 DAMAGES = {
-    "truncated": truncate,
-    "empty": lambda path: path.write_bytes(b""),
-    "bit flipped": flip_a_bit,
-    "another file": lambda path: path.write_text("Remember the milk."),
-    "another tensor": lambda path: torch.save(torch.ones(3), path),
-    "another dict": lambda path: torch.save({"model": {}, "epoch": 3}, path),
-    "objects": lambda path: torch.save({"step": SimpleNamespace()}, path),
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "truncated": lambda folder: truncate(folder / WEIGHTS),
+    "empty": lambda folder: (folder / WEIGHTS).write_bytes(b""),
+    "bit flipped": lambda folder: flip_a_bit(folder / WEIGHTS),
+    "missing": lambda folder: (folder / WEIGHTS).unlink(),
+    "index missing": lambda folder: (folder / ".metadata").unlink(),
+    "another index": lambda folder: (folder / ".metadata").write_bytes(pickle.dumps({})),
+    "another run": lambda folder: (folder / "run.json").write_text('{"step": 12}'),
+    "checksums truncated": lambda folder: truncate(folder / "SHA256SUMS"),
+    "checksums missing": lambda folder: (folder / "SHA256SUMS").unlink(),
+    "checksums are no text": lambda folder: (folder / "SHA256SUMS").write_bytes(b"\xff"),
+    "one file too many": lambda folder: (folder / "__1_0.distcp").write_bytes(b"more"),
+    "a folder for a file": lambda folder: replace_by_a_folder(folder / WEIGHTS),
+    "a file": replace_by_a_file,
+    "empty folder": lambda folder: [path.unlink() for path in folder.iterdir()],
 }
 DAMAGED = pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 
@@ -473,7 +497,15 @@ DAMAGED = pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def copied(finished: Path, folder: Path) -> tuple[Path, dict]:
     """A run's folder to damage, and what says that it is the same run."""
     shutil.copytree(finished, folder)
-    return folder, torch.load(folder / "step-00000012.pt")["identity"]
+    return folder, json.loads((folder / "step-00000012" / "run.json").read_text())["identity"]
+
+
+class TouchesWhenUnpickled:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
 
 
 @DAMAGED
@@ -481,11 +513,13 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_is_taken(
     damage: Callable[[Path], None], finished: Path, capsys, tmp_path: Path
 ) -> None:
     folder, identity = copied(finished, tmp_path / "run")
-    assert finetune.load_checkpoint(folder, identity)["step"] == 12
+    newest, run = finetune.newest_checkpoint(folder, identity)
+    assert newest == folder / "step-00000012" and run["step"] == 12
     assert not capsys.readouterr().err
-    damage(folder / "step-00000012.pt")
-    assert finetune.load_checkpoint(folder, identity)["step"] == 9
-    assert f"warning: {folder}/step-00000012.pt is no whole checkpoint" in capsys.readouterr().err
+    damage(newest)
+    older, run = finetune.newest_checkpoint(folder, identity)
+    assert older == folder / "step-00000009" and run["step"] == 9
+    assert f"warning: {newest} is no whole checkpoint" in capsys.readouterr().err
 
 
 @DAMAGED
@@ -493,37 +527,78 @@ def test_where_no_checkpoint_is_whole_nothing_is_written_over(
     damage: Callable[[Path], None], finished: Path, tmp_path: Path
 ) -> None:
     folder, identity = copied(finished, tmp_path / "run")
-    for path in (folder / "step-00000012.pt", folder / "step-00000009.pt"):
+    for path in (folder / "step-00000012", folder / "step-00000009"):
         damage(path)
-    with pytest.raises(SystemExit, match="--resume: no checkpoint in .* is whole; name another"):
-        finetune.load_checkpoint(folder, identity)
+    with pytest.raises(ValueError, match="no checkpoint in .* is whole; name another"):
+        finetune.newest_checkpoint(folder, identity)
 
 
-@pytest.mark.parametrize("log_is", ["missing", "short"])
+def test_the_checksums_are_those_of_sha256sum(finished: Path) -> None:
+    folder = finished / "step-00000012"
+    listed = (folder / "SHA256SUMS").read_text().splitlines()
+    for name in (WEIGHTS, "run.json", ".metadata"):
+        assert f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}" in listed
+
+
+def test_no_object_of_a_damaged_checkpoint_is_unpickled(finished: Path, tmp_path: Path) -> None:
+    folder, identity = copied(finished, tmp_path / "run")
+    trap = pickle.dumps(TouchesWhenUnpickled(tmp_path / "touched"))
+    (folder / "step-00000012" / ".metadata").write_bytes(trap)
+    assert finetune.newest_checkpoint(folder, identity)[1]["step"] == 9
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(
+    ("log_is", "damage"), [("missing", "truncated"), ("short", "a file")], ids=["missing", "short"]
+)
 def test_resume_mends_the_log_and_replaces_the_damaged_checkpoint(
-    run, log_is: str, finished: Path, tmp_path: Path
+    run, log_is: str, damage: str, finished: Path, tmp_path: Path
 ) -> None:
     folder, _ = copied(finished, tmp_path / "run")
-    truncate(folder / "step-00000012.pt")
-    (folder / "step-00000012 of friday.pt").write_text("a file of the user's own")
+    DAMAGES[damage](folder / "step-00000012")
+    (folder / "step-00000012 of friday").write_text("a file of the user's own")
     truncate(folder / "losses.jsonl") if log_is == "short" else (folder / "losses.jsonl").unlink()
     assert run(folder, "--resume", "--keep", "1") == 0, words(folder)
     assert "steps  9 to 12" in words(folder) and log(folder) == log(finished)
     names = sorted(path.name for path in folder.iterdir())
-    assert names == ["losses.jsonl", "model", "step-00000012 of friday.pt", "step-00000012.pt"]
+    assert names == ["losses.jsonl", "model", "step-00000012", "step-00000012 of friday"]
+
+
+def small_training() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """Two weights, of which only one has had a gradient."""
+    model = torch.nn.ParameterDict({"used": torch.ones(2, 3), "unused": torch.ones(4)})
+    optimizer = torch.optim.AdamW(model.parameters())
+    model["used"].sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return model, optimizer
 
 
 def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(finished: Path, tmp_path: Path) -> None:
     folder, identity = copied(finished, tmp_path / "run")
-    truncate(folder / "step-00000012.pt")
-    args = SimpleNamespace(output_dir=folder, keep=1)
-    finetune.save_checkpoint(args, {**torch.load(folder / "step-00000009.pt"), "step": 10})
-    assert finetune.load_checkpoint(folder, identity)["step"] == 10
+    truncate(folder / "step-00000012" / WEIGHTS)
+    run = json.loads((folder / "step-00000009" / "run.json").read_text()) | {"step": 10}
+    finetune.save_checkpoint(folder, run, *small_training(), keep=1)
+    assert finetune.newest_checkpoint(folder, identity)[1]["step"] == 10
+
+
+def test_a_weight_without_a_gradient_is_resumed_without_moments(tmp_path: Path) -> None:
+    model, optimizer = small_training()
+    finetune.save_checkpoint(tmp_path, {"step": 1}, model, optimizer, keep=1)
+    resumed = torch.nn.ParameterDict({"used": torch.zeros(2, 3), "unused": torch.zeros(4)})
+    other = torch.optim.AdamW(resumed.parameters())
+    finetune.load_checkpoint(tmp_path / "step-00000001", resumed, other)
+    for name, weight in model.items():
+        assert torch.equal(weight, resumed[name])
+    assert optimizer.state[model["used"]].keys() == other.state[resumed["used"]].keys()
+    for name, moment in optimizer.state[model["used"]].items():
+        assert torch.equal(moment, other.state[resumed["used"]][name])
+    assert resumed["unused"] not in other.state
 
 
 @pytest.mark.parametrize(
     ("sabotage", "name"),
-    [(fill_the_disk_but_for_the_log, "step-00000003.pt"), (fill_the_disk, "losses.jsonl")],
+    [(fill_the_disk_but_for_the_log, "step-00000003"), (fill_the_disk, "losses.jsonl")],
     ids=["checkpoint", "log"],
 )
 def test_a_full_disk_is_told_and_resumed_from(
@@ -536,14 +611,23 @@ def test_a_full_disk_is_told_and_resumed_from(
     assert log(folder) == log(finished)
 
 
-@pytest.mark.parametrize("error", [OSError, RuntimeError, SafetensorError])
-def test_what_cannot_be_written_is_named(error: type[Exception], tmp_path: Path) -> None:
-    """By Python, by torch.save or by save_pretrained."""
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("the disk is full"),
+        RuntimeError("the disk is full"),
+        SafetensorError("the disk is full"),
+        dcp.CheckpointException("saving", {1: (OSError("the disk is full"), None)}),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_cannot_be_written_is_named(error: BaseException, tmp_path: Path) -> None:
+    """By Python, by torch.save, by save_pretrained or by one of several processes."""
     with pytest.raises(
         SystemExit, match=f"error: cannot write {tmp_path}/model: the disk is full; "
     ):
         with finetune.writing(tmp_path / "model"):
-            raise error("the disk is full")
+            raise error
 
 
 # Packing
@@ -796,17 +880,16 @@ def test_half_precision_without_a_gpu_is_refused(capsys, monkeypatch, tmp_path) 
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "micro_batch_size", "kind", "message"),
+    ("batch_size", "micro_batch_size", "message"),
     [
-        (3, None, DistributedType.MULTI_CPU, "a multiple of the 2 processes, got 3"),
-        (8, 3, DistributedType.MULTI_CPU, "a divisor of 4, each process's rows in a step, got 3"),
-        (8, 4, DistributedType.FSDP, "set up for FSDP; this script is data parallel only"),
+        (3, None, "a multiple of the 2 processes, got 3"),
+        (8, 3, "a divisor of 4, each process's rows in a step, got 3"),
     ],
-    ids=["batch", "micro-batch", "sharded"],
+    ids=["batch", "micro-batch"],
 )
-def test_batches_that_do_not_divide_are_refused(batch_size, micro_batch_size, kind, message):
+def test_batches_that_do_not_divide_are_refused(batch_size, micro_batch_size, message):
     args = SimpleNamespace(batch_size=batch_size, micro_batch_size=micro_batch_size, precision="no")
-    accelerator = SimpleNamespace(num_processes=2, distributed_type=kind)
+    accelerator = SimpleNamespace(num_processes=2, process_index=0)
     with pytest.raises(SystemExit, match=re.escape(message)):
         finetune.check_processes(args, accelerator)
 
@@ -815,7 +898,7 @@ def test_one_process_where_several_were_asked_for_is_told(capsys, monkeypatch) -
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     args = SimpleNamespace(batch_size=8, micro_batch_size=None, precision="no")
-    accelerator = SimpleNamespace(num_processes=1, distributed_type=DistributedType.NO)
+    accelerator = SimpleNamespace(num_processes=1, process_index=0)
     finetune.check_processes(args, accelerator)
     assert "one process only" in capsys.readouterr().err and args.micro_batch_size == 8
 
