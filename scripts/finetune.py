@@ -5,6 +5,7 @@
     accelerate launch --num_processes 2 scripts/finetune.py --output-dir runs/two        # GPUs
     accelerate launch --cpu --num_processes 2 scripts/finetune.py --output-dir runs/two  # CPUs
     accelerate launch --config_file fsdp.yaml scripts/finetune.py --output-dir runs/two  # sharded
+    torchrun --nproc_per_node 2 scripts/finetune.py --output-dir runs/two --context-parallel 2
 
 Without --model a small Llama over bytes is built on the spot; without --data it reads the language
 reference that every Python carries. The same command gives the same losses on one process and on
@@ -42,13 +43,13 @@ LAST_SEED = 2**32 - 1
 # those of the run that it continues. Of --data and --text-field the text itself is compared.
 CHANGEABLE = ["output_dir", "resume", "data", "text_field", "attn_implementation", "compare"]
 CHANGEABLE += ["micro_batch_size", "gradient_checkpointing", "eval_every", "save_every", "keep"]
-CHANGEABLE += ["prompt", "sample_tokens"]
+CHANGEABLE += ["prompt", "sample_tokens", "context_parallel"]
 PRECISIONS = ("no", "bf16", "fp16")
 # What `accelerate launch` may be set up for, and why this script does not train with it.
 REFUSED = {
     "DEEPSPEED": "its engine clips and accumulates gradients itself and has checkpoints of its own",
     "MEGATRON_LM": "it has models of its own",
-    "PARALLELISM_CONFIG": "each process takes rows of its own",
+    "PARALLELISM_CONFIG": "give --context-parallel instead",
 }
 
 
@@ -89,6 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--max-length", "tokens in a packed row", 256, type=number(int, 2))
     add("--batch-size", "rows in a step, over all processes", 8, type=positive)
     add("--micro-batch-size", "rows at once in a process; all if not given", type=positive)
+    add("--context-parallel", "processes that share each row", 1, type=positive)
     add("--steps", "optimizer steps", 500, type=positive)
     add("--learning-rate", "peak; 4e-3 for the small model, 2e-4 for LoRA, else 2e-5", type=amount)
     add("--warmup-steps", "steps to the peak; 20, or a tenth if that is less", type=natural)
@@ -209,6 +211,7 @@ from finetune_checkpoints import (
 )
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tqdm.auto import tqdm
 from transformers import (
     AttentionInterface,
@@ -222,7 +225,8 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from hf_flash_two.testing.errors import gradient_errors  # and registers "flash_two"
+import hf_flash_two
+from hf_flash_two.testing.errors import gradient_errors
 
 
 def check_names(args: argparse.Namespace) -> None:
@@ -233,6 +237,8 @@ def check_names(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value not in known and "/" not in value:
             refuse(name.replace("_", "-"), f"expected one of {', '.join(known)}, got {value!r}")
+    if args.context_parallel > 1 and args.attn_implementation not in ("flash_two", "fa_two"):
+        refuse("context-parallel", f"needs flash_two, got {args.attn_implementation}")
     if args.precision == "fp16" and not torch.accelerator.is_available():
         refuse("precision", "fp16 needs a GPU and none is visible; use bf16 or no")
     if args.model is not None:
@@ -292,19 +298,52 @@ def make_accelerator(precision: str) -> Accelerator:
     return accelerator
 
 
-def own_rows(accelerator: Accelerator) -> slice:
-    """The rows of a batch that this process takes; the step of the slice is how many share it."""
-    return slice(accelerator.process_index, None, accelerator.num_processes)
+def own_rows(args: argparse.Namespace, accelerator: Accelerator) -> slice:
+    """The rows of a batch that this process takes part in; the step is how many groups there are.
+
+    A group is one process, or those that share each row.
+    """
+    size = args.context_parallel
+    return slice(accelerator.process_index // size, None, accelerator.num_processes // size)
+
+
+@contextlib.contextmanager
+def shared(
+    args: argparse.Namespace, accelerator: Accelerator, tokens: Tensor, positions: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(tokens, positions, labels) of this process, from those of rows that its group shares.
+
+    The model runs within.
+    """
+    labels = labels_of(tokens, positions)
+    if args.context_parallel == 1:
+        yield tokens, positions, labels
+        return
+    rows = {"input_ids": tokens, "position_ids": positions, "shift_labels": labels}
+    mesh = context_mesh(accelerator.device.type, accelerator.num_processes, args.context_parallel)
+    with hf_flash_two.context_parallel(mesh, rows) as shard:
+        yield tuple(shard.batch[name] for name in rows)
+
+
+@functools.cache
+def context_mesh(device: str, processes: int, size: int) -> DeviceMesh:
+    """That of the processes which share rows with this one."""
+    shape, names = (processes // size, size), ("rows", "context")
+    return init_device_mesh(device, shape, mesh_dim_names=names)["context"]
 
 
 def check_processes(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         warn("`accelerate launch` has started one process only; for more of them give it --cpu "
              "--num_processes N, or use torchrun")  # fmt: skip
-    shares = own_rows(accelerator).step
+    if accelerator.num_processes % args.context_parallel:
+        refuse("context-parallel", f"expected a divisor of the {accelerator.num_processes} "
+               f"processes, got {args.context_parallel}")  # fmt: skip
+    shares = own_rows(args, accelerator).step
     rows, rest = divmod(args.batch_size, shares)
     if rest:
-        refuse("batch-size", f"expected a multiple of the {shares} processes, got "
+        groups = "processes" if args.context_parallel == 1 else "groups of processes"
+        refuse("batch-size", f"expected a multiple of the {shares} {groups}, got "
                f"{args.batch_size}")  # fmt: skip
     args.micro_batch_size = args.micro_batch_size or rows
     if rows % args.micro_batch_size:
@@ -458,10 +497,14 @@ def logits_of(model, tokens: Tensor, positions: Tensor) -> Tensor:
     return model(input_ids=tokens, position_ids=positions, use_cache=False).logits
 
 
-def loss_sum(model, tokens: Tensor, positions: Tensor) -> Tensor:
+def labels_of(tokens: Tensor, positions: Tensor) -> Tensor:
+    """What each token predicts: the next one, unless that starts a document."""
+    return F.pad(tokens.masked_fill(positions == 0, -100)[:, 1:], (0, 1), value=-100)
+
+
+def loss_sum(model, tokens: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy, summed over the targets: all tokens but the first of each document."""
-    logits = logits_of(model, tokens, positions)[:, :-1].float()
-    labels = tokens.masked_fill(positions == 0, -100)[:, 1:]
+    logits = logits_of(model, tokens, positions).float()
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
 
 
@@ -531,16 +574,18 @@ def bare(accelerator: Accelerator, model) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def perplexity(accelerator: Accelerator, model, rows: tuple[Tensor, Tensor], size: int) -> float:
+def perplexity(args, accelerator: Accelerator, model, rows: tuple[Tensor, Tensor]) -> float:
     """exp(mean loss) over all targets of ``rows``, which the processes share out."""
     model = bare(accelerator, model).eval()
     total = torch.zeros((), device=accelerator.device)
-    own = own_rows(accelerator)
+    own = own_rows(args, accelerator)
     # A sharded model runs on all processes or on none: rows without a target make shares equal.
     padding = (0, 0, 0, -len(rows[0]) % own.step)
-    parts = (F.pad(tensor, padding)[own].split(size) for tensor in rows)
-    for batch in zip(*parts, strict=True):
-        total += loss_sum(model, *(tensor.to(accelerator.device) for tensor in batch))
+    parts = (F.pad(x, padding)[own].split(args.micro_batch_size) for x in rows)
+    for tokens, positions in zip(*parts, strict=True):
+        whole = tokens.to(accelerator.device), positions.to(accelerator.device)
+        with shared(args, accelerator, *whole) as batch:
+            total += loss_sum(model, *batch)
     targets = max(1, int((rows[1] != 0).sum()))
     return (accelerator.reduce(total) / targets).exp().item()
 
@@ -566,13 +611,15 @@ def train_step(args, accelerator: Accelerator, model, optimizer, rows, step: int
     batch = rows_of_step(step, args.batch_size, len(tokens), args.seed)
     targets = max(1, int((positions[batch] != 0).sum()))
     total = torch.zeros((), device=device)
-    micro_batches = batch[own_rows(accelerator)].split(args.micro_batch_size)
+    micro_batches = batch[own_rows(args, accelerator)].split(args.micro_batch_size)
     for index, chosen in enumerate(micro_batches, start=1):
         # Until they are summed over the processes, gradients of a sharded model are whole ones.
         summed = index == len(micro_batches) or accelerator.is_fsdp2
         with contextlib.nullcontext() if summed else accelerator.no_sync(model):
-            loss = loss_sum(model, tokens[chosen].to(device), positions[chosen].to(device))
-            accelerator.backward(objective(loss, targets, accelerator))
+            whole = tokens[chosen].to(device), positions[chosen].to(device)
+            with shared(args, accelerator, *whole) as part:
+                loss = loss_sum(model, *part)
+                accelerator.backward(objective(loss, targets, accelerator))
         total += loss.detach()
     norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
     optimizer.step()
@@ -589,7 +636,7 @@ def train(args, accelerator: Accelerator, model, optimizer, training, held_out, 
     bar = tqdm(total=args.steps, initial=start, unit="step", mininterval=1, disable=not main)
     path = args.output_dir / "losses.jsonl" if main else Path(os.devnull)
     log = open(path, "ab", buffering=0)
-    evaluate = functools.partial(perplexity, accelerator, model, held_out, args.micro_batch_size)
+    evaluate = functools.partial(perplexity, args, accelerator, model, held_out)
 
     def write(entry: dict) -> None:
         with writing(path):
@@ -656,7 +703,8 @@ def measure(model: PreTrainedModel, tokenizer, rows, prompt: str) -> dict:
     """What a model does with its attention: numbers, and the tokens that it writes."""
     model.eval()
     tokens, positions = (tensor.to(model.device) for tensor in rows)
-    loss = loss_sum(model, tokens, positions) / (positions != 0).sum()
+    labels = labels_of(tokens, positions)
+    loss = loss_sum(model, tokens, positions, labels) / (positions != 0).sum()
     loss.backward()
     named = model.named_parameters()
     gradients = {name: weight.grad for name, weight in named if weight.grad is not None}
@@ -765,6 +813,7 @@ def main() -> None:
         f"steps  {run['step']:,} to {args.steps:,}, {args.batch_size} rows each on "
         f"{accelerator.num_processes} x {accelerator.device.type}"
         f"{', sharded' if accelerator.is_fsdp2 else ''}, {args.micro_batch_size} at once"
+        f"{f', each on {args.context_parallel}' if args.context_parallel > 1 else ''}"
     )
     train(args, accelerator, model, optimizer, training, held_out, run["step"], identity)
     accelerator.wait_for_everyone()

@@ -888,7 +888,8 @@ def test_half_precision_without_a_gpu_is_refused(capsys, monkeypatch, tmp_path) 
     ids=["batch", "micro-batch"],
 )
 def test_batches_that_do_not_divide_are_refused(batch_size, micro_batch_size, message):
-    args = SimpleNamespace(batch_size=batch_size, micro_batch_size=micro_batch_size, precision="no")
+    given = {"batch_size": batch_size, "micro_batch_size": micro_batch_size}
+    args = SimpleNamespace(**given, precision="no", context_parallel=1)
     accelerator = SimpleNamespace(num_processes=2, process_index=0)
     with pytest.raises(SystemExit, match=re.escape(message)):
         finetune.check_processes(args, accelerator)
@@ -897,7 +898,7 @@ def test_batches_that_do_not_divide_are_refused(batch_size, micro_batch_size, me
 def test_one_process_where_several_were_asked_for_is_told(capsys, monkeypatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    args = SimpleNamespace(batch_size=8, micro_batch_size=None, precision="no")
+    args = SimpleNamespace(batch_size=8, micro_batch_size=None, precision="no", context_parallel=1)
     accelerator = SimpleNamespace(num_processes=1, process_index=0)
     finetune.check_processes(args, accelerator)
     assert "one process only" in capsys.readouterr().err and args.micro_batch_size == 8

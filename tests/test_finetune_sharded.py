@@ -116,6 +116,30 @@ def test_sharded_training_gives_the_losses_of_one_process(sharded: Path, single:
     assert all(entry["grad_norm"] > 1 for entry in log(single)[1:]), "nothing was clipped"
 
 
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "whole"])
+def test_processes_that_share_each_row_give_the_losses_of_one(
+    sharded: bool, single: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    arguments = [*SAVING, "--context-parallel", "2"]
+    assert run(folder, 2, *arguments, sharded=sharded) == 0, words(folder)
+    assert "1 at once, each on 2" in words(folder)
+    check_same_log(folder, single)
+    check_same_model(folder, single)
+
+
+def test_rows_are_shared_by_a_divisor_of_the_processes(tmp_path: Path) -> None:
+    assert run(tmp_path / "run", 1, "--context-parallel", "2", sharded=False) != 0
+    assert "context-parallel: expected a divisor of the 1" in words(tmp_path / "run")
+
+
+def test_only_flash_two_reaches_over_processes(monkeypatch, tmp_path: Path) -> None:
+    args = parsed(monkeypatch, tmp_path, "--context-parallel", "2")
+    args.attn_implementation = "sdpa"
+    with pytest.raises(SystemExit, match="context-parallel: needs flash_two, got sdpa"):
+        finetune.check_names(args)
+
+
 def test_the_model_is_saved_whole(sharded: Path, single: Path) -> None:
     check_same_model(sharded, single)
 
