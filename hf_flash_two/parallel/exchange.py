@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,8 +26,9 @@ Run = tuple[int, int]
 class Pending:
     """A tensor that a collective is filling."""
 
-    def __init__(self, tensor: Tensor, work: dist.Work | None) -> None:
-        self._tensor, self._work = tensor, work
+    def __init__(self, tensor: Tensor, work: Any) -> None:
+        # The compiler of PyTorch 2.10 gives the tensor itself.
+        self._tensor, self._work = tensor, work if _asynchronous() else None
 
     def wait(self) -> Tensor:
         if self._work is not None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from packaging.version import Version
 from ranks import assert_passed, launch, run
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -213,6 +214,8 @@ def check_an_encoder(mesh: DeviceMesh) -> None:
 
 def check_encoder_and_decoder(mesh: DeviceMesh) -> None:
     """Position biases of the whole sequence, and another length for each of the two."""
+    if Version(transformers.__version__) < Version("5.14"):
+        return  # the interface is given no position bias
     config = transformers.T5Config(
         d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=VOCABULARY,
         dropout_rate=0.0,
