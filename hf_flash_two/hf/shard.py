@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
+from transformers import PreTrainedModel
 
 from hf_flash_two.hf import compat, families
 from hf_flash_two.hf.forward_pass import ForwardPass, once
@@ -30,6 +31,15 @@ current = context.current
 
 _BIASES = WeakIdKeyDictionary()
 """By the position bias that a model made of its shard, the one of the whole sequence."""
+
+
+def attends(module: nn.Module) -> bool:
+    """Whether a model in ``module`` attends with flash_two; if so, `Trainer` may shard for it."""
+    models = (model for model in module.modules() if isinstance(model, PreTrainedModel))
+    if not any(compat.uses_ours(model.config) for model in models):
+        return False
+    compat.hook_trainer()
+    return True
 
 
 def begin(running: ForwardPass, kwargs: dict[str, Any]) -> dict[str, Any]:
