@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
-from hf_flash_two.hf import compat, families
+from hf_flash_two.hf import compat, families, forward_pass
 from hf_flash_two.hf.forward_pass import ForwardPass, once
 from hf_flash_two.hf.mask_proxy import MaskProxy
 from hf_flash_two.masks import AttentionMask
@@ -203,6 +203,39 @@ def mask_of_layer(
             f"attends with {shape[0]} to {shape[1]}"
         )
     return given.mask
+
+
+def check_gathered(position_ids: Tensor | None) -> None:
+    """Refuse a layer that lost its mask where another package gathered the sequence (DeepSpeed's).
+
+    It gathers positions, which tell packed documents, and drops what was said of padding. Padding
+    after the tokens changes nothing that causal attention gives these.
+
+    Args:
+        position_ids: what the layer got.
+
+    Raises:
+        NotImplementedError: there is padding before tokens.
+    """
+    running = forward_pass.current()
+    if running is None or position_ids is None:
+        return
+    mask, shard = running.said.attention_mask, running.said.position_ids
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or shard is None:
+        return
+    if shard.shape[-1] == position_ids.shape[-1]:
+        return
+
+    def is_padded() -> bool:
+        seen = mask != 0
+        first = (shard == position_ids[:, : shard.shape[1]]).all()
+        return bool((seen[:, 1:] > seen[:, :-1]).any() | (first & ~seen[:, 0].all()))
+
+    if once(mask, ("gathered",), is_padded, shard, position_ids):
+        raise NotImplementedError(
+            "attention_mask: DeepSpeed's sequence parallelism drops it, and tokens would see the "
+            "padding before them; pad on the right, pack the rows, or use context parallelism"
+        )
 
 
 def check_layer(module: nn.Module, dropout: float, wants_weights: bool) -> None:
