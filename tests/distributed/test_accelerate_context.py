@@ -5,6 +5,7 @@ All checks run in one set of processes; a test for each reads how it went.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import AcceleratorState
+from documentation import run, snippets
 from models import DECODERS, tokens
 from torch import Tensor
 from torch.distributed.tensor.experimental import context_parallel
@@ -319,6 +321,18 @@ def check_trl() -> None:
             assert log[name] == pytest.approx(value, rel=1e-4)
 
 
+def check_documentation() -> None:
+    """Its snippets run as they stand, with a tiny model."""
+    for param in snippets(TESTS.parent / "docs" / "parallel.md"):
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            tokenizer = transformers.ByT5Tokenizer()
+            FAMILIES["llama"].build("eager", vocab_size=len(tokenizer)).save_pretrained("tiny")
+            tokenizer.save_pretrained("tiny")
+            AcceleratorState._reset_state()
+            run(*param.values)
+            dist.barrier()
+
+
 CHECKS = (
     check_plain_loop,
     check_window,
@@ -331,6 +345,7 @@ CHECKS = (
     check_trainer_with_packed_positions,
     check_trainer_with_packed_boundaries,
     check_trl,
+    check_documentation,
 )
 
 
