@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "attention": ["op", "kernels", "masks"],
     "module": ["attention", "masks", "parallel"],
     # Of the kernels the settings alone, for the ops on DTensors.
-    "parallel": ["attention", "kernels", "masks", "tensor_cache", "parallel"],
+    "parallel": ["attention", "kernels", "masks", "parallel", "tensor_cache"],
     "hf": ["attention", "masks", "parallel", "tensor_cache", "hf"],
     "testing": ["hf", "kernels", "op", "testing"],
     "__init__": ["attention", "masks", "module", "parallel", "hf", "testing"],
@@ -139,6 +139,7 @@ masking_utils.sliding_window_bidirectional_overlay masking_utils.padding_mask_fu
 masking_utils.packed_sequence_mask_function masking_utils.remap_positions_for_packed_sequence
 PreTrainedModel.post_init PreTrainedModel._check_and_adjust_attn_implementation
 PreTrainedModel.set_attn_implementation GenerationMixin.init_continuous_batching
+Accelerator._prepare_cp
 """
 
 
@@ -155,7 +156,9 @@ def members():
         name.removeprefix("transformers."): module for name, module in list(sys.modules.items())
         if name.partition(".")[0] in ("accelerate", "torch", "transformers")
     }}
-    classes = transformers.PreTrainedModel, transformers.GenerationMixin
+    classes = (
+        transformers.PreTrainedModel, transformers.GenerationMixin, accelerate.Accelerator
+    )
     owners |= {{cls.__name__: cls for cls in classes}}
     for owner, holder in owners.items():
         # Whatever a class inherits counts: a function set on it hides that.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import transformers
 
-from hf_flash_two.hf import compat
+from hf_flash_two.hf import compat, shard
 from hf_flash_two.hf.interface import attention_forward
 from hf_flash_two.hf.mask_function import make_mask
 from hf_flash_two.hf.patching import check_built, patch_built, patch_requested
@@ -33,6 +34,10 @@ def register() -> None:
             attention = mask = _refusing("flash_two")
         transformers.AttentionInterface.register(name, attention)
         transformers.AttentionMaskInterface.register(name, mask)
+    if torch.distributed.is_available():
+        from hf_flash_two.parallel import accelerate
+
+        accelerate.register(shard.attends)
 
 
 def _refusing(feature: str) -> Callable[..., None]:

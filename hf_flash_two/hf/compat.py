@@ -64,6 +64,7 @@ _CONFIG = "transformers.PreTrainedConfig"
 _MODEL = "transformers.PreTrainedModel"
 _GENERATION = "transformers.GenerationMixin"
 _SERVING = "transformers.generation.continuous_batching"
+_TRAINER = "transformers.trainer"
 _FLASH_ATTENTION = "transformers.modeling_flash_attention_utils"
 _FLASH_TEST_MODULES = (
     "transformers.modeling_utils",
@@ -432,6 +433,23 @@ def _telling_what_serves(listeners: Listeners, start: Callable) -> Callable:
     return init_continuous_batching
 
 
+def _passing_for_sdpa(prepare: Callable) -> Callable:
+    """`Trainer` refuses to shard batches for any other name."""
+
+    def _prepare_context_parallel_inputs(self, model, inputs, *args, **kwargs):
+        config = getattr(model, "config", None)
+        if config is None or not is_ours(implementation(config)):
+            return prepare(self, model, inputs, *args, **kwargs)
+        name = implementation(config)
+        set_implementation(config, "sdpa")
+        try:
+            return prepare(self, model, inputs, *args, **kwargs)
+        finally:
+            set_implementation(config, name)
+
+    return _prepare_context_parallel_inputs
+
+
 def _describing(_: Listeners, builder: Callable) -> Callable:
     """Mask functions say what they are: while torch.compile traces, closures cannot be read."""
     name = builder.__name__
@@ -466,6 +484,16 @@ FALLBACKS: dict[str, tuple[Hook, ...]] = {
     "masks": HOOKS["masks"],
 }
 """The same where the feature is not offered."""
+TRAINER = Name(
+    _TRAINER + ".Trainer", "_prepare_context_parallel_inputs", ("self", "model", "inputs")
+)
+"""Replaced once it is imported, which is slow. Where it has changed, Trainer refuses our names."""
+
+
+def hook_trainer() -> None:
+    """Let `Trainer`, if it is imported, shard batches for our names; again does nothing."""
+    if _TRAINER in sys.modules and TRAINER.problem() is None:
+        _hook(_find(TRAINER.owner), TRAINER.name, _passing_for_sdpa)
 
 
 def _enter_in_tables(model: type[PreTrainedModel]) -> None:

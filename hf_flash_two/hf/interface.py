@@ -236,6 +236,7 @@ def _resolve_mask(
         if attention_mask.packed:
             return mask, None
     elif attention_mask is None:
+        shard.check_gathered(position_ids)
         mask = _without_mask(module, queries, keys, causal, sliding_window)
     elif isinstance(attention_mask, Tensor):
         mask, bias = from_tensor(attention_mask, (batch, heads, queries, keys), causal)

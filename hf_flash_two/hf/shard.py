@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
+from transformers import PreTrainedModel
 
 from hf_flash_two.hf import compat, families, forward_pass
 from hf_flash_two.hf.forward_pass import ForwardPass, once
@@ -31,6 +32,15 @@ current = context.current
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 _BIASES = WeakIdKeyDictionary()
 """By the position bias that a model made of its shard, the one of the whole sequence."""
+
+
+def attends(module: nn.Module) -> bool:
+    """Whether a model in ``module`` attends with flash_two; if so, `Trainer` may shard for it."""
+    models = (model for model in module.modules() if isinstance(model, PreTrainedModel))
+    if not any(compat.uses_ours(model.config) for model in models):
+        return False
+    compat.hook_trainer()
+    return True
 
 
 def begin(running: ForwardPass, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -217,6 +227,39 @@ def mask_of_layer(
             f"attends with {shape[0]} to {shape[1]}"
         )
     return given.mask
+
+
+def check_gathered(position_ids: Tensor | None) -> None:
+    """Refuse a layer that lost its mask where another package gathered the sequence (DeepSpeed's).
+
+    It gathers positions, which tell packed documents, and drops what was said of padding. Padding
+    after the tokens changes nothing that causal attention gives these.
+
+    Args:
+        position_ids: what the layer got.
+
+    Raises:
+        NotImplementedError: there is padding before tokens.
+    """
+    running = forward_pass.current()
+    if running is None or position_ids is None:
+        return
+    mask, shard = running.said.attention_mask, running.said.position_ids
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or shard is None:
+        return
+    if shard.shape[-1] == position_ids.shape[-1]:
+        return
+
+    def is_padded() -> bool:
+        seen = mask != 0
+        first = (shard == position_ids[:, : shard.shape[1]]).all()
+        return bool((seen[:, 1:] > seen[:, :-1]).any() | (first & ~seen[:, 0].all()))
+
+    if once(mask, ("gathered",), is_padded, shard, position_ids):
+        raise NotImplementedError(
+            "attention_mask: DeepSpeed's sequence parallelism drops it, and tokens would see the "
+            "padding before them; pad on the right, pack the rows, or use context parallelism"
+        )
 
 
 def check_layer(module: nn.Module, dropout: float, wants_weights: bool) -> None:

@@ -29,13 +29,28 @@ _SHARDED = {
 """What of a batch is sharded, and what fills it up."""
 _NOT_SHARDED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
+_NOT_TOLD = (
+    "context parallelism: PyTorch's context_parallel is open, and flash_two does not know how it "
+    "shards; use hf_flash_two.context_parallel instead, or Accelerate's cp_size with rows whose "
+    "length is a multiple of it (pad_to_multiple_of)"
+)
+
 # One for all threads: the backward on a GPU, which may run layers again, has a thread of its own.
 _running: list[Spread] = []
 
 
 def current() -> Spread | None:
-    """How the sequence of the model that runs is spread; None if it is not."""
-    return _running[-1] if _running else None
+    """How the sequence of the model that runs is spread; None if it is not.
+
+    Raises:
+        NotImplementedError: PyTorch has sharded it, and we were not told how.
+    """
+    if _running:
+        return _running[-1]
+    # PyTorch's context_parallel replaces this function by one of its own.
+    if "distributed" in (torch.nn.functional.scaled_dot_product_attention.__module__ or ""):
+        raise NotImplementedError(_NOT_TOLD)
+    return None
 
 
 @contextmanager
