@@ -52,13 +52,6 @@ def _asynchronous() -> bool:
     return not torch.compiler.is_compiling()
 
 
-def _without_gaps(x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():
-        # In a backward the compiler of PyTorch 2.10 knows no strides to ask for.
-        return x.clone(memory_format=torch.contiguous_format)
-    return x.contiguous()
-
-
 @dataclass(frozen=True)
 class Route:
     """Which tokens go to whom.
@@ -79,7 +72,7 @@ class Route:
         """From this rank's tokens, [tokens, ...], to those that it gets, in the order of ranks."""
         if self.everything:
             out = x.new_empty(sum(self.received), *x.shape[1:])
-            x = _without_gaps(x)
+            x = x.contiguous()
             work = dist.all_gather_into_tensor(out, x, self.group, _asynchronous())
             return Pending(out, work)
         return _all_to_all(self._of(x), self._counts, self.received, self.group)
@@ -87,8 +80,8 @@ class Route:
     def back(self, x: Tensor) -> Pending:
         """Gradients of what `go` gave, on their way to the ranks that `add` them."""
         if self.everything:
-            return _all_to_all(_without_gaps(x), None, None, self.group)
-        return _all_to_all(_without_gaps(x), self.received, self._counts, self.group)
+            return _all_to_all(x.contiguous(), None, None, self.group)
+        return _all_to_all(x.contiguous(), self.received, self._counts, self.group)
 
     def add(self, parts: Tensor, tokens: int) -> Tensor:
         """The sum of what `back` brought, [tokens, ...] in float32 (float64)."""
@@ -146,8 +139,8 @@ def _swap(x: Tensor, layout: Layout, group: dist.ProcessGroup, heads: bool) -> T
     if heads:
         # [ranks * tokens, B, heads of the rank, D]
         sent = x.unflatten(1, (ranks, -1)).permute(1, 3, 0, 2, 4).flatten(0, 1)
-        got = _all_to_all(_without_gaps(sent), None, None, group).wait()
+        got = _all_to_all(sent.contiguous(), None, None, group).wait()
         return layout.join(got, 0).permute(1, 2, 0, 3)
     tokens = x.permute(2, 0, 1, 3)
-    got = _all_to_all(_without_gaps(layout.split_all(tokens, 0)), None, None, group).wait()
+    got = _all_to_all(layout.split_all(tokens, 0).contiguous(), None, None, group).wait()
     return got.unflatten(0, (ranks, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import Function
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from hf_flash_two.attention import flash_attention, flash_attention_gradients
 from hf_flash_two.kernels.params import statistics_dtype
@@ -302,7 +303,41 @@ def _over_keys(
     settings = call.settings | {"alibi_slopes": call.alibi_slopes}
     # One dtype for all: rotary embeddings may upcast queries and keys.
     query, key = query.to(value.dtype), key.to(value.dtype)
+    if torch.compiler.is_compiling() and shard.mesh.ndim == 1:
+        return _traced(query, key, value, bias, call.sinks, view, settings, shard.mesh)
     return _Gathered.apply(query, key, value, bias, call.sinks, view, settings)  # pyright: ignore[reportReturnType]
+
+
+def _traced(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    view: _View,
+    settings: dict[str, Any],
+    mesh: DeviceMesh,
+) -> tuple[Tensor, Tensor]:
+    """`_Gathered` for the compiler, which before PyTorch 2.11 does not trace its backward.
+
+    All heads at once, and what is gathered is kept for the backward.
+    """
+    part = DTensor.from_local(torch.cat([key, value], 3), mesh, [Shard(2)], run_check=False)
+    # `full_tensor` does this too, but the compiler of PyTorch 2.10 does not trace it.
+    both = part.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    if view.layout is not None:
+        both = view.layout.join(both, 2)
+    keys, values = both.split([key.shape[3], value.shape[3]], 3)
+    whole = slice(None)
+    parts = [
+        flash_attention(
+            query[:, :, rows], keys[:, :, seen], values[:, :, seen], mask=mask,
+            bias=_part(bias, whole, rows, seen), sinks=sinks, return_lse=True, **settings,
+        )
+        for rows, seen, mask in view.parts
+    ]  # fmt: skip
+    out, lse = (torch.cat(x, 2) for x in zip(*parts, strict=True))
+    return out, lse
 
 
 def _view(mask: AttentionMask, shard: _Shard, device: torch.device, by_position: bool) -> _View:
