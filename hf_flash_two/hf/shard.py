@@ -30,6 +30,7 @@ if TYPE_CHECKING or torch.distributed.is_available():
 current = context.current
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+_BY_LENGTH = {"dynamic", "longrope"}
 _BIASES = WeakIdKeyDictionary()
 """By the position bias that a model made of its shard, the one of the whole sequence."""
 
@@ -53,7 +54,10 @@ def begin(running: ForwardPass, kwargs: dict[str, Any]) -> dict[str, Any]:
     if spread is None:
         return {}
     family = model.config.model_type
-    reason = _why_not(model) if running.around is None else None
+    tokens = kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    length = 0 if tokens is None else tokens.shape[1] * spread.ranks
+    reason = _why_not(model, length)
     if family not in families.SHARDABLE:
         reason = f"{family} is not among the families tested so; docs/parallel.md says which are"
     if reason is not None:
@@ -63,11 +67,7 @@ def begin(running: ForwardPass, kwargs: dict[str, Any]) -> dict[str, Any]:
     given: dict[str, Any] = {}
     said, names = running.said, _parameters(type(model))
     positions, mask = said.position_ids, said.attention_mask
-    tokens = next(
-        (kwargs[x] for x in ("input_ids", "inputs_embeds") if kwargs.get(x) is not None), None
-    )
     if positions is None and "position_ids" in names and tokens is not None:
-        length = tokens.shape[1] * spread.ranks
         positions = spread.layout.positions(spread.rank, length, tokens.device)[None]
         given["position_ids"] = positions
     if isinstance(mask, Tensor) and mask.dim() != 2:
@@ -92,9 +92,21 @@ def begin(running: ForwardPass, kwargs: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _why_not(model: nn.Module) -> str | None:
-    """Why a variant of a family cannot be sharded whose usual models can."""
+def _why_not(model: nn.Module, length: int) -> str | None:
+    """Why a variant of a family cannot be sharded whose usual models can.
+
+    Args:
+        length: of the whole sequence.
+    """
     config: Any = model.config
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for rope in [given, *given.values()]:
+        kind = isinstance(rope, dict) and (rope.get("rope_type") or rope.get("type"))
+        if kind in _BY_LENGTH:
+            usual = getattr(config, "original_max_position_embeddings", None)
+            usual = rope.get("original_max_position_embeddings") or usual
+            if length > (usual or config.max_position_embeddings):
+                return f"its rotary embedding ({kind}) depends on the largest position of a shard"
     kinds = set(getattr(config, "layer_types", None) or ()) - _ATTENTION
     if kinds:
         return f"it has layers of {', '.join(sorted(kinds))}"

@@ -294,6 +294,13 @@ def check_refusals(mesh: DeviceMesh) -> None:
         refused(plain, "it has layers of linear_attention")
     finally:
         del model.config.layer_types
+    for kind in ("dynamic", "longrope"):
+        model.config.rope_parameters |= {"rope_type": kind, "original_max_position_embeddings": 32}
+        refused(plain, rf"its rotary embedding \({kind}\) depends on the largest position")
+        model.config.rope_parameters["original_max_position_embeddings"] = TOKENS
+        with context_parallel(mesh, plain) as shard:
+            model(**shard.batch)
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
     dropping = transformers.LlamaForCausalLM._from_config(
         transformers.LlamaConfig(**SIZES, attention_dropout=0.1), attn_implementation="flash_two"
     )
