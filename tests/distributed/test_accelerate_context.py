@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.distributed.tensor.experimental import context_parallel
 from transformers import DataCollatorWithFlattening, PreTrainedModel
 
-from hf_flash_two.hf import families
+from hf_flash_two.hf import compat, families
 from hf_flash_two.parallel import accelerate as seam
 
 TESTS = Path(__file__).parents[1]
@@ -233,6 +233,9 @@ def check_training(family: str, collate: Callable, rows: list, size: int = 2) ->
         )
         trainer = transformers.Trainer(model, args, train_dataset=rows, data_collator=collator)
         trainer.train()
+    # DDP hides the config, FSDP does not.
+    trainer._prepare_context_parallel_inputs(model, dict(collator.batches[0]))
+    assert model.config._attn_implementation == "flash_two"
     check_as_trained(trainer, model, family, collator.batches)
 
 
@@ -421,6 +424,17 @@ def test_a_private_name_that_changed_is_left_alone(monkeypatch, prepare) -> None
         monkeypatch.setattr(accelerate.Accelerator, "_prepare_cp", prepare)
     seam.register(lambda module: True)
     assert getattr(accelerate.Accelerator, "_prepare_cp", None) is prepare
+
+
+def test_a_trainer_that_changed_is_left_alone(monkeypatch) -> None:
+    """It refuses our names itself."""
+
+    def changed(self, inputs): ...
+
+    name = "_prepare_context_parallel_inputs"
+    monkeypatch.setattr(transformers.Trainer, name, changed)
+    compat.hook_trainer()
+    assert getattr(transformers.Trainer, name) is changed
 
 
 if __name__ == "__main__":
