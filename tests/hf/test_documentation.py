@@ -15,7 +15,7 @@ from documentation import ROOT, anchors, pictures, run, snippets
 from models import DECODERS
 from transformers import ByT5Tokenizer
 
-from hf_flash_two.hf.families import NOT_POSSIBLE, UNLESS
+from hf_flash_two.hf.families import NOT_POSSIBLE, SHARDABLE, UNLESS
 
 DOCS = ROOT / "docs"
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md"))]
@@ -139,6 +139,11 @@ def test_every_layer_that_stays_as_it_is_is_documented() -> None:
     text = (DOCS / "models.md").read_text()
     missing = [name for name in (*NOT_POSSIBLE, *UNLESS) if f"`{name.split('.')[1]}`" not in text]
     assert not missing
+
+
+def test_families_that_may_be_sharded_are_listed() -> None:
+    listed = (DOCS / "parallel.md").read_text().rpartition("It is shown of:")[2]
+    assert set(re.findall(r"`([\w-]+)`", listed)) == SHARDABLE
 
 
 def test_commits_are_checked_by_the_ruff_of_the_constraints() -> None:
