@@ -83,7 +83,6 @@ def attention_forward(
         ValueError: arguments contradict each other or do not fit.
     """
     _refuse_what_others_use(module, kwargs)
-    _check_heads(module, query, key, s_aux, sinks, position_bias)
     spread = getattr(attention_mask, "spread", None) or shard.current()
     bias = None
     if cache is not None or kwargs.get("write_index") is not None:
@@ -98,6 +97,7 @@ def attention_forward(
             module, query, key, attention_mask, is_causal, sliding_window, position_ids,
             cu_seq_lens_q, cu_seq_lens_k, spread,
         )  # fmt: skip
+    _check_heads(module, query, key, s_aux, sinks, position_bias)
     if spread is not None:
         keys = key.shape[2] * spread.ranks
         position_bias = shard.whole_bias(spread, module, position_bias, keys)
