@@ -440,6 +440,13 @@ def _passing_for_sdpa(prepare: Callable) -> Callable:
         config = getattr(model, "config", None)
         if config is None or not is_ours(implementation(config)):
             return prepare(self, model, inputs, *args, **kwargs)
+        parallel = getattr(self.accelerator, "parallelism_config", None)
+        shifts = getattr(self, "label_smoother", None) or getattr(self, "compute_loss_func", None)
+        if shifts and parallel is not None and parallel.cp_enabled:
+            raise NotImplementedError(
+                "label_smoothing_factor, compute_loss_func: they would shift labels within a shard "
+                "of each row; use the model's own loss with cp_size"
+            )
         name = implementation(config)
         set_implementation(config, "sdpa")
         try:

@@ -59,8 +59,8 @@ class ForwardPass:
         gathered: the same of the whole sequence, where the model gets one shard of it.
         around: the pass within which this one runs.
         frame: the call that opened it; None while tracing.
-        caller: what was said to the model around it, where that one has no hooks or was called past
-            them, of `Said` and of labels.
+        caller: what was said to the model around it, of `Said` and of labels, and that "model",
+            where it has no hooks or was called past them.
         ones: the mask with 1 for every visible token, where the caller's may number documents.
         apart: whether all documents that were described are kept apart.
         returns_weights: whether layers are to, by what decides that.
@@ -227,5 +227,6 @@ def _said_past_hooks(model: PreTrainedModel, frame: FrameType) -> dict:
         owner = variables.get("self")
         if isinstance(owner, PreTrainedModel) and owner.config is model.config:
             given = {**variables.get("kwargs", {}), **variables}
-            return {name: given[name] for name in (*Said._fields, *LOSS) if name in given}
+            said = {name: given[name] for name in (*Said._fields, *LOSS) if name in given}
+            return said | {"model": owner}
     return {}

@@ -80,8 +80,8 @@ def _begin(running: ForwardPass, arguments: dict[str, Any]) -> dict[str, Any]:
         running.said = running.said._replace(attention_mask=given)
     replaced = shard.begin(running, arguments)
     if _is_numbered(given):
-        running.ones = (given != 0).to(given.dtype)
-        replaced = {"attention_mask": running.ones} | replaced
+        replaced = {"attention_mask": (given != 0).to(given.dtype)} | replaced
+        running.ones = replaced["attention_mask"]
     return replaced
 
 

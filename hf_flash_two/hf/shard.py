@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from hf_flash_two.hf import compat, families, forward_pass
 from hf_flash_two.hf.forward_pass import ForwardPass, once
@@ -30,6 +31,11 @@ if TYPE_CHECKING or torch.distributed.is_available():
 current = context.current
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+_PER_TOKEN = (
+    "MODEL_MAPPING_NAMES", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+)  # fmt: skip
 _BY_LENGTH = {"dynamic", "longrope"}
 _BIASES = WeakIdKeyDictionary()
 """By the position bias that a model made of its shard, the one of the whole sequence."""
@@ -57,15 +63,25 @@ def begin(running: ForwardPass, kwargs: dict[str, Any]) -> dict[str, Any]:
     tokens = kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
     length = 0 if tokens is None else tokens.shape[1] * spread.ranks
-    reason = _why_not(model, length)
+    outermost = running.around is None
+    reason = _why_not(model, kwargs, length)
+    if reason is None and outermost:
+        reason = _why_not_this_head(running, kwargs)
     if family not in families.SHARDABLE:
         reason = f"{family} is not among the families tested so; docs/parallel.md says which are"
     if reason is not None:
         raise NotImplementedError(
             f"context parallelism: {type(model).__name__} cannot get one shard of a row: {reason}"
         )
+    if outermost and tokens is not None and spread.tokens not in (None, tokens.shape[1]):
+        raise ValueError(
+            f"{type(model).__name__}: expected the {spread.tokens} tokens that context_parallel "
+            f"gives this rank, got {tokens.shape[1]}"
+        )
     given: dict[str, Any] = {}
     said, names = running.said, _parameters(type(model))
+    if outermost and "use_cache" in names:
+        given["use_cache"] = False
     positions, mask = said.position_ids, said.attention_mask
     if positions is None and "position_ids" in names and tokens is not None:
         positions = spread.layout.positions(spread.rank, length, tokens.device)[None]
@@ -83,7 +99,7 @@ def begin(running: ForwardPass, kwargs: dict[str, Any]) -> dict[str, Any]:
         if mask is None:
             shape = tokens.shape[0], tokens.shape[1] * spread.ranks
             mask = torch.ones(shape, dtype=torch.int64, device=tokens.device)
-        given["attention_mask"] = mask
+        given["attention_mask"] = (mask != 0).to(mask.dtype)
     if kwargs.get("labels") is not None or running.caller.get("labels") is not None:
         _check_loss(running, kwargs)
         if kwargs.get("labels") is not None and kwargs.get("num_items_in_batch") is None:
@@ -92,7 +108,36 @@ def begin(running: ForwardPass, kwargs: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _why_not(model: nn.Module, length: int) -> str | None:
+def _why_not_this_head(running: ForwardPass, kwargs: dict[str, Any]) -> str | None:
+    """Why the model that the user calls cannot be sharded, whatever is inside it."""
+    model = running.caller.get("model", running.model)
+    name = _class_of(model)
+    if name not in _heads(*_PER_TOKEN):
+        return f"{name} is no model that gives something for each token"
+    if getattr(model, "pooler", None) is not None:
+        return "its pooler looks at one token of a row; load it with add_pooling_layer=False"
+    for cache_name in ("cache", "past_key_values"):
+        if kwargs.get(cache_name) is not None:
+            return f"{cache_name} holds the keys of a shard alone"
+    if kwargs.get("use_cache"):
+        return "use_cache=True would keep the keys of a shard alone"
+    return None
+
+
+def _class_of(model: nn.Module) -> str:
+    """The name of its class in Transformers, of which FSDP makes another."""
+    classes = (cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers."))
+    return next(classes, type(model)).__name__
+
+
+@cache
+def _heads(*tables: str) -> frozenset[str]:
+    """The classes that these tables of Transformers name."""
+    named = [x for table in tables for x in getattr(modeling_auto, table).values()]
+    return frozenset(x for each in named for x in ([each] if isinstance(each, str) else each))
+
+
+def _why_not(model: nn.Module, kwargs: dict[str, Any], length: int) -> str | None:
     """Why a variant of a family cannot be sharded whose usual models can.
 
     Args:
@@ -113,7 +158,10 @@ def _why_not(model: nn.Module, length: int) -> str | None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv1d) and module.kernel_size != (1,):
             return f"{name} mixes neighbouring tokens"
-    if getattr(config, "output_router_logits", False):
+    scale = getattr(config, "floor_scale", None)
+    if getattr(config, "attn_temperature_tuning", False) and scale and length >= scale:
+        return "its attention temperature counts the tokens of a shard"
+    if kwargs.get("output_router_logits", getattr(config, "output_router_logits", False)):
         return "output_router_logits adds a loss that is no mean over tokens"
     return None
 
@@ -125,19 +173,18 @@ def whole(spread: Spread, shard: Tensor) -> Tensor:
 
 def _check_loss(running: ForwardPass, kwargs: dict[str, Any]) -> None:
     """Refuse a loss that would not be this rank's share of the mean over all labels."""
-    model: Any = running.model
     directly = kwargs.get("labels") is not None
     told = kwargs if directly else running.caller
+    model: Any = running.model if directly else running.caller["model"]
     # A head that was called past its hooks has to have been told the number of labels.
-    knows = told.get("num_items_in_batch") is not None or (
-        directly and "kwargs" in _parameters(type(model)) and hasattr(model, "loss_function")
-    )
+    knows = directly or told.get("num_items_in_batch") is not None
+    causal = _class_of(model) in _heads("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
     shifts = model.config.model_type in families.SHIFTS_LABELS
-    if shifts or not knows or told.get("shift_labels") is None:
+    if shifts or not causal or not knows or told.get("shift_labels") is None:
         raise NotImplementedError(
-            f"labels: {type(model).__name__} or its head would take the mean over the labels of "
-            "one shard; pass shift_labels and num_items_in_batch beside them to a causal model, as "
-            "`context_parallel` does, or compute the loss from its logits"
+            f"labels: {type(model).__name__} would take the mean over the labels of one shard, or "
+            "shift them there; pass shift_labels and num_items_in_batch beside them to a causal "
+            "model, as `context_parallel` does, or compute the loss from its logits"
         )
 
 

@@ -71,15 +71,23 @@ class Shard:
         spread: how sequences are spread over the ranks.
     """
 
-    def __init__(self, batch: dict[str, Any], spread: Spread, length: int) -> None:
-        self.batch, self.spread, self._length = batch, spread, length
+    def __init__(self, batch: dict[str, Any], spread: Spread, lengths: Mapping[int, int]) -> None:
+        self.batch, self.spread, self._lengths = batch, spread, lengths
 
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
         """The whole of what every rank has a shard of along ``dim``, without gradient or filling.
 
         Every rank must call it.
+
+        Raises:
+            ValueError: no sequence of the batch has so many tokens on a rank.
         """
-        return self.spread.gather(x.detach(), dim).narrow(dim, 0, self._length)
+        if x.shape[dim] not in self._lengths:
+            raise ValueError(
+                f"gather: expected {' or '.join(map(str, self._lengths))} tokens along dimension "
+                f"{dim}, got {x.shape[dim]}"
+            )
+        return self.spread.gather(x.detach(), dim).narrow(dim, 0, self._lengths[x.shape[dim]])
 
     def report(self) -> str:
         """The layout, and which exchange attention chose, and why, since the block began."""
@@ -110,6 +118,7 @@ def context_parallel(
         batch: ``input_ids`` or ``inputs_embeds``, and what else the model takes: 2-D
             ``attention_mask``, ``position_ids``, ``labels``, ``cu_seq_lens_q`` and ``_k``.
             Positions that are missing are counted. Rows whose length does not fit are filled up.
+            A given ``num_items_in_batch`` is that of the whole batch.
         layout: "contiguous"; "head_tail", for equal work under a causal mask; "balanced", chunks
             dealt out by the work of packed documents; "auto": the last for packed rows, else
             "head_tail".
@@ -134,19 +143,22 @@ def context_parallel(
         chosen = _balanced(whole, ranks, length)
     else:
         chosen = Layout.named(layout, ranks)
-    spread = Spread(mesh, chosen, exchange)
+    tokens = -(-length // chosen.chunks) * len(chosen.owners[0])
+    spread = Spread(mesh, chosen, exchange, tokens)
+    _check_same(spread, whole)
     if length % chosen.chunks and "attention_mask" not in whole:
         whole["attention_mask"] = torch.ones_like(whole["position_ids"])
     filled = {name: _filled(name, x, chosen.chunks) for name, x in whole.items()}
     if "shift_labels" in filled:
         count = (filled["shift_labels"] != IGNORED).sum()
-        filled.setdefault("num_items_in_batch", count / ranks)
+        filled["num_items_in_batch"] = filled.get("num_items_in_batch", count) / ranks
     part = {
         name: chosen.split(x, spread.rank, 1) if name in _SHARDED else x
         for name, x in filled.items()
     }
+    lengths = {part[x].shape[1]: whole[x].shape[1] for x in whole if x in _SHARDED}
     with spread_over(spread):
-        yield Shard(part, spread, length)
+        yield Shard(part, spread, lengths)
 
 
 def _check(batch: Mapping[str, Any]) -> None:
@@ -161,6 +173,23 @@ def _check(batch: Mapping[str, Any]) -> None:
     mask = batch.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         raise ValueError("attention_mask: expected [batch, keys]; others are not sharded")
+
+
+def _check_same(spread: Spread, whole: Mapping[str, Any]) -> None:
+    """Refuse batches that differ between ranks: attention would mix the tokens of strangers."""
+    shown = []
+    for name in ("input_ids", "attention_mask", "position_ids"):
+        x = whole.get(name)
+        x = torch.zeros(1, 1) if x is None else x
+        weights = torch.arange(1, x.numel() + 1, device=x.device).view(x.shape) % 8191
+        shown += [*x.shape, int((x.to(torch.int64) * weights).sum())]
+    device = whole["position_ids"].device
+    rows = spread.of_all(torch.tensor([shown], dtype=torch.int64, device=device))
+    if bool((rows != rows[:1]).any()):
+        raise ValueError(
+            "batch: expected the same on all ranks of the mesh; a sampler must deal rows to groups "
+            "of ranks, not to ranks"
+        )
 
 
 def _completed(batch: Mapping[str, Any]) -> dict[str, Any]:

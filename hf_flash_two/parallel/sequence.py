@@ -51,12 +51,14 @@ class Spread:
         mesh: of one dimension, or of two: heads are exchanged within the inner one.
         layout: of the sequence over all ranks of the mesh, the inner dimension counting fastest.
         exchange: "gather", "ulysses", or "auto": the one that sends less.
+        tokens: what this rank holds of each row, if that is known beforehand.
         decisions: what was chosen, and why, by how often; filled by each call.
     """
 
     mesh: DeviceMesh
     layout: Layout
     exchange: str = "auto"
+    tokens: int | None = None
     decisions: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -72,12 +74,15 @@ class Spread:
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
         """The whole of a tensor without gradient, from this rank's shard of it along ``dim``."""
-        x = x.movedim(dim, 0).contiguous()
+        return self.layout.join(self.of_all(x.movedim(dim, 0)), 0).movedim(0, dim)
+
+    def of_all(self, x: Tensor) -> Tensor:
+        """``x`` of rank 0, then of rank 1, and so on, along the first dimension."""
         for at in reversed(range(self.mesh.ndim)):
             group = self.mesh.get_group(at)
             route = Route(group, (), (x.shape[0],) * self.mesh.size(at), everything=True)
             x = route.go(x).wait()
-        return self.layout.join(x, 0).movedim(0, dim)
+        return x
 
     def whole_mask(self, keep: Tensor) -> Tensor:
         """bool [B, T] of the whole sequence from this rank's part."""

@@ -179,7 +179,7 @@ def check_logits(
     weights = torch.randn(logits.shape)
     seen = batch.get("attention_mask")
     if seen is not None and seen.shape[1] == logits.shape[1]:
-        weights = weights * seen[..., None]
+        weights = weights * (seen != 0)[..., None]
     (logits * weights).sum().backward()
     want = gradients(model)
     with context_parallel(mesh, batch) as shard:
@@ -240,7 +240,7 @@ def check_hand_written_attention(mesh: DeviceMesh) -> None:
     for kind in ("plain", "left"):
         batch = {k: x for k, x in batches()[kind].items() if k != "labels"}
         check_logits(model, batch, mesh)
-    with pytest.raises(NotImplementedError, match="labels: BloomModel or its head would take"):
+    with pytest.raises(NotImplementedError, match="labels: BloomForCausalLM would take"):
         with context_parallel(mesh, batches()["plain"]) as shard:
             model(**{k: x for k, x in shard.batch.items() if k != "position_ids"})
 
@@ -276,7 +276,7 @@ def check_refusals(mesh: DeviceMesh) -> None:
             with context_parallel(mesh, batch) as shard:
                 model(**shard.batch | changes)
 
-    refused(plain, "labels: LlamaForCausalLM or its head would take", shift_labels=None)
+    refused(plain, "labels: LlamaForCausalLM would take", shift_labels=None)
     refused(plain, "output_attentions: not possible", output_attentions=True)
     refused(plain | {"attention_mask": torch.ones(2, 1, TOKENS, TOKENS)}, "expected .batch, keys.")
     refused(plain | {"pixel_values": torch.ones(2, 3)}, "batch: pixel_values is not known")
@@ -301,6 +301,36 @@ def check_refusals(mesh: DeviceMesh) -> None:
         with context_parallel(mesh, plain) as shard:
             model(**shard.batch)
     model.config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+    refused(plain, "use_cache=True would keep the keys", use_cache=True)
+    cache = transformers.DynamicCache(config=model.config)
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    refused(plain, f"{name} holds the keys of a shard alone", **{name: cache})
+    refused(plain, "expected the 32 tokens", input_ids=plain["input_ids"][:, :5])
+    refused(plain, "output_router_logits adds a loss", output_router_logits=True)
+    bert = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
+        vocab_size=VOCABULARY,
+    )  # fmt: skip
+    for cls, message in (
+        (transformers.BertForMaskedLM, "labels: BertForMaskedLM would take the mean"),
+        (transformers.BertForSequenceClassification, "no model that gives something for each"),
+        (transformers.BertModel, "its pooler looks at one token"),
+    ):
+        encoder = cls._from_config(bert, attn_implementation="flash_two")
+        given = plain if "Masked" in cls.__name__ else {"input_ids": plain["input_ids"]}
+        refused(given, message, encoder)
+    tuned = transformers.Llama4TextConfig(
+        **SIZES, **CHANGES["Llama4"], attn_temperature_tuning=True, floor_scale=8
+    )
+    llama4 = transformers.Llama4ForCausalLM._from_config(tuned, attn_implementation="flash_two")
+    refused(plain, "its attention temperature counts the tokens of a shard", llama4)
+    with pytest.raises(ValueError, match="batch: expected the same on all ranks"):
+        own = plain["input_ids"].roll(mesh.get_local_rank(), 1)
+        with context_parallel(mesh, plain | {"input_ids": own}):
+            pass
+    with context_parallel(mesh, plain) as shard:
+        with pytest.raises(ValueError, match="gather: expected 32 tokens along dimension 1, got 3"):
+            shard.gather(torch.ones(2, 3))
     dropping = transformers.LlamaForCausalLM._from_config(
         transformers.LlamaConfig(**SIZES, attention_dropout=0.1), attn_implementation="flash_two"
     )
@@ -309,6 +339,24 @@ def check_refusals(mesh: DeviceMesh) -> None:
         with pytest.raises(ValueError, match=f"{name}: expected one of"):
             with context_parallel(mesh, plain, **{name: given}):
                 pass
+
+
+def check_a_number_of_labels_is_that_of_the_whole_batch(mesh: DeviceMesh) -> None:
+    batch = batches()["plain"]
+    count = (batch["labels"][:, 1:] != -100).sum()
+    check_training(causal_model("Llama"), batch | {"num_items_in_batch": 2 * count}, mesh)
+
+
+def check_a_mask_that_numbers_documents(mesh: DeviceMesh) -> None:
+    numbers = torch.ones(2, TOKENS, dtype=torch.int64)
+    numbers[:, 20:], numbers[1, 50:] = 2, 3
+    config = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=VOCABULARY)
+    torch.manual_seed(0)
+    bloom = transformers.BloomForCausalLM._from_config(config, attn_implementation="flash_two")
+    for model in (causal_model("Llama"), bloom):
+        check_logits(
+            model, {"input_ids": batches()["plain"]["input_ids"], "attention_mask": numbers}, mesh
+        )
 
 
 def check_report(mesh: DeviceMesh) -> None:
@@ -327,6 +375,8 @@ CHECKS = (
     check_checkpointing,
     check_sharded_parameters,
     check_refusals,
+    check_a_number_of_labels_is_that_of_the_whole_batch,
+    check_a_mask_that_numbers_documents,
     check_report,
 )
 OF_FOUR = (check_every_kind_of_batch, check_two_dimensions)
