@@ -6,12 +6,15 @@ Here the shards of a row are the rows of a batch: all but the attention is the s
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from models import DECODERS, tokens
 from torch import Tensor
+
+from hf_flash_two.hf import compat
 
 LENGTH, SHARDS = 32, 4
 FAMILIES = {family.name: family for family in DECODERS}
@@ -73,3 +76,21 @@ def test_a_first_shard_of_padding_alone_is_refused(monkeypatch) -> None:
     first = sharded(ONE)[:1]
     with pytest.raises(NotImplementedError, match="drops it"):
         model(first, position_ids=first, attention_mask=torch.zeros_like(first))
+
+
+@pytest.mark.parametrize("name", ["label_smoother", "compute_loss_func"])
+def test_losses_that_shift_labels_within_a_shard_are_refused(name: str) -> None:
+    """Of Trainer, which takes the labels from the model then."""
+    config = transformers.LlamaConfig()
+    compat.set_implementation(config, compat.FA_TWO)
+    model = SimpleNamespace(config=config)
+    prepare = compat._passing_for_sdpa(lambda self, model, inputs: config._attn_implementation)
+    for size, given in ((1, print), (2, None)):
+        parallel = SimpleNamespace(cp_enabled=size > 1)
+        trainer = SimpleNamespace(accelerator=SimpleNamespace(parallelism_config=parallel))
+        setattr(trainer, name, given)
+        assert prepare(trainer, model, {}) == "sdpa"
+    setattr(trainer, name, print)
+    with pytest.raises(NotImplementedError, match="would shift labels within a shard"):
+        prepare(trainer, model, {})
+    assert config._attn_implementation == compat.FA_TWO
