@@ -602,7 +602,7 @@ def long_but(kept: str, cases: dict[str, Callable]) -> list:
     ]
 
 
-@pytest.mark.parametrize("extra", long_but("all", EXTRAS))
+@pytest.mark.parametrize("extra", long_but("sinks", EXTRAS))
 @pytest.mark.parametrize("hiding", long_but("dense", HIDING))
 @pytest.mark.parametrize(
     "poison", [math.nan, *(pytest.param(x, marks=pytest.mark.long) for x in (math.inf, -math.inf))]

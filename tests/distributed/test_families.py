@@ -31,7 +31,7 @@ HEADS = {
     "masked": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 }
-SAMPLE = ["cohere2", "gptj", "modernbert", "t5gemma"]
+SAMPLE = ["cohere2", "t5gemma"]
 # Older versions of Transformers lack some.
 FAMILIES = sorted(x for x in SHARDABLE if any(x in names for names in HEADS.values()))
 ASKED = "FLASH_TWO_FAMILIES"
