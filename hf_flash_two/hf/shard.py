@@ -121,6 +121,9 @@ def _why_not_this_head(running: ForwardPass, kwargs: dict[str, Any]) -> str | No
             return f"{cache_name} holds the keys of a shard alone"
     if kwargs.get("use_cache"):
         return "use_cache=True would keep the keys of a shard alone"
+    for at, module in running.model.named_modules():
+        if isinstance(module, nn.Conv1d) and module.kernel_size != (1,):
+            return f"{at} mixes neighbouring tokens"
     return None
 
 
@@ -155,9 +158,6 @@ def _why_not(model: nn.Module, kwargs: dict[str, Any], length: int) -> str | Non
     kinds = set(getattr(config, "layer_types", None) or ()) - _ATTENTION
     if kinds:
         return f"it has layers of {', '.join(sorted(kinds))}"
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv1d) and module.kernel_size != (1,):
-            return f"{name} mixes neighbouring tokens"
     scale = getattr(config, "floor_scale", None)
     if getattr(config, "attn_temperature_tuning", False) and scale and length >= scale:
         return "its attention temperature counts the tokens of a shard"

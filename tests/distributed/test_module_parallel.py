@@ -6,16 +6,14 @@ All checks run in one set of processes for each number of ranks; a test for each
 from __future__ import annotations
 
 import copy
-import json
 import pickle
-import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import assert_passed, launch, run
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -178,41 +176,15 @@ CHECKS = (
 )
 
 
-def main(results: Path) -> None:
-    """In each process: every check, and what it raised."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    raised = {}
-    for check in CHECKS:
-        try:
-            check(mesh)
-            raised[check.__name__] = None
-        except Exception:
-            raised[check.__name__] = traceback.format_exc()
-        dist.barrier()
-    (results / f"{dist.get_rank()}.json").write_text(json.dumps(raised))
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module", params=WORLDS, ids=[f"{world}_processes" for world in WORLDS])
 def outcomes(request, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
-    results = tmp_path_factory.mktemp("module")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    finished = subprocess.run(
-        [*launcher, f"--nproc-per-node={request.param}", __file__, str(results)],
-        capture_output=True,
-        text=True,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return [json.loads((results / f"{rank}.json").read_text()) for rank in range(request.param)]
+    return launch(__file__, request.param, tmp_path_factory.mktemp("module"))
 
 
 @pytest.mark.parametrize("name", [check.__name__ for check in CHECKS])
 def test_processes(outcomes: list[dict[str, str | None]], name: str) -> None:
-    for rank, raised in enumerate(outcomes):
-        assert raised[name] is None, f"rank {rank}:\n{raised[name]}"
+    assert_passed(outcomes, name)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run(CHECKS, Path(sys.argv[1]))
