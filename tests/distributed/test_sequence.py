@@ -6,7 +6,6 @@ import itertools
 import os
 import sys
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import mask_cases
@@ -14,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import BATCH
-from ranks import assert_passed, launch, run
+from ranks import assert_passed, run
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -199,18 +198,12 @@ CHECKS = (
 OF_FOUR = (check_masks_by_keys, check_terms, check_two_dimensions)
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory):
-    """What went wrong, by number of processes."""
-    return cache(lambda world: launch(__file__, world, tmp_path_factory.mktemp(f"{world}")))
-
-
 @pytest.mark.parametrize(
     ("world", "name"),
     [(2, check.__name__) for check in CHECKS] + [(4, check.__name__) for check in OF_FOUR],
 )
-def test_processes(outcomes, world: int, name: str) -> None:
-    assert_passed(outcomes(world), name)
+def test_processes(outcomes_of, world: int, name: str) -> None:
+    assert_passed(outcomes_of(world), name)
 
 
 if __name__ == "__main__":
