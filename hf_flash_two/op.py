@@ -370,7 +370,47 @@ def prepared(
     laid_out = _laid_out(params, key.shape[2])
     if not query.numel() or laid_out is not params or not are_plain(params.tensors):
         return None
-    return select(kernel, query, key, value, params).prepare(query, key, value, params, with_lse)
+    chosen = select(kernel, query, key, value, params)
+    run = chosen.prepare(query, key, value, params, with_lse)
+    if run is None or run.backward is not None:
+        return run
+    return run._replace(backward=_KnownBackward(kernel))
+
+
+class _KnownBackward:
+    """The backward of calls of one kind, decided once for each layout of their tensors.
+
+    A gradient is laid out as it likes, and hooks may save tensors in other layouts.
+    """
+
+    def __init__(self, kernel: str) -> None:
+        self._kernel = kernel
+        self._runs: dict[tuple[tuple[int, ...], ...], Callable] = {}
+
+    def __call__(
+        self,
+        d_out: Tensor,
+        d_lse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        params: AttentionParams,
+        need_d_bias: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        given = (d_out, d_lse, query, key, value, out, lse, params)
+        addresses = d_out.data_ptr() | query.data_ptr() | key.data_ptr() | value.data_ptr()
+        addresses |= out.data_ptr() | lse.data_ptr()
+        if addresses % 16 or d_lse is not None or not lse.is_contiguous() or out.stride(3) != 1:
+            return _backward(*given, self._kernel, need_d_bias)
+        layout = d_out.stride(), query.stride(), key.stride(), value.stride(), out.stride()
+        run = self._runs.get(layout)
+        if run is None:
+            chosen = select(self._kernel, query, key, value, params, backward=True)
+            run = chosen.prepare_backward(*given, need_d_bias) or chosen.backward
+            self._runs[layout] = run
+        return run(*given, need_d_bias)
 
 
 def flash_attn(

@@ -265,6 +265,7 @@ def implementations(row: Row, with_fa3: bool) -> dict[str, Callable[[list[Tensor
     """Name -> what makes it of query, key, value and the gradient of the output; ours first."""
     found: dict[str, Callable[[list[Tensor]], Ours]] = {
         "flash_two": lambda tensors: Ours(row, tensors, "auto"),
+        "flash_two-hopper": lambda tensors: Ours(row, tensors, "hopper"),
         "flash_two-triton": lambda tensors: Ours(row, tensors, "triton"),
         "flash_two-free": lambda tensors: FreeOrder(row, tensors),
     }

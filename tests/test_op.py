@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -193,10 +195,10 @@ def test_a_kind_of_call_is_checked_once_and_again_when_it_changes() -> None:
     assert torch.equal(second, flash_attention(query, key, value, scale=2.0))
 
 
-def test_what_is_known_of_a_kind_of_call_is_not_taken_for_another(kernel: str) -> None:
+def test_what_is_known_of_a_kind_of_call_is_not_taken_for_another(kernel: str, device: str) -> None:
     """Calls of one shape whose masks and settings differ, and masks whose values do."""
-    query, key, value = inputs(9, 20, dtype=torch.float16)
-    keep = [torch.rand(2, 20) > 0.4 for _ in range(2)]
+    query, key, value = inputs(9, 20, dtype=torch.float16, device=device)
+    keep = [torch.rand(2, 20, device=device) > 0.4 for _ in range(2)]
     masks = [
         None, AttentionMask.causal(), AttentionMask.causal(3), AttentionMask.causal(5),
         AttentionMask.causal(query_offset=2), AttentionMask.window(2, 4),
@@ -216,6 +218,35 @@ def test_what_is_known_of_a_kind_of_call_is_not_taken_for_another(kernel: str) -
         for call, out in zip(calls, want, strict=True):
             assert torch.equal(run(**call), out)
     assert len({tuple(out.flatten().tolist()) for out in want}) == len(want)
+
+
+def test_a_known_backward_takes_every_layout(kernel: str, device: str) -> None:
+    """Gradients and saved tensors come in layouts of their own; each is as if it were the first."""
+    tensors = [x.requires_grad_() for x in inputs(9, 20, dtype=torch.float16, device=device)]
+    upstream = torch.randn_like(flash_attention(*tensors, kernel=kernel))
+    rows = upstream[:, :, :1].expand_as(upstream)
+    room = upstream.new_empty(upstream.numel() + 1)[1:].view_as(upstream)
+    strided = upstream.mT.contiguous().mT
+    gradients = [upstream, upstream.transpose(1, 2).contiguous().transpose(1, 2), strided]
+    gradients += [rows, room.copy_(upstream), upstream]
+
+    def turned(x: Tensor) -> Tensor:
+        return x.mT.contiguous().mT if x.dim() == 4 else x.clone()
+
+    def run(d_out: Tensor, hooks: bool = False) -> tuple[Tensor, ...]:
+        with saved_tensors_hooks(turned, lambda x: x) if hooks else nullcontext():
+            out = flash_attention(*tensors, mask=AttentionMask.causal(), kernel=kernel)
+        return torch.autograd.grad(out, tensors, d_out)
+
+    want = []
+    for d_out in gradients:
+        attention._calls.clear()
+        want.append(run(d_out))
+    attention._calls.clear()
+    for hooks in (False, True, False):
+        for d_out, expected in zip(gradients, want, strict=True):
+            for got, one in zip(run(d_out, hooks), expected, strict=True):
+                assert torch.equal(got, one)
 
 
 # torch.compile

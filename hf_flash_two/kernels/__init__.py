@@ -6,13 +6,14 @@ A kernel is a package here with two functions:
   or None. It may look at everything but the tensors' values. It runs in each call, so it remembers
   its answers. A package whose backward computes other calls than its forward also has
   ``declines_backward``, with the same arguments.
-- ``load() -> (forward, backward)`` or ``(forward, backward, prepare)``, imported on first use:
+- ``load() -> (forward, backward)``, and perhaps ``prepare`` and ``prepare_backward``, imported on
+  first use:
   ``forward(query, key, value, params) -> (out, lse)`` and
   ``backward(d_out, d_lse, query, key, value, out, lse, params, need_d_bias) -> (dq, dk, dv, d_bias,
   d_sinks)``;
   ``prepare(query, key, value, params, with_lse)`` gives what computes all calls that differ from
   this one in their tensors' values only, a `Prepared`, or None. The kernel then declines by nothing
-  else either.
+  else either. ``prepare_backward``, with the arguments of ``backward``, gives such a backward.
 
 CONTRIBUTING.md says what a new one touches.
 """
@@ -38,6 +39,7 @@ class Kernel(NamedTuple):
     forward: Callable
     backward: Callable
     prepare: Callable[..., Prepared | None] = lambda *call: None
+    prepare_backward: Callable[..., Callable | None] = lambda *call: None
 
 
 def select(

@@ -354,6 +354,36 @@ def test_many_heads_to_a_key_decode_together(device: str, group: int) -> None:
     torch.testing.assert_close(attend(*tensors), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["causal", "window", "requests", "left-padded"])
+def test_the_keys_of_a_part_of_a_prompt_are_split(
+    monkeypatch: pytest.MonkeyPatch, device: str, name: str
+) -> None:
+    """Also those of a server's requests, where tiles of queries would leave processors idle."""
+    monkeypatch.setattr(config, "_LONG", (256, 4))
+    if INTERPRETED:
+        monkeypatch.setattr(config, "device_of", lambda index: config.Device(32, 2**17))
+    queries, keys = 70, 333
+    tensors = inputs(queries, keys, heads=(2, 1), head_dim=16, value_dim=16, device=device)
+    if name == "requests":
+        tensors = [x[:1] for x in tensors]
+        of_keys = torch.tensor([0, 5, 130, 131, keys], device=device)
+        of_queries = torch.tensor([0, 5, 30, 31, queries], device=device)
+        mask = AttentionMask.from_documents(
+            of_keys, query_cu_seqlens=of_queries, key_length=keys, causal=True
+        )
+    elif name == "left-padded":
+        start = torch.tensor([[0], [290]], device=device)
+        keep = torch.arange(keys, device=device) >= start
+        mask = AttentionMask.causal() & AttentionMask.from_padding(keep)
+    else:
+        mask = AttentionMask.causal(window=40 if name == "window" else None)
+    query, key, value = tensors
+    assert config.decodes(*tensors) and not config.decodes(query, key[:, :, :256], value)
+    params = SimpleNamespace(bias=None, dense=None, block_q=None, block_k=None)
+    assert config.decode_tiles(*tensors, params).splits(keys) > 1
+    check("triton", *tensors, mask=mask, visible=mask.to_dense(queries, keys, device))
+
+
 @pytest.mark.parametrize("programs", [1, 8, 70, 100, 128, 133, 512, 4096])
 def test_decode_keeps_the_processors_busy(programs: int) -> None:
     splits = config._splits(programs, 132, 128)

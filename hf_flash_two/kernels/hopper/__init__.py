@@ -68,8 +68,8 @@ def _device_declines(device: torch.device, by_name: bool) -> str | None:
     return reason
 
 
-def load() -> tuple[Callable, Callable, Callable]:
-    """The forward, the backward and `prepare`; imports Triton."""
+def load() -> tuple[Callable, ...]:
+    """The forward, the backward and what prepares each; imports Triton."""
     from hf_flash_two.kernels.hopper import backward, forward
 
-    return forward.forward, backward.backward, forward.prepare
+    return forward.forward, backward.backward, forward.prepare, backward.prepare

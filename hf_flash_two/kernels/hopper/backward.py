@@ -6,6 +6,7 @@ the results it takes a float32 dQ, two float32 for each row, and an int32 for ea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -50,12 +51,66 @@ def backward(
         ordered: the same inputs give the same bits; else dQ is summed in whatever order its parts
             arrive.
     """
-    query, key, value, d_out = [_as_tma_copies(x) for x in (query, key, value, d_out)]
+    query, key, value, d_out = [
+        x if _tma_copies(x) else x.clone(memory_format=torch.contiguous_format)
+        for x in (query, key, value, d_out)
+    ]
     out = out if out.stride(3) == 1 else out.contiguous()
-    lse = lse.contiguous()
+    given = (d_out, d_lse, query, key, value, out, lse.contiguous(), params)
+    return _differentiate(_planned(ordered, *given), ordered, *given)
+
+
+def prepare(
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    params: AttentionParams,
+    need_d_bias: bool,
+) -> Callable | None:
+    """`backward` for all calls that differ from this one in tensors' values only, or None."""
+    if not all(map(_tma_copies, (query, key, value, d_out))):
+        return None
+    plan = _planned(True, d_out, d_lse, query, key, value, out, lse, params)
+    return lambda *given: _differentiate(plan, True, *given[:-1])
+
+
+def _tma_copies(x: Tensor) -> bool:
+    return x.stride(3) == 1 and tma_fits(x)
+
+
+def _planned(
+    ordered: bool,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    params: AttentionParams,
+) -> _Plan:
     with on_device(query):
         make = _ordered_plan if ordered else _free_plan
-        plan = planned(make, params, (query, key, value), (d_out, out, lse, d_lse))
+        return planned(make, params, (query, key, value), (d_out, out, lse, d_lse))
+
+
+def _differentiate(
+    plan: _Plan,
+    ordered: bool,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    params: AttentionParams,
+) -> tuple[Tensor, Tensor, Tensor, None, Tensor | None]:
+    with on_device(query):
         dq, dk, dv = [query.new_empty_strided(*layout) for layout in plan.gradients]
         of_rows = lse.new_empty(plan.rows_shape)
         dq_sum = lse.new_empty(plan.dq_sum_size)
@@ -81,11 +136,6 @@ def backward(
                 d_out, d_lse, query, key, value, out, lse, params, dq, dk, dv,
             )  # fmt: skip
     return dq, dk, dv, None, gradient_of_sinks(params, lse, of_rows[1])
-
-
-def _as_tma_copies(x: Tensor) -> Tensor:
-    """``x``, or a copy where TMA cannot step through it."""
-    return x if x.stride(3) == 1 and tma_fits(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,8 +36,8 @@ def _declines(device: torch.device, dtype: torch.dtype, by_name: bool) -> str | 
     return None
 
 
-def load() -> tuple[Callable, Callable, Callable]:
-    """The forward, the backward and `prepare`; imports Triton."""
+def load() -> tuple[Callable, ...]:
+    """The forward, the backward and what prepares each; imports Triton."""
     from hf_flash_two.kernels.triton import backward, forward
 
-    return forward.forward, backward.backward, forward.prepare
+    return forward.forward, backward.backward, forward.prepare, backward.prepare

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,9 +99,54 @@ def backward(
     """Gradients of query, key, value, bias and sinks."""
     inputs = (query, key, value, d_out)
     query, key, value, d_out = [x if x.stride(3) == 1 else x.contiguous() for x in inputs]
-    lse = lse.contiguous()
+    given = (d_out, d_lse, query, key, value, out, lse.contiguous(), params)
+    return _differentiate(_planned(*given), *given, need_d_bias)
+
+
+def prepare(
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    params: AttentionParams,
+    need_d_bias: bool,
+) -> Callable | None:
+    """`backward` for all calls that differ from this one in tensors' values only, or None."""
+    if any(x.stride(3) != 1 for x in (query, key, value, d_out)):
+        return None
+    return partial(_differentiate, _planned(d_out, d_lse, query, key, value, out, lse, params))
+
+
+def _planned(
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    params: AttentionParams,
+) -> _Plan:
     with on_device(query):
-        plan = planned(_plan, params, (query, key, value), (d_out, out, lse, d_lse))
+        return planned(_plan, params, (query, key, value), (d_out, out, lse, d_lse))
+
+
+def _differentiate(
+    plan: _Plan,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    params: AttentionParams,
+    need_d_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    with on_device(query):
         dq, dk, dv = [query.new_empty_strided(*layout) for layout in plan.gradients]
         row_lse, delta = lse.new_empty(plan.rows_shape), lse.new_empty(plan.rows_shape)
         weigh = params.bias is not None and params.sinks is None

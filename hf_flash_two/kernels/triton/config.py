@@ -22,6 +22,8 @@ from hf_flash_two.kernels.triton.tile import BAND, INTERVALS, NO_MASK
 
 _MOST_COLUMNS = 256
 _DECODE_ROWS = 64
+_LONG = 1024, 4
+"""Keys, and keys for each query, from which on splitting them pays for more than `_DECODE_ROWS`."""
 _SPLIT_KEYS = 256
 _TMA_LENGTH = 256
 _MOST_SCORES = 2**13
@@ -207,10 +209,21 @@ def forward_tiles(query: Tensor, value: Tensor, params: AttentionParams) -> Tile
 
 
 def decodes(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether there are so few queries that a tile holds those of all heads of a group."""
-    length = query.shape[2]
+    """Whether the keys are to be split over programs.
+
+    They are where a tile holds the queries of all heads of a group, and where a part of a prompt,
+    or the requests of a server, meet so many keys that tiles of queries leave processors idle.
+    """
+    length, key_length = query.shape[2], key.shape[2]
     rows = length * (query.shape[1] // key.shape[1])
-    return length == 1 or rows <= _DECODE_ROWS and rows <= _decode_rows(query, value)
+    block_q = _decode_rows(query, value)
+    if length == 1 or rows <= block_q:
+        return True
+    least, for_each = _LONG
+    if key_length < max(least, for_each * length):
+        return False
+    programs = triton.cdiv(rows, block_q) * query.shape[0] * key.shape[1]
+    return 2 * programs <= _device(query).processors
 
 
 def _decode_rows(query: Tensor, value: Tensor) -> int:
