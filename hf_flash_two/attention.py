@@ -52,6 +52,7 @@ def flash_attention(
     kernel: str = "auto",
     q_bucket_size: int | None = None,
     k_bucket_size: int | None = None,
+    deterministic: bool = True,
     **unknown: Never,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(cap(scale * Q K^T) + bias) V in memory linear in the sequence, forward and backward.
@@ -79,13 +80,16 @@ def flash_attention(
             raises where it cannot compute the call, in the forward or in the backward.
         q_bucket_size, k_bucket_size: upper limits on the tiles of queries and keys. Triton's have
             at least 16 of each, and in decoding sizes of their own.
+        deterministic: False lets the backward on Hopper GPUs add up the gradient of the queries in
+            any order, which is faster, unless ``torch.use_deterministic_algorithms(True)``.
 
     Returns:
         out [B, Hq, Tq, Dv], laid out in memory as ``query`` is, and on request lse [B, Hq, Tq] in
         float32 (float64 for float64). A row that sees no key has out 0, lse -inf and gradients 0.
         All is computed and returned in the dtype of ``value``, because rotary embeddings and norms
         may upcast queries and keys; under autocast in autocast's dtype, unless ``value`` is
-        float64. Statistics and sums are float32 (float64). The same inputs give the same bits.
+        float64. Statistics and sums are float32 (float64). The same inputs give the same bits,
+        unless ``deterministic`` is False.
 
     Raises:
         ValueError: an argument does not fit; the message names it, what was expected and what came.
@@ -98,7 +102,9 @@ def flash_attention(
         _refuse(unknown)
     eager = is_eager(query, key, value)
     mask = _as_mask(mask)
-    settings = (scale, softcap, dropout_p, q_bucket_size, k_bucket_size, kernel)
+    if deterministic is False:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    settings = (scale, softcap, dropout_p, q_bucket_size, k_bucket_size, deterministic, kernel)
     recorded = eager and is_recorded(query, key, value)
     kind, run, with_lse = None, None, return_lse or recorded
     if eager and bias is None and alibi_slopes is None and sinks is None and not dropout_p:
@@ -152,7 +158,7 @@ def flash_attention_gradients(
         The gradients of query, key, value, bias and sinks, the last two in the shape that
         `flash_attention` took, or None without one.
     """
-    settings = (scale, softcap, 0.0, q_bucket_size, k_bucket_size, kernel)
+    settings = (scale, softcap, 0.0, q_bucket_size, k_bucket_size, True, kernel)
     query, key, value, params = _validated(
         query, key, value, _as_mask(mask), settings, bias, alibi_slopes, sinks, None
     )
@@ -184,7 +190,9 @@ def _validated(
     for tensor in (mask.query_start, mask.dense):
         if tensor is not None and tensor.device != query.device:
             mask = mask.to(query.device)
-    scale, softcap, dropout_p, q_bucket_size, k_bucket_size = _check_settings(head_dim, *settings)
+    scale, softcap, dropout_p, block_q, block_k, deterministic = _check_settings(
+        head_dim, *settings
+    )
     params = AttentionParams(
         mask.query_start,
         mask.query_stop,
@@ -200,8 +208,9 @@ def _validated(
         scale,
         softcap,
         dropout_p,
-        q_bucket_size,
-        k_bucket_size,
+        block_q,
+        block_k,
+        deterministic,
     )
     if params.alibi_slopes is not None:
         _check_constant("alibi_slopes", params.alibi_slopes, "pass `bias`")
@@ -370,8 +379,9 @@ def _check_settings(
     dropout_p: float,
     q_bucket_size: int | None,
     k_bucket_size: int | None,
+    deterministic: bool,
     kernel: str,
-) -> tuple[float, float, float, int | None, int | None]:
+) -> tuple[float, float, float, int | None, int | None, bool]:
     """All but the first and the last as numbers of Python; softcap 0 is off."""
     _check_constant("scale", scale, "multiply query by it")
     number = head_dim**-0.5 if scale is None else _number("scale", scale)
@@ -388,7 +398,9 @@ def _check_settings(
     k_bucket_size = _check_bucket("k_bucket_size", k_bucket_size)
     if kernel not in KERNELS:
         raise ValueError(f"kernel: expected one of {KERNELS}, got {kernel!r}")
-    return number, softcap, dropout_p, q_bucket_size, k_bucket_size
+    if not isinstance(deterministic, bool):
+        raise ValueError(f"deterministic: expected True or False, got {deterministic!r}")
+    return number, softcap, dropout_p, q_bucket_size, k_bucket_size, deterministic
 
 
 def _check_bucket(name: str, size: int | None) -> int | None:

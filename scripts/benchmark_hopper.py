@@ -28,6 +28,7 @@ from datetime import date
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import benchmark
 import torch
@@ -36,7 +37,7 @@ from benchmark import failure
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hf_flash_two import AttentionMask, flash_attention, op
+from hf_flash_two import AttentionMask, flash_attention
 from hf_flash_two.testing import kernel_calls
 
 TOKENS = 16384
@@ -124,13 +125,13 @@ Backward = Callable[[], "tuple[Tensor, ...]"]
 class Ours:
     """`flash_attention` by one kernel, or by those that "auto" takes."""
 
-    def __init__(self, row: Row, tensors: list[Tensor], kernel: str) -> None:
+    def __init__(self, row: Row, tensors: list[Tensor], **settings: Any) -> None:
         self._leaves = [x.detach().requires_grad_() for x in tensors[:3]]
-        self._d_out, self._mask, self._kernel = tensors[3], row.mask(), kernel
+        self._d_out, self._given = tensors[3], {"mask": row.mask(), **settings}
         self._out = self._attend()
 
     def _attend(self) -> Tensor:
-        return flash_attention(*self._leaves, mask=self._mask, kernel=self._kernel)
+        return flash_attention(*self._leaves, **self._given)
 
     def forward(self) -> Tensor:
         with torch.no_grad():
@@ -140,35 +141,13 @@ class Ours:
         return torch.autograd.grad(self._out, self._leaves, self._d_out, retain_graph=True)
 
 
-class FreeOrder(Ours):
-    """Our backward with dQ summed in whatever order its parts arrive."""
-
-    def __init__(self, row: Row, tensors: list[Tensor]) -> None:
-        super().__init__(row, tensors, "hopper")
-        self._calls: list[tuple] = []
-        op.observers.append(lambda *call: self._calls.append(call))
-        try:
-            self._out, self._lse = flash_attention(
-                *self._leaves, mask=self._mask, kernel="hopper", return_lse=True
-            )
-        finally:
-            op.observers.pop()
-
-    def backward(self) -> tuple[Tensor, ...]:
-        from hf_flash_two.kernels.hopper.backward import backward
-
-        params = self._calls[0][-1]
-        inputs = (x.detach() for x in (*self._leaves, self._out, self._lse))
-        return backward(self._d_out, None, *inputs, params, False, ordered=False)[:3]
-
-
 class Sdpa(Ours):
     """PyTorch's function by one of its backends."""
 
     def __init__(self, row: Row, tensors: list[Tensor], backend: str) -> None:
         self._backend = getattr(SDPBackend, backend)
         self._settings = {"is_causal": row.workload == "causal"}
-        super().__init__(row, tensors, "")
+        super().__init__(row, tensors)
 
     def _attend(self) -> Tensor:
         with sdpa_kernel(self._backend):
@@ -184,7 +163,7 @@ class FlashAttention(Ours):
         if row.workload == "left-padded":
             lengths = torch.tensor(row.documents, device=DEVICE)
             self._padding = torch.arange(row.length, device=DEVICE) >= row.length - lengths[:, None]
-        super().__init__(row, [self._packed(x) for x in tensors], "")
+        super().__init__(row, [self._packed(x) for x in tensors])
 
     def _packed(self, x: Tensor) -> Tensor:
         x = x.transpose(1, 2)
@@ -264,10 +243,10 @@ def load_fa3(folder: Path) -> None:
 def implementations(row: Row, with_fa3: bool) -> dict[str, Callable[[list[Tensor]], Ours]]:
     """Name -> what makes it of query, key, value and the gradient of the output; ours first."""
     found: dict[str, Callable[[list[Tensor]], Ours]] = {
-        "flash_two": lambda tensors: Ours(row, tensors, "auto"),
-        "flash_two-hopper": lambda tensors: Ours(row, tensors, "hopper"),
-        "flash_two-triton": lambda tensors: Ours(row, tensors, "triton"),
-        "flash_two-free": lambda tensors: FreeOrder(row, tensors),
+        "flash_two": lambda tensors: Ours(row, tensors),
+        "flash_two-hopper": lambda tensors: Ours(row, tensors, kernel="hopper"),
+        "flash_two-triton": lambda tensors: Ours(row, tensors, kernel="triton"),
+        "flash_two-free": lambda tensors: Ours(row, tensors, deterministic=False),
     }
     if row.workload in ("full", "causal"):
         for name, backend in (("cudnn", "CUDNN_ATTENTION"), ("flash", "FLASH_ATTENTION")):

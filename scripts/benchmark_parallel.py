@@ -5,9 +5,10 @@
 
 Each row is a model and a batch of one row; each column a way to spread it over the ranks: by keys
 ("gather"), by heads ("ulysses"), what "auto" takes, and PyTorch's own context parallelism with sdpa
-(plain causal rows only, the one it knows). Scaling is one GPU's time over W times that of W GPUs.
-Bytes are what a rank sends in a step, divided by the number of layers. With one process there is
-nothing to compare. Without a GPU it runs small sizes with gloo, which tells nothing of speed.
+(on GPUs and of plain causal rows, all that it knows). Scaling is one GPU's time over W times that
+of W GPUs. Bytes are what a rank sends in a step, divided by the number of layers. With one process
+there is nothing to compare. Without a GPU it runs small sizes with gloo, which tells nothing of
+speed.
 """
 
 from __future__ import annotations
@@ -63,35 +64,57 @@ def main() -> int:
         for given, usual in zip((args.length, args.layers, args.width), sizes, strict=True)
     )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    found = []
-    for row in args.rows:
-        batch = make_batch(row, length, device)
-        model = make_model(row, layers, width, args.window, length, device)
-        alone = measure(model, partial(nullcontext, batch), args.repeats, layers)
-        found.append({"row": row, "way": "one rank", **alone})
-        for way in args.ways:
-            if way == "torch" and row != "causal":
-                continue
-            model.set_attn_implementation("sdpa" if way == "torch" else "flash_two")
-            enter = partial(spread, way, mesh, batch)
-            result = measure(model, enter, args.repeats, layers)
-            if alone["ms"] and result["ms"]:
-                result["scaling"] = alone["ms"] / result["ms"] / mesh.size()
-            found.append({"row": row, "way": way, **result})
-        del model
-    if dist.get_rank() == 0:
-        name = torch.cuda.get_device_name() if gpu else "CPU, gloo"
-        head = {
+    name = torch.cuda.get_device_name() if gpu else "CPU, gloo"
+    report = Report(
+        {
             "machine": f"{mesh.size()} x {name}", "torch": torch.__version__,
             "transformers": transformers.__version__, "hf_flash_two": hf_flash_two.__version__,
             "date": str(datetime.date.today()), "length": length, "layers": layers, "width": width,
             "window": args.window, "repeats": args.repeats,
-        }  # fmt: skip
-        print(table(head, found))
-        if args.json:
-            args.json.write_text(json.dumps({**head, "rows": found}, indent=1) + "\n")
+        },
+        args.json,
+    )  # fmt: skip
+    for row in args.rows:
+        batch = make_batch(row, length, device)
+        model = make_model(row, layers, width, args.window, length, device)
+        alone = measure(model, partial(nullcontext, batch), args.repeats, layers)
+        report.add({"row": row, "way": "one rank", **alone})
+        for way in args.ways:
+            if way == "torch" and not (gpu and row == "causal"):
+                continue
+            model.set_attn_implementation("sdpa" if way == "torch" else "flash_two")
+            enter = partial(spread, way, mesh, batch, model)
+            result = measure(model, enter, args.repeats, layers)
+            if alone["ms"] and result["ms"]:
+                result["scaling"] = alone["ms"] / result["ms"] / mesh.size()
+            report.add({"row": row, "way": way, **result})
+        del model
     dist.destroy_process_group()
     return 0
+
+
+class Report:
+    """What rank 0 prints, and writes to a file, as soon as it is known."""
+
+    _COLUMNS = ("row", "way", "ms", "scaling", "GiB", "MiB sent per layer")
+
+    def __init__(self, head: dict[str, Any], path: Path | None) -> None:
+        self._head, self._path = head, path
+        self._rows: list[dict[str, Any]] = []
+        self._print(" | ".join(str(x) for x in head.values()))
+        self._print("".join(f"{name:>20}" for name in self._COLUMNS))
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
+        cells = [row.get(name, "") for name in self._COLUMNS]
+        shown = [f"{x:.3g}" if isinstance(x, float) else str(x) for x in cells]
+        self._print("".join(f"{x:>20}" for x in shown) + f"  {row.get('note', '')}")
+        if self._path and dist.get_rank() == 0:
+            self._path.write_text(json.dumps({**self._head, "rows": self._rows}, indent=1) + "\n")
+
+    def _print(self, line: str) -> None:
+        if dist.get_rank() == 0:
+            print(line, flush=True)
 
 
 def make_model(
@@ -134,12 +157,20 @@ def make_batch(row: str, length: int, device: torch.device) -> dict[str, Tensor]
 
 
 @contextmanager
-def spread(way: str, mesh: DeviceMesh, batch: dict[str, Tensor]) -> Iterator[dict[str, Any]]:
+def spread(
+    way: str, mesh: DeviceMesh, batch: dict[str, Tensor], model: nn.Module
+) -> Iterator[dict[str, Any]]:
     """What the model gets on this rank."""
     if way != "torch":
         with context_parallel(mesh, batch, exchange=way) as shard:
             yield shard.batch
         return
+    # As Accelerate prepares a model: every layer is causal and sees no mask.
+    hooks = [
+        module.register_forward_pre_hook(_without_mask, with_kwargs=True)
+        for name, module in model.named_modules()
+        if name.endswith("self_attn")
+    ]
     shifted = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     shards = {"shift_labels": shifted} | {name: x.clone() for name, x in batch.items()}
     buffers = list(shards.values())
@@ -147,6 +178,12 @@ def spread(way: str, mesh: DeviceMesh, batch: dict[str, Tensor]) -> Iterator[dic
         mesh, buffers=buffers, buffer_seq_dims=[1] * len(buffers), no_restore_buffers=set(buffers)
     ):
         yield shards | {"num_items_in_batch": (shifted != -100).sum() / mesh.size()}
+    for hook in hooks:
+        hook.remove()
+
+
+def _without_mask(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return args, kwargs | {"attention_mask": None, "is_causal": True}
 
 
 def measure(
@@ -202,17 +239,6 @@ def counted() -> Iterator[dict[str, int]]:
         yield counter
     finally:
         dist.all_gather_into_tensor, dist.all_to_all_single = before
-
-
-def table(head: dict[str, Any], found: list[dict[str, Any]]) -> str:
-    columns = ("row", "way", "ms", "scaling", "GiB", "MiB sent per layer")
-    lines = [" | ".join(str(x) for x in head.values()), ""]
-    lines.append("".join(f"{name:>20}" for name in columns))
-    for result in found:
-        cells = [result.get(name, "") for name in columns]
-        shown = [f"{x:.3g}" if isinstance(x, float) else str(x) for x in cells]
-        lines.append("".join(f"{x:>20}" for x in shown) + f"  {result.get('note', '')}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def test_others_are_given_the_same_attention(
     monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
     monkeypatch.setitem(sys.modules, "flash_attn.cute", fake_flash_attn(calls))
     tensors = row.tensors()
-    ours = bench.Ours(row, tensors, "blockwise")
+    ours = bench.Ours(row, tensors)
     wanted = [ours.forward(), *ours.backward()]
     other = bench.FlashAttention4(row, tensors, ordered=True)
     shown = other.shown((other.forward(), *other.backward()))

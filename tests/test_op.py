@@ -25,7 +25,7 @@ from torch.utils.checkpoint import (
 )
 
 from hf_flash_two import AttentionMask, attention, flash_attention
-from hf_flash_two.op import is_eager
+from hf_flash_two.op import FORWARD_NAMES, is_eager
 from hf_flash_two.testing import KernelCall, kernel_calls
 
 FORWARD = torch.ops.hf_flash_two.flash_attn_fwd
@@ -247,6 +247,23 @@ def test_a_known_backward_takes_every_layout(kernel: str, device: str) -> None:
         for d_out, expected in zip(gradients, want, strict=True):
             for got, one in zip(run(d_out, hooks), expected, strict=True):
                 assert torch.equal(got, one)
+
+
+def test_torch_may_insist_on_determinism(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What kernels are told, call by call; the default never asks for less."""
+    at = FORWARD_NAMES.index("deterministic")
+
+    def told(**given) -> bool:
+        return op_arguments(monkeypatch, inputs(9, 20), **given)[at]
+
+    assert told() and told(deterministic=True) and not told(deterministic=False)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert told(deterministic=False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    with pytest.raises(ValueError, match="deterministic: expected True or False, got None"):
+        told(deterministic=None)
 
 
 # torch.compile

@@ -20,11 +20,11 @@ if TYPE_CHECKING or torch.distributed.is_available():
     from hf_flash_two.parallel.sequence import Spread, attend_over_mesh
 
 # Other attention functions read these; here they change no result. cu_seq_lens hold the lengths,
-# every kernel is deterministic, and the shapes tell the groups of heads.
+# and the shapes tell the groups of heads.
 _INFORMATIONAL = frozenset(
     {
-        "max_length_q", "max_length_k", "max_seqlen_q", "max_seqlen_k", "deterministic",
-        "kernel_options", "layer_idx", "num_key_value_groups",
+        "max_length_q", "max_length_k", "max_seqlen_q", "max_seqlen_k", "kernel_options",
+        "layer_idx", "num_key_value_groups",
     }
 )  # fmt: skip
 
@@ -51,6 +51,7 @@ def attention_forward(
     block_indices: Tensor | None = None,
     cache=None,
     output_attentions: bool | None = None,
+    deterministic: bool | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | tuple[Tensor, ...] | None]:
     """Attention with the signature of `transformers.AttentionInterface`.
@@ -70,6 +71,7 @@ def attention_forward(
         indices: [B, Tq, n], the keys each query may see; block_indices: the same by blocks of
             ``module.indexer.block_size`` keys, [B, groups, Tq, n], negative for none.
         cache: the paged cache of continuous batching; None where the layer has written to it.
+        deterministic: see `flash_attention`; None is True.
 
     Returns:
         out [B, Tq, Hq, Dv], contiguous, and the attention weights [B, Hq, Tq, Tk] if
@@ -120,7 +122,8 @@ def attention_forward(
     terms: dict[str, Any] = dict(scale=scaling, bias=bias, softcap=softcap, sinks=s_aux)
     terms["return_lse"] = wants_weights or row_sinks is not None
     if spread is None:
-        out = flash_attention(query, key, value, mask=mask, dropout_p=dropout, **terms)
+        terms |= dict(dropout_p=dropout, deterministic=deterministic is not False)
+        out = flash_attention(query, key, value, mask=mask, **terms)
     else:
         shard.check_layer(module, dropout, wants_weights)
         out = attend_over_mesh(query, key, value, mask, spread, **terms)

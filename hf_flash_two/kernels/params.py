@@ -32,6 +32,7 @@ class AttentionParams(NamedTuple):
         window_left, window_right: how far a query sees behind and ahead; None is unbounded.
         scale, softcap, dropout_p: 0 turns softcap and dropout_p off.
         block_q, block_k: the caller's limit on tile sizes, or None.
+        deterministic: the same inputs give the same bits. Kernels may always keep to it.
     """
 
     query_start: Tensor | None
@@ -50,6 +51,7 @@ class AttentionParams(NamedTuple):
     dropout_p: float
     block_q: int | None
     block_k: int | None
+    deterministic: bool = True
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -87,7 +89,7 @@ class Prepared(NamedTuple):
 
 
 SCHEMA_TYPES = {
-    Tensor | None: "Tensor?", int: "SymInt", int | None: "SymInt?", float: "float",
+    Tensor | None: "Tensor?", int: "SymInt", int | None: "SymInt?", float: "float", bool: "bool",
 }  # fmt: skip
 SCHEMA = {
     name: SCHEMA_TYPES[annotation] for name, annotation in get_type_hints(AttentionParams).items()

@@ -1,4 +1,5 @@
-"""Checks that several processes on one CPU run together; a test for each reads how it went.
+"""Checks that several processes run together, on one CPU or a GPU each; a test for each reads how
+it went.
 
 A file of such tests is also the script that its processes run.
 """
@@ -20,11 +21,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
-def run(checks: Sequence[Callable[[DeviceMesh], None]], results: Path) -> None:
+def run(checks: Sequence[Callable[[DeviceMesh], None]], results: Path, device: str = "cpu") -> None:
     """In each process: every check, and what it raised."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
     raised = {}
     for check in checks:
         try:
@@ -39,15 +42,18 @@ def run(checks: Sequence[Callable[[DeviceMesh], None]], results: Path) -> None:
     dist.destroy_process_group()
 
 
-def launch(file: str, world: int, results: Path) -> list[dict[str, str | None]]:
+def launch(
+    file: str, world: int, results: Path, device: str = "cpu"
+) -> list[dict[str, str | None]]:
     """By rank: what each check of ``file`` raised, None for those that passed."""
+    # Transformers would put models on a GPU if it saw one.
+    hidden = {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     finished = subprocess.run(
         [*launcher, f"--nproc-per-node={world}", file, str(results)],
         capture_output=True,
         text=True,
-        # Transformers would put models on a GPU if it saw one.
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | hidden,
     )
     assert finished.returncode == 0, finished.stderr
     return [json.loads((results / f"{rank}.json").read_text()) for rank in range(world)]

@@ -131,8 +131,17 @@ def run_in_threads(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
     return torch.cat([found[row] for row in range(rows)])
 
 
+def _drop_zeros(parameter: nn.Parameter) -> None:
+    assert parameter.grad is not None
+    if not parameter.grad.any():
+        parameter.grad = None
+
+
 def run_on_gpus(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
     shared = nn.DataParallel(model.cuda())
+    # Replicas give parameters that no output depends on a gradient of 0.
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(_drop_zeros)
     return shared(**{name: x.cuda() for name, x in given.items()}).cpu()
 
 

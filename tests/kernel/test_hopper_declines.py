@@ -162,27 +162,32 @@ def test_limits_on_tiles_are_left_to_the_portable_kernels(declined: Callable) ->
         assert "cannot be limited" in declined(call(**{name: 32}))[0]
 
 
+WINDOW = {"mask": AttentionMask.causal(window=9)}
+PADDED = {"mask": AttentionMask.from_padding(torch.ones(2, 4096))}
 TAKEN = {
-    "short": ({"lengths": (1024, 1024)}, (False, False)),
-    "2k": ({"lengths": (2048, 2048)}, (True, False)),
-    "16k": ({"lengths": (16384, 16384)}, (True, True)),
-    "D64": ({"lengths": (4096, 4096), "dims": (64, 64)}, (True, True)),
-    "D256": ({"lengths": (4096, 4096), "dims": (256, 256)}, (True, False)),
-    "window": ({"lengths": (4096, 4096), "mask": AttentionMask.causal(window=9)}, (True, False)),
-    "padded": (
-        {"lengths": (4096, 4096), "mask": AttentionMask.from_padding(torch.ones(2, 4096))},
-        (True, False),
-    ),
+    "short": (1024, {}, (False, False)),
+    "2k": (2048, {}, (True, True)),
+    "2k D64": (2048, {"dims": (64, 64)}, (True, False)),
+    "2k window": (2048, WINDOW, (True, False)),
+    "16k": (16384, {}, (True, True)),
+    "D64": (4096, {"dims": (64, 64)}, (True, True)),
+    "D96": (4096, {"dims": (96, 96)}, (True, False)),
+    "D192": (4096, {"dims": (192, 192)}, (True, True)),
+    "D192-128": (4096, {"dims": (192, 128)}, (True, False)),
+    "D256": (4096, {"dims": (256, 256)}, (True, False)),
+    "D256 in any order": (4096, {"dims": (256, 256), "deterministic": False}, (True, True)),
+    "window": (4096, WINDOW, (True, True)),
+    "padded": (4096, PADDED, (True, True)),
 }
 
 
-@pytest.mark.parametrize(("given", "taken"), TAKEN.values(), ids=TAKEN)
+@pytest.mark.parametrize(("length", "given", "taken"), TAKEN.values(), ids=TAKEN)
 def test_auto_takes_what_was_timed(
-    monkeypatch: pytest.MonkeyPatch, given: dict, taken: tuple[bool, bool]
+    monkeypatch: pytest.MonkeyPatch, length: int, given: dict, taken: tuple[bool, bool]
 ) -> None:
     """The forward and the backward, each where it is known to beat the portable kernels."""
     monkeypatch.setattr(hopper, "_device_declines", lambda device, by_name: None)
-    described = call(**{"mask": AttentionMask.causal(), **given})
+    described = call((length, length), **given)
     for ask, want in zip((hopper.declines, hopper.declines_backward), taken, strict=True):
         reason = ask(*described, by_name=False)
         assert (reason is None) == want

@@ -36,7 +36,7 @@ from hf_flash_two.kernels.params import (
 
 _SAYS = """
 query_start query_stop key_bounds dense bias alibi_slopes sinks
-query_offset window_left window_right scale block_q block_k
+query_offset window_left window_right scale block_q block_k deterministic
 """.split()
 _TERMS = [at for at, name in enumerate(AttentionParams._fields) if name not in _SAYS]
 """Every other field, those to come included, changes scores in a way that the op does not know."""

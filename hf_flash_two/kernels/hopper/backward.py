@@ -43,13 +43,10 @@ def backward(
     lse: Tensor,
     params: AttentionParams,
     need_d_bias: bool,
-    ordered: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key, value, bias and sinks.
 
-    Args:
-        ordered: the same inputs give the same bits; else dQ is summed in whatever order its parts
-            arrive.
+    Unless ``params.deterministic``, dQ is summed in whatever order its parts arrive.
     """
     query, key, value, d_out = [
         x if _tma_copies(x) else x.clone(memory_format=torch.contiguous_format)
@@ -57,7 +54,7 @@ def backward(
     ]
     out = out if out.stride(3) == 1 else out.contiguous()
     given = (d_out, d_lse, query, key, value, out, lse.contiguous(), params)
-    return _differentiate(_planned(ordered, *given), ordered, *given)
+    return _differentiate(_planned(*given), *given)
 
 
 def prepare(
@@ -74,8 +71,8 @@ def prepare(
     """`backward` for all calls that differ from this one in tensors' values only, or None."""
     if not all(map(_tma_copies, (query, key, value, d_out))):
         return None
-    plan = _planned(True, d_out, d_lse, query, key, value, out, lse, params)
-    return lambda *given: _differentiate(plan, True, *given[:-1])
+    plan = _planned(d_out, d_lse, query, key, value, out, lse, params)
+    return lambda *given: _differentiate(plan, *given[:-1])
 
 
 def _tma_copies(x: Tensor) -> bool:
@@ -83,7 +80,6 @@ def _tma_copies(x: Tensor) -> bool:
 
 
 def _planned(
-    ordered: bool,
     d_out: Tensor,
     d_lse: Tensor | None,
     query: Tensor,
@@ -94,13 +90,11 @@ def _planned(
     params: AttentionParams,
 ) -> _Plan:
     with on_device(query):
-        make = _ordered_plan if ordered else _free_plan
-        return planned(make, params, (query, key, value), (d_out, out, lse, d_lse))
+        return planned(_plan, params, (query, key, value), (d_out, out, lse, d_lse))
 
 
 def _differentiate(
     plan: _Plan,
-    ordered: bool,
     d_out: Tensor,
     d_lse: Tensor | None,
     query: Tensor,
@@ -122,7 +116,7 @@ def _differentiate(
             # Two consumers mark each key of a wide head.
             empty = key.new_zeros if plan.tiles.block_d > 128 else key.new_empty
             marked_keys = empty(key.shape[:3], dtype=torch.int8)
-        if ordered:
+        if params.deterministic:
             turns = rows.order(params, query.shape[2], key.shape[2], plan.tiles.setup)
         plan.gradients_of(
             query, key, value, d_out, of_rows, dq_sum, dk, dv,
@@ -150,16 +144,7 @@ class _Plan:
     convert: Launch
 
 
-def _ordered_plan(*given) -> _Plan:
-    return _plan(True, *given)
-
-
-def _free_plan(*given) -> _Plan:
-    return _plan(False, *given)
-
-
 def _plan(
-    ordered: bool,
     params: AttentionParams,
     query: Tensor,
     key: Tensor,
@@ -171,7 +156,7 @@ def _plan(
 ) -> _Plan:
     batch, heads, query_length, head_dim = query.shape
     key_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
-    tiles = backward_tiles(query, key, value, params, ordered)
+    tiles, ordered = backward_tiles(query, key, value, params), params.deterministic
     block_d, block_v = tiles.block_d, tiles.block_v
     block_q, block_k = tiles.setup.BLOCK_Q, tiles.setup.BLOCK_K
     key_tiles = triton.cdiv(key_length, block_k)

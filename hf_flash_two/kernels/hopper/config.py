@@ -29,7 +29,10 @@ _WIDTHS = (64, 96, 128, 192, 256)
 ROWS = 64
 """Queries of a consumer."""
 _TIMED = 2048, 4096
-"""The fewest queries of which the forward and the backward were timed beside the portable ones."""
+"""From so many queries on forward and backward were faster than the portable ones wherever timed,
+the backward of full and causal attention at head dim 128 from as many as the forward."""
+_TIMED_WIDTHS = {True: (64, 128, 192), False: (64, 128, 192, 256)}
+"""Head dims at which the backward was; in a fixed order, in any order."""
 _CACHED = 2**25
 """Bytes of keys and values that programs at work together share in the L2 cache."""
 
@@ -68,13 +71,13 @@ def forward_is_slow(query: Tensor) -> str | None:
 
 def backward_is_slow(query: Tensor, value: Tensor, params: AttentionParams) -> str | None:
     """Why "auto" does not take the backward although it computes the call, or None."""
-    if query.shape[2] < _TIMED[1]:
-        return f"its backward is known to be faster from {_TIMED[1]} queries on"
-    if (query.shape[3], value.shape[3]) not in ((64, 64), (128, 128)):
-        return "its backward is known to be faster for head dims of 64 and 128"
-    if params.query_start is not None or params.window_left is not None:
-        return "its backward is known to be faster for full and causal attention"
-    return None
+    known = "its backward is known to be faster"
+    widths = _TIMED_WIDTHS[params.deterministic]
+    if query.shape[3] != value.shape[3] or query.shape[3] not in widths:
+        return f"{known} for head dims of {widths}"
+    masked = params.query_start is not None or params.window_left is not None
+    least = _TIMED[masked or query.shape[3] != 128]
+    return f"{known} from {least} queries on" if query.shape[2] < least else None
 
 
 def padded(head_dim: int) -> int:
@@ -225,7 +228,7 @@ class BackwardTiles:
 
 
 def backward_tiles(
-    query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, ordered: bool
+    query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
 ) -> BackwardTiles:
     """Tiles of the backward, and the order in which its programs start."""
     query_length, key_length = query.shape[2], key.shape[2]
@@ -237,13 +240,14 @@ def backward_tiles(
     block_q, block_k = 128 if narrow else 64, 64 if wide else 128
     value_width = 128 if wide and value.shape[3] <= 128 else width
     masked = intervals or band_hides(query_length, key_length, params)
+    ordered = params.deterministic
     down = ordered and (intervals or right)
     grouped = query.shape[1] > key.shape[1]
-    together = turned = 0
-    if grouped or ordered and not down:
-        together = 8
-    if down and not intervals:
-        turned = 2**30 if grouped else 0
+    together, turned = 1, 0
+    if grouped and not (ordered and intervals) or ordered and not down:
+        together = 2 if wide else 8
+    if down and grouped and not intervals:
+        turned = 2**30
     setup = Setup(
         MASK=(INTERVALS if intervals else BAND if left or right else NO_MASK).value,
         LEFT=left,
@@ -265,4 +269,4 @@ def backward_tiles(
         BLOCK_Q=block_q,
         BLOCK_K=block_k,
     )
-    return BackwardTiles(setup, width, value_width, max(together, 1), turned)
+    return BackwardTiles(setup, width, value_width, together, turned)
