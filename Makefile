@@ -51,7 +51,7 @@ test-newest:
 	rm -rf .venv-newest
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=/dev/null
 
-# docs/versions.md: enters the last run of the tests in VENV.
+# The record of tested versions and docs/versions.md: enters the last run of the tests in VENV.
 versions: $(INSTALLED)
 	$(BIN)/python scripts/versions.py $(VENV)/tests-*.xml
 
