@@ -93,16 +93,18 @@ def test_without_triton(monkeypatch, capsys) -> None:
     assert "triton         not installed\n" in said and "Triton is not installed" in said
 
 
-@pytest.mark.parametrize("fault", ["wrong", "raises"])
+@pytest.mark.parametrize("fault", ["output", "gradient", "raises"])
 def test_a_kernel_that_computes_wrongly_is_a_problem(fault: str, monkeypatch, capsys) -> None:
-    def attention(*inputs, mask, kernel):
+    def attention(query, key, value, mask, kernel):
         if kernel == "blockwise" and fault == "raises":
             raise RuntimeError("a reason\nand more")
-        out = true(*inputs, mask=mask, kernel=kernel)
-        # The last rows alone, and so little that it could be rounding in half precision.
-        return out * torch.linspace(1, 1.001, out.shape[2], device=out.device)[:, None]
+        # By so little that it could be rounding in half precision.
+        if fault == "gradient":
+            value = value + 1e-3 * (value - value.detach())
+        out = right(query, key, value, mask=mask, kernel=kernel)
+        return out * 1.001 if fault == "output" else out
 
-    true = doctor.flash_attention
+    right = doctor.flash_attention
     monkeypatch.setattr(doctor, "flash_attention", attention)
     monkeypatch.setattr(doctor, "_device_and_dtype", lambda: (torch.device("cpu"), torch.float32))
     assert doctor.main([]) == 1

@@ -38,9 +38,7 @@ def make_targets(workflow: str) -> Iterator[str]:
     for job in load(workflow)["jobs"].values():
         for row in matrix_of(job):
             for step in job.get("steps", []):
-                run = step.get("run", "")
-                for name, value in row.items():
-                    run = run.replace(f"${{{{ matrix.{name} }}}}", value)
+                run = step.get("run", "").replace("$TARGETS", row.get("targets", ""))
                 for words in re.findall(r"^make (.*)$", run, re.M):
                     yield from (word for word in words.split() if "=" not in word)
 
