@@ -38,7 +38,7 @@ _LENGTH = 4096
 _QUERIES, _KEYS, _PADDED = 67, 83, 20
 """Of the call that kernels are tested with."""
 _PASSES = {"forward": False, "backward": True}
-_TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+_TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 _NO_COMPILER = (
     "no C compiler: Triton builds its link to the driver with one the first time a kernel runs on "
     "a GPU. Install gcc or clang (apt install gcc, dnf install gcc, conda install gcc), or name "
@@ -324,10 +324,10 @@ def _errors(call: _Call, name: str) -> dict[str, float]:
 
 
 def _with_gradients(attention: Callable[..., Any], *inputs: Tensor) -> list[Tensor]:
-    """The output, and the gradients of a sum of it with different weights."""
+    """The output, and the gradients for one of it that every dtype holds exactly."""
     out = attention(*inputs)
-    weights = torch.linspace(-1, 1, out.numel()).reshape(out.shape).to(out)
-    return [out.detach(), *torch.autograd.grad((out * weights).sum(), inputs)]
+    d_out = (torch.arange(out.numel()) % 7 - 3).reshape(out.shape).to(out)
+    return [out.detach(), *torch.autograd.grad(out, inputs, d_out)]
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
@@ -350,7 +350,7 @@ def as_text(report: dict[str, Any]) -> str:
         number = found["installed"] or "not installed"
         state = "tested" if found["tested"] else "not tested" if found["installed"] else ""
         lines.append(f"  {name:15}{number:16}{state}".rstrip())
-    lines += ["", "Machine", *(f"  {what:15}{is_}" for what, is_ in _machine_rows(report))]
+    lines += ["", "Machine", *(f"  {what:15}{said}" for what, said in _machine_rows(report))]
     lines += ["", "Self-tests: the largest differences from the dense formula in float64"]
     for name, test in report["self_tests"].items():
         lines.append(f"  {name:15}{test['state']:10}{test['result']}")
@@ -379,10 +379,8 @@ def _machine_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if not machine["gpus"]:
         yield "GPU", "none that PyTorch sees"
     yield "CPU", f"{cpu['capability']}, threads: {cpu['threads']}, AMX: {said[cpu['amx']]}"
-    yield (
-        "fast products",
-        (f"bfloat16: {said[cpu['bfloat16_products']]}, float16: {said[cpu['float16_products']]}"),
-    )
+    bfloat16, float16 = (said[cpu[f"{name}_products"]] for name in ("bfloat16", "float16"))
+    yield "fast products", f"bfloat16: {bfloat16}, float16: {float16}"
     yield "C compiler", machine["c_compiler"] or "none"
     yield "Python.h", machine["python_headers"] or "none"
     yield "", "Triton needs these two at first use on a GPU, and no CUDA toolkit."

@@ -102,7 +102,7 @@ def test_a_kernel_that_computes_wrongly_is_a_problem(fault: str, monkeypatch, ca
         if fault == "gradient":
             value = value + 1e-3 * (value - value.detach())
         out = right(query, key, value, mask=mask, kernel=kernel)
-        return out * 1.001 if fault == "output" else out
+        return out + 1e-3 if fault == "output" else out
 
     right = doctor.flash_attention
     monkeypatch.setattr(doctor, "flash_attention", attention)
