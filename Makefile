@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test test-sweep fuzz fuzz-models soak test-gpu test-lowest test-middle test-newest versions \
-	quality style bench benchmarks coverage clean
+	quality style bench benchmarks coverage package-check clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -51,7 +51,7 @@ test-newest:
 	rm -rf .venv-newest
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=/dev/null
 
-# docs/versions.md: enters the last run of the tests in VENV.
+# The record of tested versions and docs/versions.md: enters the last run of the tests in VENV.
 versions: $(INSTALLED)
 	$(BIN)/python scripts/versions.py $(VENV)/tests-*.xml
 
@@ -91,8 +91,14 @@ coverage: $(INSTALLED)
 	$(BIN)/pip install -q -c $(CONSTRAINTS) scipy
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.coverage --jobs $(JOBS)
 
+# Wheel and sdist in dist/: what they hold, and the wheel in an empty environment.
+package-check:
+	$(PYTHON) -m venv .venv-package
+	.venv-package/bin/pip install -q build twine
+	.venv-package/bin/python scripts/package_check.py $(if $(TORCH),--torch "$(TORCH)")
+
 clean:
-	rm -rf .venv .venv-lowest .venv-middle .venv-newest runs build dist
+	rm -rf .venv .venv-lowest .venv-middle .venv-newest .venv-package runs build dist
 
 $(INSTALLED): $(CONSTRAINTS) pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed: make PYTHON=python3.11")'

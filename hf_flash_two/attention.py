@@ -115,7 +115,7 @@ def flash_attention(
             intervals = mask.query_start, mask.query_stop, mask.key_bounds()
             params = AttentionParams._make((*intervals, *_NO_TENSORS, *numbers))
             return flash_attn(query, key, value, params, kernel, return_lse, eager, recorded, run)
-    query, key, value, params = _validated(
+    query, key, value, params = validated(
         query, key, value, mask, settings, bias, alibi_slopes, sinks, dropout_seed
     )
     if kind is not None:
@@ -159,7 +159,7 @@ def flash_attention_gradients(
         `flash_attention` took, or None without one.
     """
     settings = (scale, softcap, 0.0, q_bucket_size, k_bucket_size, True, kernel)
-    query, key, value, params = _validated(
+    query, key, value, params = validated(
         query, key, value, _as_mask(mask), settings, bias, alibi_slopes, sinks, None
     )
     dq, dk, dv, d_bias, d_sinks = torch.ops.hf_flash_two.flash_attn_bwd(
@@ -170,7 +170,7 @@ def flash_attention_gradients(
     return dq, dk, dv, d_bias, d_sinks
 
 
-def _validated(
+def validated(
     query: Tensor,
     key: Tensor,
     value: Tensor,

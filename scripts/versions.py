@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Enters a test run into docs/versions.json, with the versions installed; writes docs/versions.md.
+"""Enters a test run into the package's record of tested versions; writes docs/versions.md from it.
 
 Without a report it only writes the page anew.
 """
@@ -15,7 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from xml.etree import ElementTree
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+RECORD, PAGE = ROOT / "hf_flash_two/tested_versions.json", ROOT / "docs/versions.md"
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "trl", "peft", "numpy")
 _COUNTS = ("passed", "failed", "skipped")
 _PAGE = """\
@@ -33,17 +34,17 @@ def main() -> int:
     parser.add_argument(
         "reports", nargs="*", type=Path, metavar="REPORT", help="what pytest --junitxml wrote"
     )
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder to write to")
+    parser.add_argument("--record", type=Path, default=RECORD, help="the runs, as JSON")
+    parser.add_argument("--page", type=Path, default=PAGE, help="where their table is written")
     args = parser.parse_args()
-    record = args.docs / "versions.json"
-    runs = json.loads(record.read_text()) if record.exists() else []
+    runs = json.loads(args.record.read_text()) if args.record.exists() else []
     if args.reports:
         missing = [str(path) for path in args.reports if not path.exists()]
         if missing:
             parser.error(f"no such report: {', '.join(missing)}; run `make test` first")
         runs = entered(runs, installed() | counted(args.reports))
-        record.write_text(json.dumps(runs, indent=1, sort_keys=True) + "\n")
-    (args.docs / "versions.md").write_text(page(runs))
+        args.record.write_text(json.dumps(runs, indent=1, sort_keys=True) + "\n")
+    args.page.write_text(page(runs))
     return 0
 
 

@@ -50,6 +50,8 @@ MAY_IMPORT = {
     "parallel": ["attention", "kernels", "masks", "parallel", "tensor_cache"],
     "hf": ["attention", "masks", "parallel", "tensor_cache", "hf"],
     "testing": ["hf", "kernels", "op", "testing"],
+    "doctor": ["attention", "hf", "kernels", "masks", "testing"],
+    "__main__": ["doctor"],
     "__init__": ["attention", "masks", "module", "parallel", "hf", "testing"],
 }
 

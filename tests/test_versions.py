@@ -35,10 +35,11 @@ def enter(monkeypatch: pytest.MonkeyPatch, folder: Path, *tests: int) -> list[di
     for number, count in enumerate(tests):
         paths.append(folder / f"{number}.xml")
         paths[-1].write_text(REPORT.format(tests=count))
-    command = ["versions.py", *map(str, paths), "--docs", str(folder)]
+    record, page = folder / "versions.json", folder / "versions.md"
+    command = ["versions.py", *map(str, paths), "--record", str(record), "--page", str(page)]
     monkeypatch.setattr(sys, "argv", command)
     assert versions.main() == 0
-    return json.loads((folder / "versions.json").read_text())
+    return json.loads(record.read_text())
 
 
 def test_a_run_is_counted_over_all_its_reports(monkeypatch, tmp_path) -> None:
@@ -67,8 +68,8 @@ def test_a_missing_report_is_told(monkeypatch, tmp_path, capsys) -> None:
 
 
 def test_the_page_in_the_documentation_is_the_record() -> None:
-    runs = json.loads((ROOT / "docs" / "versions.json").read_text())
-    assert (ROOT / "docs" / "versions.md").read_text() == versions.page(runs)
+    runs = json.loads(versions.RECORD.read_text())
+    assert versions.PAGE.read_text() == versions.page(runs)
 
 
 def pinned(name: str, constraints: str) -> str:

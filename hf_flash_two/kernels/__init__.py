@@ -68,11 +68,22 @@ def select(
                 return _loaded(found)
             reasons.append(f"{found}: {reason}")
         raise ValueError(f"kernel: none computes this call; {'; '.join(reasons)}")
-    asked = _question(_PACKAGES[name], backward)
-    if reason := asked(query, key, value, params, by_name=True):
+    if reason := declines(name, query, key, value, params, backward):
         others = " or ".join(repr(other) for other in NAMES if other != name)
         raise ValueError(f"kernel: {name!r} cannot run, {reason}; use {others}")
     return _loaded(name)
+
+
+def declines(
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    params: AttentionParams,
+    backward: bool = False,
+) -> str | None:
+    """Why the kernel of this name, asked for by it, does not compute this call, or None."""
+    return _question(_PACKAGES[name], backward)(query, key, value, params, by_name=True)
 
 
 def _question(package: Any, backward: bool) -> Callable[..., str | None]:
