@@ -155,6 +155,7 @@ class AttentionMask:
         key_length: int | None = None,
         causal: bool = False,
         window: int | None = None,
+        sink_tokens: int = 0,
     ) -> AttentionMask:
         """Several documents laid end to end; none sees another. Exactly one description is given.
 
@@ -168,6 +169,8 @@ class AttentionMask:
             key_length: number of keys; None reads it from ``cu_seqlens``, which waits for a GPU.
             causal: a query sees only keys up to its own position in its document.
             window: with ``causal``, how many keys a query sees, itself included.
+            sink_tokens: with ``window``, so many keys at the start of each document are seen by all
+                later queries of it as well (Xiao et al. 2023, arXiv:2309.17453).
         """
         given = [x is not None for x in (cu_seqlens, segment_ids, position_ids)]
         if sum(given) != 1:
@@ -180,6 +183,11 @@ class AttentionMask:
                 f"window: expected None without causal=True, got {window}; intersect with "
                 "AttentionMask.window(left, right) instead"
             )
+        if isinstance(sink_tokens, float) or sink_tokens < 0 or (sink_tokens and window is None):
+            raise ValueError(
+                "sink_tokens: expected an integer of at least 0, and 0 without a window, got "
+                f"{sink_tokens}"
+            )
         if cu_seqlens is None:
             if query_cu_seqlens is not None:
                 raise ValueError("query_cu_seqlens: expected cu_seqlens along with it, got none")
@@ -189,7 +197,13 @@ class AttentionMask:
             else:
                 begin, end = _runs(_per_token("segment_ids", segment_ids))
             mask = cls.from_intervals(begin, end, query_offset=0)
-            return mask & cls.causal(window) if causal else mask
+            if not causal:
+                return mask
+            if not sink_tokens:
+                return mask & cls.causal(window)
+            key = torch.arange(end.shape[1], device=end.device)
+            reach = torch.where(key - begin < sink_tokens, FAR, key + min(window, FAR))
+            return mask & cls.from_intervals(key, reach)
         key_cu, query_cu = cu_seqlens, cu_seqlens if query_cu_seqlens is None else query_cu_seqlens
         if (
             key_cu.dim() != 1
@@ -222,7 +236,11 @@ class AttentionMask:
             # The query that stands at this key's own place, counted from the ends of the document.
             own = last - (key_cu[document + 1] - key)
             first = torch.maximum(first, own)
-            last = last if window is None else torch.minimum(last, own + min(window, FAR))
+            if window is not None:
+                reach = own + min(window, FAR)
+                if sink_tokens:
+                    reach = torch.where(key - key_cu[document] < sink_tokens, last, reach)
+                last = torch.minimum(last, reach)
         last = torch.where(inside, last, first)
         return cls.from_intervals(first, last, query_offset=0)
 
@@ -245,6 +263,40 @@ class AttentionMask:
         key = torch.arange(ids.shape[1], device=ids.device)
         first = torch.where(ids >= 0, begin, key)
         return cls.from_intervals(first, torch.full_like(first, FAR))
+
+    @classmethod
+    def from_block_diffusion(cls, block_ids: Tensor, noisy: Tensor) -> AttentionMask:
+        """Each block of a text twice, with noise and then clean: noisy, clean, noisy, clean, ...
+
+        A noisy token sees its own noisy block, both ways, and the clean blocks before it. A clean
+        token sees its own clean block, both ways, and the clean blocks before it. A block may also
+        come clean alone, as that of a prompt.
+
+        Args:
+            block_ids: [T] or [B, T], integers that never go down; both copies of a block share one.
+            noisy: bool of the same shape; within a block the noisy tokens come first.
+
+        Raises:
+            ValueError: tokens are in another order, as that of all noisy ones before all clean
+                ones. To see it, the check waits for a GPU; ids on the CPU avoid that.
+
+        Source: Arriola et al. 2025, arXiv:2503.09573, whose order is all noisy, then all clean.
+        """
+        ids = _per_token("block_ids", block_ids)
+        if noisy.dtype != torch.bool or noisy.shape != block_ids.shape:
+            raise ValueError(
+                f"noisy: expected bool of shape {list(block_ids.shape)}, as block_ids, got "
+                f"{noisy.dtype} {list(noisy.shape)}"
+            )
+        noisy = noisy.reshape(ids.shape)
+        order = 2 * ids + ~noisy
+        if (values := all_values(order)) is not None and (values.diff() < 0).any():
+            raise ValueError(
+                "block_ids, noisy: expected each block's noisy tokens and then its clean ones, "
+                "block after block, got another order; sort the tokens by 2 * block_ids + ~noisy"
+            )
+        begin, end = _runs(order)
+        return cls.from_intervals(begin, torch.where(noisy, end, FAR), query_offset=0)
 
     @classmethod
     def from_tree(

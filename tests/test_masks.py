@@ -202,11 +202,38 @@ def positions(draw, size: Size) -> Case:
         for row, start in zip(boundaries, (0, 0, 5), strict=True)
     ]
     width = draw(st.none() | st.integers(1, 20))
-    mask = AttentionMask.from_documents(position_ids=torch.tensor(ids), causal=True, window=width)
-    visible = size.brute(
-        lambda b, i, j: part[b][i] == part[b][j] and 0 <= i - j < (width or math.inf)
+    sinks = draw(st.integers(0, 5)) if width else 0
+    mask = AttentionMask.from_documents(
+        position_ids=torch.tensor(ids), causal=True, window=width, sink_tokens=sinks
     )
-    return Case(mask, visible, f"positions {boundaries} window={width}")
+
+    def sees(b: int, i: int, j: int) -> bool:
+        near = i - j < (width or math.inf) or j - boundaries[b][part[b][j]] < sinks
+        return part[b][i] == part[b][j] and j <= i and near
+
+    description = f"positions {boundaries} window={width} sink_tokens={sinks}"
+    return Case(mask, size.brute(sees), description)
+
+
+@st.composite
+def block_diffusion(draw, size: Size) -> Case:
+    """Blocks of which some lack a copy."""
+    boundaries = cuts(draw, size.keys)
+    copies = [part_of(boundaries, j) for j in range(size.keys)]
+    rows = draw(st.sampled_from([1, BATCH]))
+    # A shift makes the first copy a clean one.
+    shifts = numbers(draw, rows, 0, 1)
+    ids = torch.tensor([[(copy + shift) // 2 for copy in copies] for shift in shifts])
+    noisy = torch.tensor([[(copy + shift) % 2 == 0 for copy in copies] for shift in shifts])
+    if rows == 1 and draw(st.booleans()):
+        ids, noisy = ids[0], noisy[0]
+    mask = AttentionMask.from_block_diffusion(ids, noisy)
+
+    def sees(b: int, i: int, j: int) -> bool:
+        clean = (copies[j] + shifts[b % rows]) % 2 == 1
+        return copies[i] == copies[j] or (clean and copies[j] < copies[i])
+
+    return Case(mask, size.brute(sees), f"block diffusion {boundaries} {shifts}")
 
 
 @st.composite
@@ -237,6 +264,7 @@ def packed(draw, size: Size) -> Case:
     query_cu = [0, *sorted(numbers(draw, len(key_cu) - 2, 0, size.queries)), size.queries]
     is_causal = draw(st.booleans())
     width = draw(st.none() | st.integers(1, 20)) if is_causal else None
+    sinks = draw(st.integers(0, 5)) if width else 0
     length = draw(st.sampled_from([None, size.keys]))
     mask = AttentionMask.from_documents(
         torch.tensor(key_cu),
@@ -244,6 +272,7 @@ def packed(draw, size: Size) -> Case:
         key_length=length,
         causal=is_causal,
         window=width,
+        sink_tokens=sinks,
     )
 
     def sees(b: int, i: int, j: int) -> bool:
@@ -252,15 +281,16 @@ def packed(draw, size: Size) -> Case:
             return False
         from_the_end = query_cu[document + 1] - i
         behind = (key_cu[document + 1] - j) - from_the_end
-        return not is_causal or 0 <= behind < (width or math.inf)
+        near = behind < (width or math.inf) or j - key_cu[document] < sinks
+        return not is_causal or (behind >= 0 and near)
 
-    description = f"packed {query_cu} {key_cu} causal={is_causal} window={width}"
+    description = f"packed {query_cu} {key_cu} causal={is_causal} window={width} {sinks}"
     return Case(mask, size.brute(sees), description)
 
 
 ANYWHERE = [full, causal, window, intervals, padding, dense]
 BOTTOM_RIGHT = [prefix, blocks, chunks]
-FROM_ZERO = [segments, positions, tree, packed]
+FROM_ZERO = [segments, positions, tree, packed, block_diffusion]
 
 
 @st.composite
@@ -847,6 +877,34 @@ REFUSALS = {
     "tree-lengths": (
         lambda: AttentionMask.from_tree([2, 2], [-1]),
         r"parents: expected 2 entries, got 1",
+    ),
+    "sink-tokens": (
+        lambda: AttentionMask.from_documents(
+            torch.tensor([0, 4]), causal=True, window=2, sink_tokens=-1
+        ),
+        r"sink_tokens: expected an integer of at least 0, and 0 without a window, got -1",
+    ),
+    "sink-tokens-without-a-window": (
+        lambda: AttentionMask.from_documents(torch.tensor([0, 4]), causal=True, sink_tokens=2),
+        r"sink_tokens: .* 0 without a window, got 2",
+    ),
+    "block-diffusion-dtype": (
+        lambda: AttentionMask.from_block_diffusion(torch.zeros(4).long(), torch.zeros(4)),
+        r"noisy: expected bool of shape \[4\], as block_ids, got torch.float32 \[4\]",
+    ),
+    "block-diffusion-shape": (
+        lambda: AttentionMask.from_block_diffusion(torch.zeros(2, 4).long(), torch.ones(4).bool()),
+        r"noisy: expected bool of shape \[2, 4\], .*got torch.bool \[4\]",
+    ),
+    "block-diffusion-halves": (
+        lambda: AttentionMask.from_block_diffusion(
+            torch.tensor([0, 0, 1, 1, 0, 0, 1, 1]), torch.arange(8) < 4
+        ),
+        r"block_ids, noisy: .*got another order; sort the tokens by 2 \* block_ids \+ ~noisy",
+    ),
+    "block-diffusion-clean-first": (
+        lambda: AttentionMask.from_block_diffusion(torch.zeros(2).long(), torch.arange(2) > 0),
+        r"block_ids, noisy: expected each block's noisy tokens and then its clean ones",
     ),
     "tree-order": (
         lambda: AttentionMask.from_tree([1, 1, 1, 1], [-1, 0, 0, 1]),
