@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test test-sweep fuzz fuzz-models soak test-gpu test-lowest test-middle test-newest versions \
-	quality style bench benchmarks coverage package-check clean
+	quality style bench benchmarks coverage package-check pictures clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -96,6 +96,10 @@ package-check:
 	$(PYTHON) -m venv .venv-package
 	.venv-package/bin/pip install -q build twine
 	.venv-package/bin/python scripts/package_check.py $(if $(TORCH),--torch "$(TORCH)")
+
+# docs/masks: the pictures of docs/masks.md.
+pictures: $(INSTALLED)
+	$(BIN)/python scripts/mask_pictures.py
 
 clean:
 	rm -rf .venv .venv-lowest .venv-middle .venv-newest .venv-package runs build dist

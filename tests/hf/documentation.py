@@ -34,18 +34,6 @@ def snippets(path: Path, *, alone: bool = False) -> list:
     ]
 
 
-def pictures(path: Path) -> list:
-    """The first code block of a document with each of the others, and the text below it."""
-    blocks = re.findall(
-        r"^```python\n(.*?)^```\n(?:\n```\n(.*?)^```$)?", path.read_text(), re.M | re.S
-    )
-    (first, _), *others = blocks
-    return [
-        pytest.param(first + code, shown, id=f"{path.stem} {number}")
-        for number, (code, shown) in enumerate(others, 1)
-    ]
-
-
 def anchors(path: Path) -> set[str]:
     """The names by which links lead to the headings of a document."""
     titles = re.findall(r"^#+ (.*)$", path.read_text(), re.M)

@@ -1,6 +1,6 @@
 """Snippets of the documents run, their commands take the options shown, their links lead somewhere.
 
-Those of docs/training.md run in test_stacks.py.
+Those of docs/training.md run in test_stacks.py, those of docs/masks.md in tests/test_mask_page.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from documentation import ROOT, anchors, pictures, run, snippets
+from documentation import ROOT, anchors, run, snippets
 from models import DECODERS
 from transformers import ByT5Tokenizer
 
@@ -49,12 +49,6 @@ def test_snippet(code: str, kernel_calls, monkeypatch, tmp_path) -> None:
     run(code.replace("fullgraph=True", "fullgraph=True, backend='eager'"))
     torch._dynamo.reset()
     assert kernel_calls or any(name in code for name in PREPARES)
-
-
-@pytest.mark.parametrize(("code", "shown"), pictures(DOCS / "masks.md"))
-def test_masks_are_what_their_pictures_show(code: str, shown: str, capsys) -> None:
-    run(code)
-    assert capsys.readouterr().out == shown
 
 
 @pytest.mark.parametrize("path", NAMED)
