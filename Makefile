@@ -15,7 +15,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test test-sweep fuzz fuzz-models soak test-gpu test-lowest test-middle test-newest versions \
-	quality style bench benchmarks coverage package-check pictures clean
+	quality style bench benchmarks coverage package-check pictures \
+	docs clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -101,8 +102,17 @@ package-check:
 pictures: $(INSTALLED)
 	$(BIN)/python scripts/mask_pictures.py
 
+# build/site: README.md and docs as a site, in an environment of its own. Warnings are errors.
+docs: .venv-docs/.installed
+	.venv-docs/bin/sphinx-build -W --keep-going -q -c docs/site . build/site
+
+.venv-docs/.installed: docs/site/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install -r $<
+	touch $@
+
 clean:
-	rm -rf .venv .venv-lowest .venv-middle .venv-newest .venv-package runs build dist
+	rm -rf .venv .venv-lowest .venv-middle .venv-newest .venv-docs .venv-package runs build dist
 
 $(INSTALLED): $(CONSTRAINTS) pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed: make PYTHON=python3.11")'

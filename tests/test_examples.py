@@ -1,4 +1,4 @@
-"""examples/: each runs as it stands, on the CPU, with a tiny model and with a folder for a model."""
+"""examples/: each runs as it stands on the CPU, with a tiny model and with a folder for a model."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def losses(trainer) -> list[float]:
 
 def test_all_examples_are_run_here() -> None:
     tests = Path(__file__).read_text()
-    assert not [path.stem for path in EXAMPLES.glob("*.py") if f'example("{path.stem}"' not in tests]
+    assert not [
+        path.stem for path in EXAMPLES.glob("*.py") if f'example("{path.stem}"' not in tests
+    ]
 
 
 def test_lora(example: Callable) -> None:

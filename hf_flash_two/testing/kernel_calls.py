@@ -37,7 +37,7 @@ class KernelCall:
 
 @contextmanager
 def kernel_calls(*, backward: bool = False) -> Iterator[list[KernelCall]]:
-    """A list that grows by a `KernelCall` with each run of a forward kernel, until the block ends.
+    """A list that grows by a `KernelCall` with each run of a forward kernel, until the block ends::
 
         with kernel_calls() as calls:
             model(**batch)

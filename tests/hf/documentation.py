@@ -36,7 +36,8 @@ def snippets(path: Path, *, alone: bool = False) -> list:
 
 def anchors(path: Path) -> set[str]:
     """The names by which links lead to the headings of a document."""
-    titles = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S)
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
     return {re.sub(r"[^a-z0-9 _-]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
