@@ -199,7 +199,7 @@ class AttentionMask:
             mask = cls.from_intervals(begin, end, query_offset=0)
             if not causal:
                 return mask
-            if not sink_tokens:
+            if window is None or not sink_tokens:
                 return mask & cls.causal(window)
             key = torch.arange(end.shape[1], device=end.device)
             reach = torch.where(key - begin < sink_tokens, FAR, key + min(window, FAR))

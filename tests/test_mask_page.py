@@ -12,6 +12,7 @@ from oracle import dense_attention, dense_mask
 from torch import Tensor
 
 from hf_flash_two import AttentionMask, flash_attention
+from hf_flash_two.testing import kernel_calls
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -160,10 +161,13 @@ def test_merged_in_the_dtype_of_the_calls(page: dict) -> None:
     assert page["strided"](*tensors, 2).dtype == torch.bfloat16
 
 
-def test_a_mask_of_ones_own_in_a_model(page: dict) -> None:
+def test_runs_are_found_in_a_mask_handed_to_a_model(page: dict) -> None:
     model, visible = page["model"], page["mask"].to_dense(24, 24)
-    model.set_attn_implementation("eager")
-    hidden = torch.zeros(1, 1, 24, 24).masked_fill(~visible, -torch.inf)
-    with torch.no_grad():
-        exact = model(page["ids"], attention_mask=hidden, position_ids=page["positions"]).logits
-    torch.testing.assert_close(page["logits"], exact, rtol=1e-4, atol=1e-5)
+    inputs = {"input_ids": page["ids"], "position_ids": page["positions"]}
+    with torch.no_grad(), kernel_calls() as calls:
+        logits = model(**inputs, attention_mask=visible).logits
+        model.set_attn_implementation("eager")
+        hidden = torch.zeros(1, 1, 24, 24).masked_fill(~visible, -torch.inf)
+        exact = model(**inputs, attention_mask=hidden).logits
+    torch.testing.assert_close(logits, exact, rtol=1e-4, atol=1e-5)
+    assert [call.mask for call in calls] == ["intervals"] * 2

@@ -715,6 +715,19 @@ MAPPED: dict[str, tuple[Callable, Tensor]] = {
         lambda x: AttentionMask.from_documents(x, key_length=6, causal=True, window=2),
         torch.tensor([[0, 2, 6], [0, 5, 6], [0, 1, 5]]),
     ),
+    "sink-tokens": (
+        lambda x: AttentionMask.from_documents(
+            segment_ids=x, causal=True, window=1, sink_tokens=1
+        ),
+        IDS,
+    ),
+    "sink-tokens-of-boundaries": (
+        lambda x: AttentionMask.from_documents(
+            x, key_length=6, causal=True, window=1, sink_tokens=2
+        ),
+        torch.tensor([[0, 2, 6], [0, 5, 6], [0, 1, 5]]),
+    ),
+    "block-diffusion": (lambda x: AttentionMask.from_block_diffusion(x // 2, x % 2 == 0), IDS),
     "prefix": (lambda x: AttentionMask.from_prefix(x, 6), torch.tensor([[1, 2], [0, 6], [3, 3]])),
     "blocks": (AttentionMask.from_blocks, IDS - 1),
     "chunked": (
