@@ -15,8 +15,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test test-sweep fuzz fuzz-models soak test-gpu test-lowest test-middle test-newest versions \
-	quality style bench benchmarks coverage package-check pictures \
-	docs clean
+	quality style bench benchmarks coverage package-check pictures docs clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo

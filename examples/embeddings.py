@@ -61,8 +61,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     texts = [text for text in texts if len(text) > 50]
     random.Random(0).shuffle(texts)
     model, tokenizer = load(args.model, args.max_length)
-    if torch.accelerator.is_available():
-        model = model.to(torch.accelerator.current_accelerator())
+    model = model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3 if args.model is None else 2e-5)
     losses = []
     for step in range(args.steps):

@@ -22,6 +22,7 @@ from transformers import (
 
 import hf_flash_two  # noqa: F401  registers "flash_two"
 
+DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 IMAGE = 300  # the id of an image token; bytes have smaller ones
 IMAGE_TOKENS = 16
 SIZE = 32
@@ -98,6 +99,8 @@ def main(arguments: list[str] | None = None) -> list[str]:
 
     loaded = real(args.model, args.image, args.text) if args.model else tiny()
     model, tokenizer, prompt, full, length = loaded
+    model = model.to(DEVICE)
+    prompt, full = ({name: x.to(DEVICE) for name, x in part.items()} for part in (prompt, full))
     labels = full["input_ids"].clone()
     labels[:, :length] = -100
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5 if args.model else 3e-3)

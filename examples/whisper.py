@@ -24,6 +24,7 @@ from transformers import (
 
 import hf_flash_two  # noqa: F401  registers "flash_two"
 
+DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 RATE = 16000
 TONES = {"low": 220, "middle": 440, "high": 880}
 
@@ -77,13 +78,14 @@ def main(arguments: list[str] | None = None) -> dict[str, str]:
         parser.error("--model, --audio, --text: give a model, its recordings and a text for each")
 
     model, extractor, tokenizer = load(args.model)
+    model = model.to(DEVICE)
     time = np.arange(RATE) / RATE
     sounds = [recording(path) for path in args.audio] or [
         np.sin(2 * np.pi * tone * time).astype(np.float32) for tone in TONES.values()
     ]
     texts = args.text or list(TONES)
-    features = extractor(sounds, sampling_rate=RATE, return_tensors="pt").input_features
-    labels = tokenizer(texts, padding=True, return_tensors="pt").input_ids
+    features = extractor(sounds, sampling_rate=RATE, return_tensors="pt").input_features.to(DEVICE)
+    labels = tokenizer(texts, padding=True, return_tensors="pt").input_ids.to(DEVICE)
     labels = labels.masked_fill(labels == tokenizer.pad_token_id, -100)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5 if args.model else 3e-3)

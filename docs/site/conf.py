@@ -26,7 +26,14 @@ NAVIGATION = {
         "docs/versions",
         "CHANGELOG",
     ],
-    "Development": ["docs/design", "docs/hopper", "docs/upstream", "CONTRIBUTING"],
+    "Development": [
+        "docs/design",
+        "docs/hopper",
+        "docs/upstream",
+        "CONTRIBUTING",
+        "CODE_OF_CONDUCT",
+        "SECURITY",
+    ],
 }
 
 project = "hf_flash_two"
