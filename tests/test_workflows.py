@@ -19,7 +19,10 @@ PYTHONS = re.findall(r":: (3\.\d+)$", "\n".join(PROJECT["classifiers"]), re.M)
 LOWEST = PROJECT["requires-python"].removeprefix(">=")
 # YAML 1.1 reads the key "on" as a truth value.
 ON = True
-MAY_ALSO = {"publish": {"publish": {"id-token": "write"}}}
+MAY_ALSO = {
+    "docs": {"deploy": {"pages": "write", "id-token": "write"}},
+    "publish": {"publish": {"id-token": "write"}},
+}
 """What jobs need beyond reading."""
 
 each_workflow = pytest.mark.parametrize("name", WORKFLOWS)
