@@ -99,7 +99,13 @@ def measure(args: argparse.Namespace) -> dict:
     return {"tokens": tokens, "ms": statistics.median(times), "peak_mib": mib, "loss": loss}
 
 
-def parse_arguments() -> argparse.Namespace:
+def measure_alone(arguments: list[str]) -> dict:
+    """`measure` in a process of its own."""
+    command = [sys.executable, __file__, *arguments]
+    return json.loads(subprocess.check_output(command, text=True))
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--prompt", type=int, default=4096, help="its tokens")
     parser.add_argument("--completion", type=int, default=512, help="the tokens of each")
@@ -111,7 +117,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layout", choices=LAYOUTS, help="measure it in this process alone")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def main() -> None:
@@ -124,8 +130,7 @@ def main() -> None:
     print(f"\n{'layout':12}{'tokens':>9}{'ms':>10}{'peak MiB':>10}{'loss':>10}")
     results = []
     for layout in LAYOUTS:
-        command = [sys.executable, __file__, *sys.argv[1:], "--layout", layout]
-        row = {"layout": layout, **json.loads(subprocess.check_output(command, text=True))}
+        row = {"layout": layout, **measure_alone([*sys.argv[1:], "--layout", layout])}
         print(
             f"{layout:12}{row['tokens']:9}{row['ms']:10.1f}{row['peak_mib']:10.0f}{row['loss']:10.5f}"
         )

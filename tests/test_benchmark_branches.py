@@ -18,11 +18,10 @@ SIZES = "--prompt 40 --completion 7 --completions 3 --layers 1 --width 64 --repe
 def in_this_process(monkeypatch) -> None:
     """Nothing is said of memory then, but no process has to import everything anew."""
 
-    def run(command: list[str], **_) -> str:
-        monkeypatch.setattr(sys, "argv", command[1:])
-        return json.dumps(benchmark_branches.measure(benchmark_branches.parse_arguments()))
+    def run(arguments: list[str]) -> dict:
+        return benchmark_branches.measure(benchmark_branches.parse_arguments(arguments))
 
-    monkeypatch.setattr(benchmark_branches.subprocess, "check_output", run)
+    monkeypatch.setattr(benchmark_branches, "measure_alone", run)
 
 
 def test_branches_are_measured_against_rows(in_this_process, monkeypatch, capsys) -> None:

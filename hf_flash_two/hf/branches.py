@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_flash_two.hf import families, shard
-from hf_flash_two.hf.forward_pass import ForwardPass, current, once
+from hf_flash_two.hf.forward_pass import ForwardPass, current
 from hf_flash_two.masks import AttentionMask
 from hf_flash_two.tensor_cache import is_symbolic
 
@@ -47,9 +47,7 @@ class Branches:
         """Whether all positions are known to be less than ``distance``."""
         if self.stop.shape[1] <= distance:
             return True
-        if is_symbolic():
-            return False
-        return once(self.positions, "longest", lambda: int(self.positions.amax())) < distance
+        return not is_symbolic() and int(self.positions.amax()) < distance
 
 
 def check(running: ForwardPass, arguments: dict[str, Any]) -> None:
@@ -105,7 +103,8 @@ def of_mask(
     running = current()
     if running is None or running.whole.subtree_stop is None:
         return None
-    stop, positions = running.whole.subtree_stop, running.whole.position_ids
+    stop: Tensor = running.whole.subtree_stop
+    positions: Any = running.whole.position_ids  # as `check` has seen
     if isinstance(q_offset, Tensor) or q_offset or not queries == keys == stop.shape[1]:
         raise ValueError(
             f"subtree_stop: expected the {stop.shape[1]} tokens of its rows in one forward and no "

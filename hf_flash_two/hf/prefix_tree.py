@@ -102,42 +102,33 @@ def merge_rows(
         with a label stands in that batch laid flat, B * T, -1 for all others.
     """
     trees: dict[tuple[int, ...], dict[str, list]] = {}
-    order: list[tuple[int, Tensor]] = []
-    for number, (ids, real, wanted) in enumerate(
-        zip(input_ids.cpu(), attention_mask.cpu().bool(), labels.cpu(), strict=True)
-    ):
+    merged: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+    columns = input_ids.cpu(), attention_mask.cpu() != 0, labels.cpu()
+    for number, (ids, real, wanted) in enumerate(zip(*columns, strict=True)):
         counted = (wanted != IGNORED) & real
         first = int(counted.int().argmax()) if counted.any() else len(ids)
         prompt = tuple(ids[:first][real[:first]].tolist())
-        places = real.nonzero()[:, 0]
-        places = places[places >= first]
-        parents = [-1] if prompt else []
-        segments = [list(prompt)] if prompt else []
-        tree = trees.setdefault(
-            prompt,
-            {
-                "segments": segments,
-                "parents": parents,
-                "labels": [[IGNORED] * len(prompt)] * len(segments),
-                "rows": [],
-            },
-        )
+        if prompt not in trees:
+            whole = [list(prompt)] if prompt else []
+            unlabelled = [[IGNORED] * len(prompt)] * len(whole)
+            trees[prompt] = {"segments": whole, "parents": [-1] * len(whole), "labels": unlabelled}
+        places = first + real[first:].nonzero()[:, 0]
         if len(places):
-            tree["segments"].append(ids[places].tolist())
-            tree["parents"].append(len(parents) - 1)
-            tree["labels"].append(wanted[places].tolist())
-            tree["rows"].append((number, places))
-    for tree in trees.values():
-        order += tree.pop("rows")
+            trees[prompt]["segments"].append(ids[places].tolist())
+            trees[prompt]["parents"].append(0 if prompt else -1)
+            trees[prompt]["labels"].append(wanted[places].tolist())
+            merged.setdefault(prompt, []).append((number, places))
     batch = PrefixTreeCollator(number_completions=True)(
-        [x for x in trees.values() if x["segments"]]
+        [tree for tree in trees.values() if tree["segments"]]
     )
     completions = batch.pop("completions").flatten()
     index = torch.full(input_ids.shape, -1)
-    for completion, (number, places) in enumerate(order):
+    in_order = (row for prompt in trees for row in merged.get(prompt, ()))
+    for completion, (number, places) in enumerate(in_order):
         index[number, places] = (completions == completion).nonzero()[:, 0]
-    index = index.masked_fill(labels.cpu() == IGNORED, -1).to(input_ids.device)
-    return {name: x.to(input_ids.device) for name, x in batch.items()}, index
+    index = index.masked_fill(columns[2] == IGNORED, -1)
+    device = input_ids.device
+    return {name: x.to(device) for name, x in batch.items()}, index.to(device)
 
 
 def completion_logps(logits: Tensor, labels: Tensor, completions: Tensor) -> tuple[Tensor, Tensor]:

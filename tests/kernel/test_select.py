@@ -18,7 +18,8 @@ from hf_flash_two.testing import kernel_calls
 def picky(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """A kernel before all others that computes calls without a bias; the passes that it ran."""
     runs = []
-    _, forward, backward, _ = kernels._loaded("blockwise")
+    blockwise = kernels._loaded("blockwise")
+    forward, backward = blockwise.forward, blockwise.backward
 
     def declines(query, key, value, params, by_name):
         return None if params.bias is None else "it adds no bias"
