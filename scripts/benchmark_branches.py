@@ -125,7 +125,11 @@ def main() -> None:
     if args.layout is not None:
         print(json.dumps(measure(args)))
         return
-    name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
+    name = (
+        torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else platform.processor() or platform.machine()
+    )
     print(f"{name}, torch {torch.__version__}, {date.today()}")
     print(f"\n{'layout':12}{'tokens':>9}{'ms':>10}{'peak MiB':>10}{'loss':>10}")
     results = []

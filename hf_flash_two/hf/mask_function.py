@@ -25,6 +25,9 @@ from hf_flash_two.hf.tensor_masks import from_tiles
 from hf_flash_two.masks import FAR, AttentionMask
 from hf_flash_two.tensor_cache import is_symbolic
 
+_FORWARD = frozenset({"blockwise_overlay", ""})
+"""Builders of mask functions beside "causal" that may show a later token."""
+
 
 @dataclass(frozen=True)
 class _Axes:
@@ -139,8 +142,8 @@ def make_mask(
             )
 
         mask = from_tiles(visible, q_length, batch_size * kv_length)
-        # Beside a dense mask intervals tell which tiles not to visit.
-        mask = mask if tree is None or mask.dense is None else mask & tree.mask()
+        if tree is not None and mask.dense is not None and kinds.isdisjoint(_FORWARD):
+            mask = mask & tree.mask()  # whose intervals tell which tiles not to visit
     hand_written = config is not None and families.is_hand_written(config)
     family = getattr(config, "model_type", None)
     # Through the interface it is not left out: layers without one may take themselves for causal.

@@ -118,8 +118,6 @@ def _says_no_more_than(outer: ForwardPass, inner: ForwardPass) -> bool:
     here, there = outer.said, inner.said
     if outer.model.config is inner.model.config:
         return True
-    if here.subtree_stop is not there.subtree_stop:
-        return False
     if here.cu_seq_lens_q is not there.cu_seq_lens_q or (
         outer.ones is not None and inner.ones is None
     ):

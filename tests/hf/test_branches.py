@@ -24,11 +24,11 @@ from scripts.coverage.inputs import find
 BY_NAME = {family.name: family for family in DECODERS}
 LLAMA = BY_NAME["llama"]
 CAUSAL = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-SAMPLE = ["gptj", "olmo2", "opt"]
+SAMPLE = ["gemma3", "gptj", "olmo2", "opt"]
 
 
 def drawn(*lengths: int, highest: int = 80) -> list[list[int]]:
-    """Some begin with the same token: completions need not differ in their first."""
+    """Random tokens, some of which come again."""
     return [torch.randint(3, highest, (length,)).tolist() for length in lengths]
 
 
@@ -151,6 +151,24 @@ def test_through_adapters() -> None:
     torch.testing.assert_close(peft.get_peft_model(model, config)(**batch).logits, expected)
 
 
+def test_blocks_of_an_image_see_each_other_within_their_branch() -> None:
+    """Gemma 3 tells them by token types, and asks for these in training."""
+    model = build("gemma3").train()
+    prompt, long, short = drawn(13, 12, 6)
+    kinds = torch.zeros(19, dtype=torch.int64)
+    kinds[4:10] = 1
+    batch = PrefixTreeCollator()([{"prompt_ids": prompt, "completion_ids": [short, long]}])
+    types = kinds[batch["position_ids"].clamp(max=18)]
+    with torch.no_grad():
+        rows = model(**batch, token_type_ids=types).logits[0]
+        alone = model(
+            torch.tensor([prompt + short]), token_type_ids=kinds[None], use_cache=False
+        ).logits[0]
+        causal = model(**batch, token_type_ids=types * 0).logits[0]
+    torch.testing.assert_close(rows[:19], alone, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(rows[:19], causal[:19], atol=1e-3)
+
+
 def refused(error: type[Exception], message: str, model=None, **changes) -> None:
     model = LLAMA.build("flash_two") if model is None else model
     batch = PrefixTreeCollator()(trees()) | changes
@@ -164,9 +182,17 @@ def test_what_does_not_describe_branches_is_refused() -> None:
     batch = PrefixTreeCollator()(trees())
     length = batch["input_ids"].shape[1]
     visible = torch.ones(3, 1, length, length, dtype=torch.bool).tril()
-    refused(NotImplementedError, "subtree_stop: .* cannot keep", attention_mask=visible)
+    for model in (None, build("falcon")):  # through the interface, and hand-written
+        refused(NotImplementedError, "subtree_stop: .* cannot keep", model, attention_mask=visible)
     cut = batch["subtree_stop"][:, 1:]
     refused(ValueError, "subtree_stop: expected .* beside position_ids", subtree_stop=cut)
+
+
+def test_layers_without_the_mask_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(
+        transformers.models.llama.modeling_llama, "create_causal_mask", lambda **_: None
+    )
+    refused(NotImplementedError, "subtree_stop: .* cannot keep")
 
 
 def test_a_cache_of_earlier_tokens_is_refused() -> None:
@@ -177,6 +203,7 @@ def test_a_cache_of_earlier_tokens_is_refused() -> None:
     mask = torch.nn.functional.pad(PrefixTreeCollator()(trees())["attention_mask"], (2, 0), value=1)
     message = "subtree_stop: expected the .* tokens of its rows in one forward"
     refused(ValueError, message, model, **{CACHE: cache}, attention_mask=mask)
+    refused(ValueError, message, model, attention_mask=mask, use_cache=False)
 
 
 def build(family: str, **changes) -> PreTrainedModel:

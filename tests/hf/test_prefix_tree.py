@@ -13,7 +13,13 @@ from documentation import ROOT, run, snippets
 from helpers import assert_same_gradients, gradients_of
 from models import DECODERS
 from torch import Tensor
-from transformers import AutoModelForCausalLM, ByT5Tokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    ByT5Tokenizer,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_flash_two import AttentionMask, PrefixTreeCollator, merge_rows
 
@@ -71,6 +77,13 @@ def test_each_token_sees_its_branch_alone() -> None:
             # The token before it in the row predicts it.
             assert tokens[visible[at - 1]].tolist() == branch[:-1]
     assert found == {token for segment in segments[1:] for token in segment}
+
+
+def test_the_first_token_of_a_tree_has_no_label() -> None:
+    """It would be predicted from the tree before it in the row."""
+    examples = [{"segments": [PROMPT, LONG], "parents": [-1, 0], "labels": [PROMPT, LONG]}] * 2
+    labels = PrefixTreeCollator(row_length=12)(examples)["labels"][0].tolist()
+    assert labels == [-100, 6, 7, *LONG] * 2
 
 
 def test_trees_fill_rows_in_their_order() -> None:
@@ -215,6 +228,32 @@ def grpo(trl, trainer: type, model: PreTrainedModel, folder: Path):
 def given(rows: list[dict]) -> dict[str, Any]:
     dataset = importlib.import_module("datasets").Dataset.from_list(rows)
     return {"train_dataset": dataset, "processing_class": TOKENIZER}
+
+
+def test_trainer(tmp_path) -> None:
+    """A step moves the weights by the gradient of the mean over all tokens of all completions."""
+    prompts, completions = drawn(11, 5), [drawn(3, 8), drawn(6)]
+    examples = [
+        {"prompt_ids": p, "completion_ids": c} for p, c in zip(prompts, completions, strict=True)
+    ]
+    model = model_of_page()
+    logps = [
+        logps_alone(model, p, x)
+        for p, several in zip(prompts, completions, strict=True)
+        for x in several
+    ]
+    loss = -torch.cat(logps).mean()
+    loss.backward()
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    wanted = {name: -0.05 * grad for name, grad in gradients_of(model).items()}
+    model.zero_grad()
+    args = TrainingArguments(
+        str(tmp_path), **SETTINGS | {"max_steps": 1, "remove_unused_columns": False}
+    )
+    trainer = Trainer(model, args, train_dataset=examples, data_collator=PrefixTreeCollator())
+    assert trainer.train().training_loss == pytest.approx(loss.item(), rel=1e-5)
+    moved = {name: weight.detach() - before[name] for name, weight in model.named_parameters()}
+    assert_same_gradients(moved, wanted, 1e-4)
 
 
 @pytest.mark.parametrize("method", [dpo, grpo])
