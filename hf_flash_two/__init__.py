@@ -6,6 +6,7 @@ from hf_flash_two.attention import flash_attention
 from hf_flash_two.hf import register
 from hf_flash_two.hf.families import register_attention
 from hf_flash_two.hf.patching import patch, patched, unpatch
+from hf_flash_two.hf.prefix_tree import PrefixTreeCollator, completion_logps, merge_rows
 from hf_flash_two.masks import AttentionMask
 from hf_flash_two.module import FlashAttentionTwo
 from hf_flash_two.parallel.context import context_parallel
@@ -14,9 +15,12 @@ from hf_flash_two.testing.parity import check_parity
 __all__ = [
     "AttentionMask",
     "FlashAttentionTwo",
+    "PrefixTreeCollator",
     "check_parity",
+    "completion_logps",
     "context_parallel",
     "flash_attention",
+    "merge_rows",
     "patch",
     "patched",
     "register_attention",

@@ -9,7 +9,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 NAVIGATION = {
-    "Guide": ["docs/models", "docs/training", "docs/serving", "docs/parallel", "docs/module"],
+    "Guide": [
+        "docs/models",
+        "docs/training",
+        "docs/serving",
+        "docs/parallel",
+        "docs/branches",
+        "docs/module",
+    ],
     "How to": [
         "docs/masks",
         "docs/moving",

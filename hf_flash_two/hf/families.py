@@ -76,6 +76,23 @@ SHARDABLE = frozenset(
     stablelm starcoder2 t5 t5_gemma_module t5gemma ultrabert ultravbert umt5 vaultgemma youtu
     """.split()
 )
+# Families in which tokens see what the mask shows, and stand where position_ids say: they may get
+# branches in a row. tests/hf/test_branches.py has shown each of them.
+BRANCHABLE = frozenset(
+    """
+    afmoe apertus apertus1p5_text arcee aria_text axk1 beam biogpt bitnet codegen cohere cohere2
+    cohere2_moe ctrl cwm dbrx deepseek_v2 deepseek_v3 diffllama dory dots1 ernie4_5 ernie4_5_moe
+    exaone exaone4 exaone_moe falcon flex_olmo flint gemma gemma2 gemma3 gemma3_text gemma4
+    gemma4_text gemma4_unified gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite gpt2
+    gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe
+    granitemoe_swa granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3
+    hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna llama llama4_text
+    longcat_flash mellum mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl_text ministral
+    ministral3 mistral mixtral modernbert-decoder nanochat nemotron olmo olmo2 olmo3 olmoe opt
+    persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe sarvam_mla sarvam_moe seed_oss
+    smollm3 solar_open stablelm starcoder2 vaultgemma xglm youtu
+    """.split()
+)
 # Those of them that count positions in the mask, and so need that of the whole row.
 MASK_IS_WHOLE = frozenset({"bloom", "falcon"})
 # Those of them whose loss drops ``shift_labels``.

@@ -37,6 +37,7 @@ class Said(NamedTuple):
         position_ids: [1 or B, T].
         attention_mask: [B, L], as the caller gave it; or anything else given as one.
         cu_seq_lens_q: [N + 1]; cu_seq_lens_k: the same, or a dict of them by kind of layer.
+        subtree_stop: [1 or B, T], see `branches`.
         output_attentions: whether the caller wants attention weights.
     """
 
@@ -44,6 +45,7 @@ class Said(NamedTuple):
     attention_mask: Tensor | None = None
     cu_seq_lens_q: Tensor | None = None
     cu_seq_lens_k: Tensor | dict | None = None
+    subtree_stop: Tensor | None = None
     output_attentions: bool | None = None
 
 

@@ -17,12 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hf_flash_two.hf import compat, families, shard
+from hf_flash_two.hf import branches, compat, families, shard
+from hf_flash_two.hf.branches import Branches
 from hf_flash_two.hf.mask_proxy import MaskProxy
 from hf_flash_two.hf.packing import demand, documents_of_mask, positions_within
 from hf_flash_two.hf.tensor_masks import from_tiles
 from hf_flash_two.masks import FAR, AttentionMask
 from hf_flash_two.tensor_cache import is_symbolic
+
+_FORWARD = frozenset({"blockwise_overlay", ""})
+"""Builders of mask functions beside "causal" that may show a later token."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +97,20 @@ def make_mask(
     keep = _padding(attention_mask, axes, q_length)
     kinds = _kinds(mask_function)
     causal = "causal" in kinds
-    documents, packed = documents_of_mask(
-        batch_size, q_length, kv_length, q_offset, kv_offset,
-        causal=causal, in_function="packed_sequence_mask_function" in kinds,
-    )  # fmt: skip
-    positions = None if documents is None else positions_within(documents, attention_mask)
-    mask = _convert(mask_function, axes, positions)
+    tree = branches.of_mask(
+        batch_size, q_length, kv_length, q_offset, attention_mask, causal=causal
+    )
+    documents = positions = None
+    if tree is not None:
+        packed, mask = True, _of_branches(mask_function, tree)
+        mask_function = _along(mask_function, tree)
+    else:
+        documents, packed = documents_of_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset,
+            causal=causal, in_function="packed_sequence_mask_function" in kinds,
+        )  # fmt: skip
+        positions = None if documents is None else positions_within(documents, attention_mask)
+        mask = _convert(mask_function, axes, positions)
     if mask is not None:
         if documents is not None:
             apart = AttentionMask.from_documents(segment_ids=documents)
@@ -130,6 +142,8 @@ def make_mask(
             )
 
         mask = from_tiles(visible, q_length, batch_size * kv_length)
+        if tree is not None and mask.dense is not None and kinds.isdisjoint(_FORWARD):
+            mask = mask & tree.mask()  # whose intervals tell which tiles not to visit
     hand_written = config is not None and families.is_hand_written(config)
     family = getattr(config, "model_type", None)
     # Through the interface it is not left out: layers without one may take themselves for causal.
@@ -165,19 +179,45 @@ def _padding(attention_mask: Tensor | None, axes: _Axes, q_length: int) -> Tenso
 
 
 def _within(function: Callable, documents: Tensor, positions: Tensor, batch: int) -> Callable:
-    """``function`` within each document; blocks and padding are looked up by place in the row."""
+    """``function`` within each document."""
     documents, positions = (x.expand(batch, -1) for x in (documents, positions))
-
-    def moved(function: Callable) -> Callable:
-        builder, arguments = compat.describe(function)
-        if builder in ("and_masks", "or_masks"):
-            return getattr(compat.masking_utils, builder)(*map(moved, arguments[0]))
-        if builder in ("blockwise_overlay", "padding_mask_function"):
-            return function
-        return lambda b, h, q, k: function(b, h, positions[b, q], positions[b, k])
-
-    inside = moved(function)
+    inside = _at_positions(function, positions)
     return lambda b, h, q, k: inside(b, h, q, k) & (documents[b, q] == documents[b, k])
+
+
+def _along(function: Callable, tree: Branches) -> Callable:
+    """``function`` along each branch."""
+    inside = _at_positions(function, tree.positions)
+    return lambda b, h, q, k: inside(b, h, q, k) & tree.related(b, q, k)
+
+
+def _at_positions(function: Callable, positions: Tensor) -> Callable:
+    """``function`` of positions [B, T]; blocks and padding are looked up by place in the row."""
+    builder, arguments = compat.describe(function)
+    if builder in ("and_masks", "or_masks"):
+        parts = (_at_positions(part, positions) for part in arguments[0])
+        return getattr(compat.masking_utils, builder)(*parts)
+    if builder == "remap_positions_for_packed_sequence":
+        return _at_positions(arguments[0], positions)
+    if builder == "packed_sequence_mask_function":
+        return compat.masking_utils.bidirectional_mask_function
+    if builder in ("blockwise_overlay", "padding_mask_function"):
+        return function
+    return lambda b, h, q, k: function(b, h, positions[b, q], positions[b, k])
+
+
+def _of_branches(function: Callable, tree: Branches) -> AttentionMask | None:
+    """The mask of the branches if ``function`` hides no token before another on its branch."""
+    builder, arguments = compat.describe(function)
+    if builder == "and_masks":
+        parts = [_of_branches(part, tree) for part in arguments[0]]
+        return None if None in parts else parts[0]
+    if builder == "remap_positions_for_packed_sequence":
+        return _of_branches(arguments[0], tree)
+    hides_nothing = builder in ("causal", "bidirectional", "packed_sequence_mask_function")
+    if builder in ("sliding_window_overlay", "chunked_overlay"):
+        hides_nothing = tree.are_within(arguments[0])
+    return tree.mask() if hides_nothing else None
 
 
 def _of_one_query(mask: AttentionMask, keep: Tensor | None, axes: _Axes) -> AttentionMask:

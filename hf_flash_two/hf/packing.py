@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from hf_flash_two.hf import compat, families, forward_pass, shard
+from hf_flash_two.hf import branches, compat, families, forward_pass, shard
 from hf_flash_two.hf.forward_pass import ForwardPass, current, once
 from hf_flash_two.masks import AttentionMask
 from hf_flash_two.tensor_cache import all_values, is_mapped, is_symbolic
@@ -78,6 +78,7 @@ def _begin(running: ForwardPass, arguments: dict[str, Any]) -> dict[str, Any]:
         # The model around this one handed on the mask of ones that it got.
         given = around.said.attention_mask
         running.said = running.said._replace(attention_mask=given)
+    branches.check(running, arguments)
     replaced = shard.begin(running, arguments)
     if _is_numbered(given):
         replaced = {"attention_mask": (given != 0).to(given.dtype)} | replaced
@@ -94,6 +95,11 @@ def _end(ending: ForwardPass) -> None:
         if around is not None and _says_no_more_than(around, ending):
             around.apart = True
         return
+    stop, around = ending.said.subtree_stop, ending.around
+    if stop is not None:
+        if around is None or not (around.apart and around.said.subtree_stop is stop):
+            _refuse(ending.model, "subtree_stop")
+        return  # the model around it has made its masks
     ends, tokens = ending.whole.cu_seq_lens_q, _tokens(ending)
     if ends is not None:
         if ends.numel() > 2:
@@ -296,6 +302,9 @@ def keep_apart_in_layer(
         shape: batch, queries and keys.
     """
     batch, queries, keys = shape
+    running = current()
+    if running is not None and running.said.subtree_stop is not None:
+        _refuse(running.model, "subtree_stop")
     if cu_seq_lens_q is not None:
         documents = _of_boundaries(cu_seq_lens_q, cu_seq_lens_k, shape)
         said = cu_seq_lens_q

@@ -93,6 +93,7 @@ def begin(running: ForwardPass, kwargs: dict[str, Any]) -> dict[str, Any]:
     running.gathered = said._replace(
         position_ids=None if positions is None else whole(spread, positions),
         attention_mask=whole(spread, mask) if isinstance(mask, Tensor) else None,
+        subtree_stop=None if said.subtree_stop is None else whole(spread, said.subtree_stop),
     )
     if family in families.MASK_IS_WHOLE and tokens is not None:
         mask = running.gathered.attention_mask
@@ -155,12 +156,22 @@ def _why_not(model: nn.Module, kwargs: dict[str, Any], length: int) -> str | Non
             usual = rope.get("original_max_position_embeddings") or usual
             if length > (usual or config.max_position_embeddings):
                 return f"its rotary embedding ({kind}) depends on the largest position of a shard"
+    return why_not_by_token(model, kwargs, length)
+
+
+def why_not_by_token(model: nn.Module, kwargs: dict[str, Any], length: int) -> str | None:
+    """Why a variant of a family looks at other tokens of a row than attention shows it.
+
+    Args:
+        length: of the whole row.
+    """
+    config: Any = model.config
     kinds = set(getattr(config, "layer_types", None) or ()) - _ATTENTION
     if kinds:
         return f"it has layers of {', '.join(sorted(kinds))}"
     scale = getattr(config, "floor_scale", None)
     if getattr(config, "attn_temperature_tuning", False) and scale and length >= scale:
-        return "its attention temperature counts the tokens of a shard"
+        return "its attention temperature counts the tokens that it gets"
     if kwargs.get("output_router_logits", getattr(config, "output_router_logits", False)):
         return "output_router_logits adds a loss that is no mean over tokens"
     return None

@@ -24,7 +24,7 @@ _SMALLEST_CHUNK = 128
 _SHARDED = {
     "input_ids": 0, "inputs_embeds": 0, "attention_mask": 0, "position_ids": 0, "token_type_ids": 0,
     "labels": IGNORED, "shift_labels": IGNORED, "decoder_input_ids": 0,
-    "decoder_attention_mask": 0,
+    "decoder_attention_mask": 0, "subtree_stop": 0,
 }  # fmt: skip
 """What of a batch is sharded, and what fills it up."""
 _NOT_SHARDED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -116,7 +116,8 @@ def context_parallel(
     Args:
         mesh: of one dimension, or of two: heads are exchanged over the inner one.
         batch: ``input_ids`` or ``inputs_embeds``, and what else the model takes: 2-D
-            ``attention_mask``, ``position_ids``, ``labels``, ``cu_seq_lens_q`` and ``_k``.
+            ``attention_mask``, ``position_ids``, ``labels``, ``cu_seq_lens_q`` and ``_k``, or
+            ``subtree_stop`` of `PrefixTreeCollator`.
             Positions that are missing are counted. Rows whose length does not fit are filled up.
             A given ``num_items_in_batch`` is that of the whole batch.
         layout: "contiguous"; "head_tail", for equal work under a causal mask; "balanced", chunks

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from hf_flash_two import context_parallel
+from hf_flash_two import PrefixTreeCollator, context_parallel
 
 VOCABULARY, TOKENS = 64, 64
 SIZES = dict(
@@ -76,6 +76,7 @@ def batches() -> dict[str, dict[str, Tensor]]:
     packed = {"input_ids": ids[:1], "position_ids": positions, "labels": apart[:1]}
     others = torch.cat([torch.arange(30), torch.arange(TOKENS - 30)])[None]
     several = torch.cat([positions, others])
+    turns = [{"segments": ids[0].split(13), "parents": [-1, 0, 0, 2, 0]}]
     bounds = dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=36, max_length_k=36)
     return {
         "plain": plain,
@@ -84,6 +85,7 @@ def batches() -> dict[str, dict[str, Tensor]]:
         "right": padded(right),
         "packed": packed,
         "boundaries": packed | bounds,
+        "branches": PrefixTreeCollator()(turns),
         "several packed rows": plain
         | {"position_ids": several, "labels": labels.masked_fill(several == 0, -100)},
     }
@@ -143,7 +145,7 @@ def check_every_kind_of_batch(mesh: DeviceMesh) -> None:
 def check_windows_softcaps_sinks_and_chunks(mesh: DeviceMesh) -> None:
     given = batches()
     for name in ("Mistral", "Gemma2", "Gemma3", "GptOss", "Llama4"):
-        for kind in ("left", "packed"):
+        for kind in ("left", "packed", "branches"):
             check_training(causal_model(name), given[kind], mesh)
 
 
@@ -323,7 +325,7 @@ def check_refusals(mesh: DeviceMesh) -> None:
         **SIZES, **CHANGES["Llama4"], attn_temperature_tuning=True, floor_scale=8
     )
     llama4 = transformers.Llama4ForCausalLM._from_config(tuned, attn_implementation="flash_two")
-    refused(plain, "its attention temperature counts the tokens of a shard", llama4)
+    refused(plain, "its attention temperature counts the tokens that it gets", llama4)
     with pytest.raises(ValueError, match="batch: expected the same on all ranks"):
         own = plain["input_ids"].roll(mesh.get_local_rank(), 1)
         with context_parallel(mesh, plain | {"input_ids": own}):

@@ -1,6 +1,7 @@
 """Snippets of the documents run, their commands take the options shown, their links lead somewhere.
 
-Those of docs/training.md run in test_stacks.py, those of docs/masks.md in tests/test_mask_page.py.
+Those of docs/training.md run in test_stacks.py, those of docs/branches.md that need TRL in
+test_prefix_tree.py, those of docs/masks.md in tests/test_mask_page.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from documentation import ROOT, anchors, run, snippets
 from models import DECODERS
 from transformers import ByT5Tokenizer
 
-from hf_flash_two.hf.families import NOT_POSSIBLE, SHARDABLE, UNLESS
+from hf_flash_two.hf.families import BRANCHABLE, NOT_POSSIBLE, SHARDABLE, UNLESS
 
 DOCS = ROOT / "docs"
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md"))]
@@ -31,6 +32,7 @@ PREPARES = ("patch(model)", "register_attention")
         *snippets(DOCS / "models.md"),
         *snippets(DOCS / "serving.md"),
         *snippets(DOCS / "parity.md"),
+        *(x for x in snippets(DOCS / "branches.md") if "import DPO" not in x.values[0]),
         *snippets(DOCS / "troubleshooting.md"),
         snippets(DOCS / "module.md", alone=True)[0],
     ],
@@ -138,6 +140,11 @@ def test_every_layer_that_stays_as_it_is_is_documented() -> None:
 def test_families_that_may_be_sharded_are_listed() -> None:
     listed = (DOCS / "parallel.md").read_text().rpartition("It is shown of:")[2]
     assert set(re.findall(r"`([\w-]+)`", listed)) == SHARDABLE
+
+
+def test_families_that_may_branch_are_listed() -> None:
+    listed = (DOCS / "branches.md").read_text().rpartition("shown equality for:")[2]
+    assert set(re.findall(r"`([\w-]+)`", listed)) == BRANCHABLE
 
 
 def test_commits_are_checked_by_the_ruff_of_the_constraints() -> None:
