@@ -84,6 +84,12 @@ def test_of_a_folder(name: str, example: Callable, folder: str) -> None:
         assert losses(example("packed_sft", *SMALL, "--model", folder, "--data", str(data)))
 
 
+def test_grpo(example: Callable, folder: str) -> None:
+    rewards = example("grpo", "--steps", "16")
+    assert sum(rewards[-4:]) > 2 * sum(rewards[:2])
+    assert len(example("grpo", "--steps", "2", "--new-tokens", "4", "--model", folder)) == 2
+
+
 def test_embeddings(example: Callable, folder: str) -> None:
     losses = example("embeddings", *SMALL, "--batch-size", "4", "--steps", "8")
     assert sum(losses[4:]) < sum(losses[:4])
