@@ -9,6 +9,8 @@ from typing import Never
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import Function
 
 from hf_flash_two.kernels import NAMES as KERNELS
 from hf_flash_two.kernels.params import TENSORS, AttentionParams, Prepared, statistics_dtype
@@ -203,8 +205,7 @@ def _validated(
         q_bucket_size,
         k_bucket_size,
     )
-    if params.alibi_slopes is not None:
-        _check_constant("alibi_slopes", params.alibi_slopes, "pass `bias`")
+    _check_constant("alibi_slopes", alibi_slopes, "pass `bias`")
     return query, key, value, params
 
 
@@ -352,8 +353,31 @@ def _check_per_head(name: str, tensor: Tensor, query: Tensor) -> Tensor:
 
 
 def _check_constant(name: str, given: object, instead: str) -> None:
-    if isinstance(given, Tensor) and given.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name}: no gradient is computed for it; detach it or {instead}")
+    if not isinstance(given, Tensor):
+        return
+    message = f"{name}: no gradient is computed for it; detach it or {instead}"
+    if given.requires_grad and torch.is_grad_enabled():
+        raise ValueError(message)
+    if forward_ad._current_level >= 0:
+        _Constant.apply(given, message)
+
+
+class _Constant(Function):
+    """Refuses tangents, at any level of `torch.func`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(given: Tensor, message: str) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return given.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.message = inputs[1]
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise ValueError(ctx.message)
 
 
 def _number(name: str, given: float) -> float:

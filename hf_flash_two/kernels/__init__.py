@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from hf_flash_two.kernels import blockwise, fused_cpu, hopper, triton
+from hf_flash_two.kernels.blockwise import tangents
 from hf_flash_two.kernels.params import AttentionParams, Prepared
 
 _PACKAGES = {"hopper": hopper, "triton": triton, "fused_cpu": fused_cpu, "blockwise": blockwise}
@@ -73,6 +74,20 @@ def select(
         others = " or ".join(repr(other) for other in NAMES if other != name)
         raise ValueError(f"kernel: {name!r} cannot run, {reason}; use {others}")
     return _loaded(name)
+
+
+def derivatives(name: str) -> tuple[Callable, Callable]:
+    """Derivatives of the forward and of the backward along a direction, for every call.
+
+    Raises:
+        ValueError: a kernel asked for by name that has none.
+    """
+    if name not in ("auto", "blockwise"):
+        raise ValueError(
+            f"kernel: {name!r} cannot run, it has no second and no forward-mode derivatives; use "
+            "'auto' or 'blockwise'"
+        )
+    return tangents.forward_jvp, tangents.backward_jvp
 
 
 def _question(package: Any, backward: bool) -> Callable[..., str | None]:

@@ -33,6 +33,7 @@ PREPARES = ("patch(model)", "register_attention")
         *snippets(DOCS / "parity.md"),
         *snippets(DOCS / "troubleshooting.md"),
         snippets(DOCS / "module.md", alone=True)[0],
+        *snippets(DOCS / "numerics.md"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
