@@ -99,7 +99,7 @@ def flash_attention(
     if unknown:
         _refuse(unknown)
     eager = is_eager(query, key, value)
-    mask = _as_mask(mask)
+    mask = as_mask(mask)
     settings = (scale, softcap, dropout_p, q_bucket_size, k_bucket_size, kernel)
     recorded = eager and is_recorded(query, key, value)
     kind, run, with_lse = None, None, return_lse or recorded
@@ -111,7 +111,7 @@ def flash_attention(
             intervals = mask.query_start, mask.query_stop, mask.key_bounds()
             params = AttentionParams._make((*intervals, *_NO_TENSORS, *numbers))
             return flash_attn(query, key, value, params, kernel, return_lse, eager, recorded, run)
-    query, key, value, params = _validated(
+    query, key, value, params = validated(
         query, key, value, mask, settings, bias, alibi_slopes, sinks, dropout_seed
     )
     if kind is not None:
@@ -155,8 +155,8 @@ def flash_attention_gradients(
         `flash_attention` took, or None without one.
     """
     settings = (scale, softcap, 0.0, q_bucket_size, k_bucket_size, kernel)
-    query, key, value, params = _validated(
-        query, key, value, _as_mask(mask), settings, bias, alibi_slopes, sinks, None
+    query, key, value, params = validated(
+        query, key, value, as_mask(mask), settings, bias, alibi_slopes, sinks, None
     )
     dq, dk, dv, d_bias, d_sinks = torch.ops.hf_flash_two.flash_attn_bwd(
         d_out, d_lse, query, key, value, out, lse, *params, kernel, need_d_bias
@@ -166,7 +166,7 @@ def flash_attention_gradients(
     return dq, dk, dv, d_bias, d_sinks
 
 
-def _validated(
+def validated(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -305,7 +305,7 @@ def _resolve_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, T
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
-def _as_mask(mask: AttentionMask | Tensor | None) -> AttentionMask:
+def as_mask(mask: AttentionMask | Tensor | None) -> AttentionMask:
     if mask is None:
         return AttentionMask.full()
     if isinstance(mask, Tensor):

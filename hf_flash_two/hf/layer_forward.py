@@ -55,7 +55,7 @@ class LayerForward:
         layer, forward = unpatched.args[0], self.previous or unpatched
         if self.believed and _asked(type(layer), args, kwargs) or asks_for_weights():
             return forward(*args, **kwargs)  # the caller wants what is saved here
-        with tracing(self.name) as tracer:
+        with tracing(self.name, layer) as tracer:
             outputs = forward(*args, **kwargs)
         return tree_map(tracer.resolve, outputs)
 

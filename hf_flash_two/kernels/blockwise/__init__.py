@@ -13,7 +13,7 @@ again with the usual online softmax.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -248,6 +248,26 @@ def reference_of(block: HeadBlock, tile: QueryTile, lse: Tensor) -> tuple[Tensor
         reference = reference.masked_fill(reference == -math.inf, 0)
         return reference, row_sum.masked_fill(row_sum == 0, 1).reciprocal()
     return reference, None
+
+
+def probabilities(
+    block: HeadBlock, tile: QueryTile, lse: Tensor, keep_capped: bool = False
+) -> Iterator[tuple[KeyTile, Tensor, Tensor | None, Tensor | None]]:
+    """(keys, P, where they are seen, softcap's tanh if kept) for each tile of keys.
+
+    P is [heads, group * rows, cols], before dropout, in memory that is used again.
+
+    Args:
+        lse: as in `reference_of`.
+    """
+    query = block.query(tile.rows)
+    reference, correction = reference_of(block, tile, lse)
+    shift = reference.neg()
+    for keys in tile.key_tiles:
+        s, capped = block.scores(query, tile.rows, keys, shift, keep_capped=keep_capped)
+        seen = block.seen(s)
+        p = where(seen, block.exp(s))
+        yield keys, p if correction is None else p.mul_(correction), seen, capped
 
 
 def _differentiate(

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_flash_two.kernels.blockwise import add_to_bias, bias_sums, is_finite, reference_of, where
+from hf_flash_two.kernels.blockwise import add_to_bias, bias_sums, is_finite, probabilities, where
 from hf_flash_two.kernels.blockwise.head_blocks import HeadBlock, head_blocks
 from hf_flash_two.kernels.blockwise.tiles import KeyTile, QueryTile
 from hf_flash_two.kernels.hidden import hides
@@ -277,13 +277,7 @@ class _Moving:
     def tiles(self, tile: QueryTile, lse: Tensor) -> Iterator[_Tile]:
         block, params, rows = self.block, self.block.params, tile.rows
         query, query_dot = block.query(rows), self.query(tile)
-        reference, correction = reference_of(block, tile, lse)
-        shift = reference.neg()
-        for keys in tile.key_tiles:
-            s, capped = block.scores(query, rows, keys, shift, keep_capped=True)
-            seen = block.seen(s)
-            p = where(seen, block.exp(s))
-            p = p if correction is None else p.mul_(correction)
+        for keys, p, seen, capped in probabilities(block, tile, lse, keep_capped=True):
             s_dot = block.product("s_dot", query_dot, block.key(keys), None, params.scale, False)
             s_dot = s_dot.baddbmm_(query, self.key(keys).mT, alpha=params.scale)
             slope = slope_dot = None
