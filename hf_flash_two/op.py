@@ -294,7 +294,9 @@ def _map_backward(op: OpOverloadPacket, schema: dict[str, str], info, in_dims, *
     return tuple(unfolded), tuple(0 if grad.numel() else None for grad in grads)
 
 
-def _implement(name: str, schema: dict[str, str], run: Callable, fake: Callable, rule: Callable):
+def _implement(
+    name: str, schema: dict[str, str], run: Callable, fake: Callable, rule: Callable
+) -> None:
     full = f"hf_flash_two::{name}"
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(full, fake)

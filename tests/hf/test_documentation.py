@@ -34,6 +34,7 @@ PREPARES = ("patch(model)", "register_attention")
         *snippets(DOCS / "troubleshooting.md"),
         snippets(DOCS / "module.md", alone=True)[0],
         *snippets(DOCS / "numerics.md"),
+        *snippets(DOCS / "weights.md"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

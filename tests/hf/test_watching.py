@@ -157,6 +157,10 @@ def test_what_cannot_be_watched_is_refused() -> None:
     with pytest.raises(ValueError, match="no attention layer does not"):
         with watch_attention(torch.nn.Linear(2, 2)):
             pass
+    bloom = WATCHED[-1].build("eager")
+    patch(bloom)
+    with watch_attention(bloom), pytest.raises(ValueError, match="output_attentions: .* own code"):
+        bloom(**padded_batch(), output_attentions=True)
     with pytest.raises(TypeError, match="model"):
         with watch_attention("org/model"):  # pyright: ignore[reportArgumentType]
             pass
