@@ -7,13 +7,16 @@ from hf_flash_two.hf import register
 from hf_flash_two.hf.families import register_attention
 from hf_flash_two.hf.patching import patch, patched, unpatch
 from hf_flash_two.hf.prefix_tree import PrefixTreeCollator, completion_logps, merge_rows
+from hf_flash_two.hf.watching import watch_attention
 from hf_flash_two.masks import AttentionMask
 from hf_flash_two.module import FlashAttentionTwo
 from hf_flash_two.parallel.context import context_parallel
 from hf_flash_two.testing.parity import check_parity
+from hf_flash_two.weights import AttentionWeights
 
 __all__ = [
     "AttentionMask",
+    "AttentionWeights",
     "FlashAttentionTwo",
     "PrefixTreeCollator",
     "check_parity",
@@ -25,6 +28,7 @@ __all__ = [
     "patched",
     "register_attention",
     "unpatch",
+    "watch_attention",
 ]
 __version__ = "0.1.0"
 

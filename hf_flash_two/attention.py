@@ -9,6 +9,8 @@ from typing import Never
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import Function
 
 from hf_flash_two.kernels import NAMES as KERNELS
 from hf_flash_two.kernels.params import TENSORS, AttentionParams, Prepared, statistics_dtype
@@ -101,7 +103,7 @@ def flash_attention(
     if unknown:
         _refuse(unknown)
     eager = is_eager(query, key, value)
-    mask = _as_mask(mask)
+    mask = as_mask(mask)
     if deterministic is False:
         deterministic = torch.are_deterministic_algorithms_enabled()
     settings = (scale, softcap, dropout_p, q_bucket_size, k_bucket_size, deterministic, kernel)
@@ -160,7 +162,7 @@ def flash_attention_gradients(
     """
     settings = (scale, softcap, 0.0, q_bucket_size, k_bucket_size, True, kernel)
     query, key, value, params = validated(
-        query, key, value, _as_mask(mask), settings, bias, alibi_slopes, sinks, None
+        query, key, value, as_mask(mask), settings, bias, alibi_slopes, sinks, None
     )
     dq, dk, dv, d_bias, d_sinks = torch.ops.hf_flash_two.flash_attn_bwd(
         d_out, d_lse, query, key, value, out, lse, *params, kernel, need_d_bias
@@ -212,8 +214,7 @@ def validated(
         block_k,
         deterministic,
     )
-    if params.alibi_slopes is not None:
-        _check_constant("alibi_slopes", params.alibi_slopes, "pass `bias`")
+    _check_constant("alibi_slopes", alibi_slopes, "pass `bias`")
     return query, key, value, params
 
 
@@ -313,7 +314,7 @@ def _resolve_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, T
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
-def _as_mask(mask: AttentionMask | Tensor | None) -> AttentionMask:
+def as_mask(mask: AttentionMask | Tensor | None) -> AttentionMask:
     if mask is None:
         return AttentionMask.full()
     if isinstance(mask, Tensor):
@@ -361,8 +362,31 @@ def _check_per_head(name: str, tensor: Tensor, query: Tensor) -> Tensor:
 
 
 def _check_constant(name: str, given: object, instead: str) -> None:
-    if isinstance(given, Tensor) and given.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name}: no gradient is computed for it; detach it or {instead}")
+    if not isinstance(given, Tensor):
+        return
+    message = f"{name}: no gradient is computed for it; detach it or {instead}"
+    if given.requires_grad and torch.is_grad_enabled():
+        raise ValueError(message)
+    if forward_ad._current_level >= 0:
+        _Constant.apply(given, message)
+
+
+class _Constant(Function):
+    """Refuses tangents, at any level of `torch.func`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(given: Tensor, message: str) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return given.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.message = inputs[1]
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise ValueError(ctx.message)
 
 
 def _number(name: str, given: float) -> float:

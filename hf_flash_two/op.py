@@ -1,9 +1,11 @@
 """From validated settings to a kernel: through a library op, or straight in eager mode.
 
-Whatever traces, transforms or watches operations meets two library ops, opaque to the compiler,
-with autograd kernels that hold no arithmetic. Their names contain ``flash_attn`` so that policies
-of selective checkpointing recognise them. Where nobody does, one small autograd function calls the
-same kernels: small models are bound by what the host does before a kernel runs.
+Whatever traces, transforms or watches operations meets library ops, opaque to the compiler, with
+autograd kernels that hold no arithmetic: the forward, the backward, and the derivative of each
+along a direction, of which forward mode and second derivatives consist. Their names contain
+``flash_attn`` so that policies of selective checkpointing recognise them. Where nobody does, one
+small autograd function calls the same kernels: small models are bound by what the host does before
+a kernel runs.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function, _SingleLevelFunction
 from torch.nn import Parameter
 
-from hf_flash_two.kernels import Kernel, select
+from hf_flash_two.kernels import Kernel, derivatives, select
+from hf_flash_two.kernels.blockwise.tangents import Tangents
 from hf_flash_two.kernels.params import (
     SCHEMA,
     TENSORS,
@@ -38,12 +41,13 @@ if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor as _DTENSOR
 
 _INPUTS = {"query": "Tensor", "key": "Tensor", "value": "Tensor"}
+_RESULTS = {"out": "Tensor", "lse": "Tensor"}
 _SETTINGS = SCHEMA | {"kernel": "str"}
 _FORWARD_SCHEMA = _INPUTS | _SETTINGS
 _BACKWARD_SCHEMA = (
     {"d_out": "Tensor?", "d_lse": "Tensor?"}
     | _INPUTS
-    | {"out": "Tensor", "lse": "Tensor"}
+    | _RESULTS
     | _SETTINGS
     | {"need_d_bias": "bool"}
 )
@@ -51,6 +55,18 @@ FORWARD_NAMES, BACKWARD_NAMES = tuple(_FORWARD_SCHEMA), tuple(_BACKWARD_SCHEMA)
 """The arguments of the two ops in order."""
 DIFFERENTIABLE = (*_INPUTS, "bias", "sinks")
 """The arguments whose gradients the backward op returns, and those that `_Eager` takes first."""
+_TANGENTS = {f"{name}_dot": "Tensor?" for name in DIFFERENTIABLE}
+_FORWARD_JVP_SCHEMA = _INPUTS | _RESULTS | _TANGENTS | _SETTINGS
+_BACKWARD_JVP_SCHEMA = (
+    {"d_out": "Tensor?", "d_lse": "Tensor?"}
+    | _INPUTS
+    | _RESULTS
+    | {"out_dot": "Tensor?", "lse_dot": "Tensor?"}
+    | _TANGENTS
+    | _SETTINGS
+    | {"need_d_bias": "bool"}
+)
+_FORWARD_JVP_NAMES = tuple(_FORWARD_JVP_SCHEMA)
 
 
 def _signature(schema: dict[str, str]) -> str:
@@ -59,11 +75,16 @@ def _signature(schema: dict[str, str]) -> str:
 
 _LIBRARY = torch.library.Library("hf_flash_two", "DEF")
 _LIBRARY.define(f"flash_attn_fwd({_signature(_FORWARD_SCHEMA)}) -> (Tensor, Tensor)")
-_LIBRARY.define(f"flash_attn_bwd({_signature(_BACKWARD_SCHEMA)}) -> ({', '.join(['Tensor'] * 5)})")
+_GRADIENTS = f"({', '.join(['Tensor'] * len(DIFFERENTIABLE))})"
+_LIBRARY.define(f"flash_attn_bwd({_signature(_BACKWARD_SCHEMA)}) -> {_GRADIENTS}")
+_LIBRARY.define(f"flash_attn_fwd_jvp({_signature(_FORWARD_JVP_SCHEMA)}) -> (Tensor, Tensor)")
+_LIBRARY.define(f"flash_attn_bwd_jvp({_signature(_BACKWARD_JVP_SCHEMA)}) -> {_GRADIENTS}")
 # Where an argument of the forward op stands, for what is done in every call.
 _SAVED = slice(0, len(_INPUTS) + len(TENSORS))
 _NOT_SAVED = slice(_SAVED.stop, None)
 _BIAS, _SINKS = FORWARD_NAMES.index("bias"), FORWARD_NAMES.index("sinks")
+# The arguments of the backward op that do not come last, and those of the forward's derivative.
+_HEAD, _JVP_HEAD = 2 + len(_INPUTS) + len(_RESULTS), len(_INPUTS | _RESULTS | _TANGENTS)
 
 observers: list[Callable[[str, str, Tensor, Tensor, Tensor, AttentionParams], None]] = []
 """Called when a kernel is to run, with "forward" or "backward", its name and what it is given."""
@@ -170,6 +191,33 @@ def _backward_op(d_out, d_lse, query, key, value, out, lse, *settings):
     return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
 
 
+def _or_zeros(given: Iterable[Tensor | None], like: Iterable[Tensor]) -> list[Tensor]:
+    pairs = zip(given, like, strict=True)
+    return [torch.zeros_like(x) if tensor is None else tensor for tensor, x in pairs]
+
+
+@torch.no_grad()
+def _forward_jvp_op(query, key, value, out, lse, *more):
+    along, bias_and_sinks, (*params, kernel) = more[:3], more[3:5], more[5:]
+    tangents = Tangents(*_or_zeros(along, (query, key, value)), *bias_and_sinks)
+    compute, _ = derivatives(kernel)
+    params = _laid_out(AttentionParams(*params), key.shape[2])
+    return compute(query, key, value, out, lse, tangents, params)
+
+
+@torch.no_grad()
+def _backward_jvp_op(d_out, d_lse, query, key, value, out, lse, out_dot, lse_dot, *more):
+    along, bias_and_sinks, (*params, kernel, need_d_bias) = more[:3], more[3:5], more[5:]
+    tangents = Tangents(*_or_zeros(along, (query, key, value)), *bias_and_sinks)
+    d_out, out_dot, lse_dot = _or_zeros((d_out, out_dot, lse_dot), (out, out, lse))
+    _, compute = derivatives(kernel)
+    params = _laid_out(AttentionParams(*params), key.shape[2])
+    grads = compute(
+        query, key, value, out, lse, tangents, params, d_out, d_lse, out_dot, lse_dot, need_d_bias
+    )
+    return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
+
+
 def _forward_fake(query, key, value, *settings):
     return empty_output(query, value.shape[3]), empty_lse(query)
 
@@ -184,6 +232,14 @@ def _backward_fake(d_out, d_lse, query, key, value, out, lse, *settings):
         query.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
         for tensor in extras
     )
+
+
+def _forward_jvp_fake(query, key, value, out, lse, *more):
+    return _forward_fake(query, key, value)
+
+
+def _backward_jvp_fake(d_out, d_lse, query, key, value, out, lse, *more):
+    return _backward_fake(d_out, d_lse, query, key, value, out, lse, *more[7:])
 
 
 def _fold(tensor: Tensor | None, dim: int | None, size: int, batch: int, share: bool):
@@ -215,34 +271,46 @@ def _batch_of(query: Tensor, dim: int | None) -> int:
     return query.shape[0] if dim is None else query.movedim(dim, 0).shape[1]
 
 
-def _forward_vmap(info, in_dims, *args):
-    query = FORWARD_NAMES.index("query")
+def _map_forward(op: OpOverloadPacket, schema: dict[str, str], info, in_dims, *args):
+    """The rule for vmap of an op that returns out and lse, or tangents of theirs."""
+    query = tuple(schema).index("query")
     size, batch = info.batch_size, _batch_of(args[query], in_dims[query])
-    folded = _fold_all(_FORWARD_SCHEMA, args, in_dims, size, batch, shared=TENSORS)
-    out, lse = torch.ops.hf_flash_two.flash_attn_fwd(*folded)
+    out, lse = op(*_fold_all(schema, args, in_dims, size, batch, shared=TENSORS))
     return (out.unflatten(0, (size, batch)), lse.unflatten(0, (size, batch))), (0, 0)
 
 
-def _backward_vmap(info, in_dims, *args):
-    query = BACKWARD_NAMES.index("query")
+def _map_backward(op: OpOverloadPacket, schema: dict[str, str], info, in_dims, *args):
+    """The rule for vmap of an op that returns gradients, or tangents of theirs."""
+    names = tuple(schema)
+    query = names.index("query")
     size, batch = info.batch_size, _batch_of(args[query], in_dims[query])
     # Bias and sinks need a gradient for each mapped sample, so they are never shared.
-    folded = _fold_all(_BACKWARD_SCHEMA, args, in_dims, size, batch, shared=())
-    grads = torch.ops.hf_flash_two.flash_attn_bwd(*folded)
+    grads = op(*_fold_all(schema, args, in_dims, size, batch, shared=()))
     unfolded = [grad.unflatten(0, (size, batch)) if grad.numel() else grad for grad in grads]
     for name in ("bias", "sinks"):
-        position, index = BACKWARD_NAMES.index(name), DIFFERENTIABLE.index(name)
+        position, index = names.index(name), DIFFERENTIABLE.index(name)
         if grads[index].numel() and _batch_of(args[position], in_dims[position]) != batch:
             unfolded[index] = unfolded[index].sum(1, keepdim=True)
     return tuple(unfolded), tuple(0 if grad.numel() else None for grad in grads)
 
 
-_LIBRARY.impl("flash_attn_fwd", _forward_op, "CompositeExplicitAutograd")
-_LIBRARY.impl("flash_attn_bwd", _backward_op, "CompositeExplicitAutograd")
-torch.library.register_fake("hf_flash_two::flash_attn_fwd", _forward_fake)
-torch.library.register_fake("hf_flash_two::flash_attn_bwd", _backward_fake)
-torch.library.register_vmap("hf_flash_two::flash_attn_fwd", _forward_vmap)
-torch.library.register_vmap("hf_flash_two::flash_attn_bwd", _backward_vmap)
+def _implement(
+    name: str, schema: dict[str, str], run: Callable, fake: Callable, rule: Callable
+) -> None:
+    full = f"hf_flash_two::{name}"
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(full, fake)
+    torch.library.register_vmap(full, partial(rule, getattr(torch.ops.hf_flash_two, name), schema))
+
+
+_implement("flash_attn_fwd", _FORWARD_SCHEMA, _forward_op, _forward_fake, _map_forward)
+_implement("flash_attn_bwd", _BACKWARD_SCHEMA, _backward_op, _backward_fake, _map_backward)
+_implement(
+    "flash_attn_fwd_jvp", _FORWARD_JVP_SCHEMA, _forward_jvp_op, _forward_jvp_fake, _map_forward
+)
+_implement(
+    "flash_attn_bwd_jvp", _BACKWARD_JVP_SCHEMA, _backward_jvp_op, _backward_jvp_fake, _map_backward
+)
 
 
 def _recording() -> bool:
@@ -270,25 +338,18 @@ class _Recorded(_SingleLevelFunction):
     @classmethod
     def forward(cls, *args):
         # Autograd forbids gradients here, also to the levels that are still to come.
-        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+        with (
+            torch.enable_grad(),
+            forward_ad._set_fwd_grad_enabled(True),
+            torch._C._AutoDispatchBelowAutograd(),
+        ):
             return cls.op(*args)
 
 
-class _Backward(_Recorded):
-    """The backward op: gradients whose own gradient is refused."""
-
-    op = torch.ops.hf_flash_two.flash_attn_bwd
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError(
-            "flash_attention: it can be differentiated once, not twice (Hessians, gradient "
-            "penalties, create_graph=True); compute second derivatives through eager attention"
-        )
+def _keep(ctx, *tensors: Tensor | None) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
 
 
 class _Forward(_Recorded):
@@ -296,8 +357,7 @@ class _Forward(_Recorded):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[_SAVED], *output)
+        _keep(ctx, *inputs[_SAVED], *output)
         ctx.settings = inputs[_NOT_SAVED]
 
     @staticmethod
@@ -314,9 +374,116 @@ class _Forward(_Recorded):
         grads[_SINKS] = d_sinks if needed[_SINKS] else None
         return tuple(grads)
 
+    @staticmethod
+    def jvp(ctx, *tangents):
+        query, key, value, *tensors, out, lse = ctx.saved_tensors
+        along = (*tangents[:3], tangents[_BIAS], tangents[_SINKS])
+        return torch.ops.hf_flash_two.flash_attn_fwd_jvp(
+            query, key, value, out, lse, *along, *tensors, *ctx.settings
+        )
 
-_LIBRARY.impl("flash_attn_fwd", _Forward.call, "Autograd")
-_LIBRARY.impl("flash_attn_bwd", _Backward.call, "Autograd")
+
+class _Backward(_Recorded):
+    """The backward op, whose ``out`` and ``lse`` are those of its query, key and value."""
+
+    op = torch.ops.hf_flash_two.flash_attn_bwd
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _keep(ctx, *inputs[: _HEAD + len(TENSORS)])
+        ctx.settings = inputs[_HEAD + len(TENSORS) :]
+
+    @staticmethod
+    def backward(ctx, *along):
+        """The gradient of <gradients, along> is the derivative of the gradients along it."""
+        d_out, d_lse, *call = ctx.saved_tensors
+        inputs, tensors = call[:5], call[5:]
+        *numbers, need_d_bias = ctx.settings
+        settings = (*along, *tensors, *numbers)
+        moved = torch.ops.hf_flash_two.flash_attn_fwd_jvp(*inputs, *settings)
+        found = torch.ops.hf_flash_two.flash_attn_bwd_jvp(
+            d_out, d_lse, *inputs, *moved, *settings, need_d_bias
+        )
+        return _placed(BACKWARD_NAMES, ctx, found, d_out=moved[0], d_lse=moved[1])
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        d_out, d_lse, *call = ctx.saved_tensors
+        inputs, tensors = call[:5], call[5:]
+        along = dict(zip(BACKWARD_NAMES, tangents, strict=True))
+        moved = [along[name] for name in ("out", "lse", *DIFFERENTIABLE)]
+        found = torch.ops.hf_flash_two.flash_attn_bwd_jvp(
+            d_out, d_lse, *inputs, *moved, *tensors, *ctx.settings
+        )
+        if along["d_out"] is None and along["d_lse"] is None:
+            return found
+        linear = torch.ops.hf_flash_two.flash_attn_bwd(
+            along["d_out"], along["d_lse"], *inputs, *tensors, *ctx.settings
+        )
+        return tuple(a + b for a, b in zip(found, linear, strict=True))
+
+
+class _ForwardJvp(_Recorded):
+    """The forward's derivative, whose ``out`` and ``lse`` are those of its query, key and value."""
+
+    op = torch.ops.hf_flash_two.flash_attn_fwd_jvp
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _keep(ctx, *inputs[: _JVP_HEAD + len(TENSORS)], *output)
+        ctx.settings = inputs[_JVP_HEAD + len(TENSORS) :]
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        """It is linear in the tangents, and the derivative of the backward is symmetric."""
+        *call, out_dot, lse_dot = ctx.saved_tensors
+        inputs, along, tensors = call[:5], call[5:_JVP_HEAD], call[_JVP_HEAD:]
+        needs = dict(zip(_FORWARD_JVP_NAMES, ctx.needs_input_grad, strict=True))
+        settings = (*tensors, *ctx.settings, needs["bias"] or needs["bias_dot"])
+        linear = torch.ops.hf_flash_two.flash_attn_bwd(*grad_outputs, *inputs, *settings)
+        found = torch.ops.hf_flash_two.flash_attn_bwd_jvp(
+            *grad_outputs, *inputs, out_dot, lse_dot, *along, *settings
+        )
+        tangents = {f"{name}_dot": x for name, x in zip(DIFFERENTIABLE, linear, strict=True)}
+        return _placed(_FORWARD_JVP_NAMES, ctx, found, **tangents)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(_TOO_OFTEN)
+
+
+class _BackwardJvp(_Recorded):
+    op = torch.ops.hf_flash_two.flash_attn_bwd_jvp
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(_TOO_OFTEN)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(_TOO_OFTEN)
+
+
+_TOO_OFTEN = (
+    "flash_attention: it is differentiated twice at most, and one of the two in reverse mode "
+    "(functional.hvp needs a third: use functional.vhp, or torch.func.jvp of torch.func.grad); "
+    "compute further derivatives through eager attention"
+)
+
+
+def _placed(names: tuple[str, ...], ctx, found, **more: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients in the order of an op's arguments, of those that need one."""
+    found = dict(zip(DIFFERENTIABLE, found, strict=True)) | more
+    needed = zip(names, ctx.needs_input_grad, strict=True)
+    return tuple(found.get(name) if needs else None for name, needs in needed)
+
+
+for _class in (_Forward, _Backward, _ForwardJvp, _BackwardJvp):
+    _LIBRARY.impl(_class.op.__name__, _class.call, "Autograd")
 
 
 class _Eager(_SingleLevelFunction):

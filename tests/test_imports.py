@@ -46,13 +46,14 @@ MAY_IMPORT = {
     "op": ["kernels", "masks"],
     "attention": ["op", "kernels", "masks"],
     "module": ["attention", "masks", "parallel"],
+    "weights": ["attention", "kernels", "masks"],
     # Of the kernels the settings alone, for the ops on DTensors.
     "parallel": ["attention", "kernels", "masks", "parallel", "tensor_cache"],
-    "hf": ["attention", "masks", "parallel", "tensor_cache", "hf"],
+    "hf": ["attention", "masks", "parallel", "tensor_cache", "hf", "weights"],
     "testing": ["hf", "kernels", "op", "testing"],
     "doctor": ["attention", "hf", "kernels", "masks", "testing"],
     "__main__": ["doctor"],
-    "__init__": ["attention", "masks", "module", "parallel", "hf", "testing"],
+    "__init__": ["attention", "masks", "module", "parallel", "hf", "testing", "weights"],
 }
 
 

@@ -6,6 +6,7 @@ import io
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -30,6 +31,8 @@ from hf_flash_two.testing import KernelCall, kernel_calls
 
 FORWARD = torch.ops.hf_flash_two.flash_attn_fwd
 BACKWARD = torch.ops.hf_flash_two.flash_attn_bwd
+FORWARD_JVP = torch.ops.hf_flash_two.flash_attn_fwd_jvp
+BACKWARD_JVP = torch.ops.hf_flash_two.flash_attn_bwd_jvp
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +93,20 @@ def test_opcheck(monkeypatch, make: Callable, dtype: torch.dtype, case: Callable
     torch.library.opcheck(BACKWARD, (d_out, d_lse, *backward), test_utils=checks)
     torch.library.opcheck(BACKWARD, (d_out, None, *backward), test_utils=CHECKS)
     torch.library.opcheck(BACKWARD, (None, d_lse, *backward), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("case", OP_CASES.values(), ids=OP_CASES)
+def test_opcheck_of_derivatives(monkeypatch, case: Callable) -> None:
+    arguments = op_arguments(monkeypatch, transposed(9, 20, value_dim=24), **case())
+    inputs, settings = arguments[:3], arguments[3:]
+    results = FORWARD(*arguments)
+    given = case()
+    along = (*map(torch.randn_like, inputs), given.get("bias"), None)
+    torch.library.opcheck(FORWARD_JVP, (*inputs, *results, *along, *settings), test_utils=CHECKS)
+    upstream = (torch.randn_like(results[0]), None)
+    for more in ((upstream[0], results[1]), (None, None)):
+        call = (*upstream, *inputs, *results, *more, *along, *settings, "bias" in given)
+        torch.library.opcheck(BACKWARD_JVP, call, test_utils=CHECKS)
 
 
 # The thin path of eager mode
@@ -571,58 +588,141 @@ def test_vmap_over_dropout_seeds_is_refused() -> None:
         )
 
 
-def test_forward_mode_raises() -> None:
-    """It is not implemented; a zero tangent would be a wrong answer."""
-    query, key, value = inputs(9, 20)
-    with pytest.raises(RuntimeError):
-        torch.func.jvp(lambda q: flash_attention(q, key, value), (query,), (query,))
-
-
 # Second derivatives
 
 
 DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
 
 
-def attention_of(name: str) -> tuple[Callable, Tensor]:
-    """The attention as a function of one of its inputs, and that input."""
+def attention_of(name: str) -> tuple[Callable, Callable, Tensor]:
+    """The attention and the dense formula as functions of one of their inputs, and that input."""
     given = dict(zip(DIFFERENTIABLE, inputs(9, 20), strict=False))
     given |= {"bias": torch.randn(1, 6, 9, 20), "sinks": torch.randn(6)}
-    return lambda x: flash_attention(**(given | {name: x})), given[name]
+
+    def dense(x: Tensor) -> Tensor:
+        return dense_attention(**(given | {name: x}))[0]
+
+    return lambda x: flash_attention(**(given | {name: x})), dense, given[name]
 
 
-def penalty(function: Callable, x: Tensor) -> Tensor:
-    """|d sum / dx|^2: the gradient that arrives at the attention needs none itself."""
+def penalty(function: Callable, x: Tensor) -> tuple[Tensor, ...]:
+    """Of |d sum / dx|^2: the gradient that arrives at the attention needs none itself."""
+    x.requires_grad_()
     (grad,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
-    return grad.square().sum()
+    # The first of value does not depend on it.
+    return torch.autograd.grad(grad.square().sum() + 0 * x.sum(), x)
 
 
-TWICE = {
-    "penalty": lambda f, x: penalty(f, x.requires_grad_()).backward(),
-    "checkpoint": lambda f, x: penalty(
-        lambda y: checkpoint(f, y, use_reentrant=False), x.requires_grad_()
-    ).backward(),
-    "compiled": lambda f, x: penalty(
-        torch.compile(f, backend="eager", fullgraph=True), x.requires_grad_()
-    ).backward(),
-    "hessian": lambda f, x: torch.autograd.functional.hessian(lambda y: f(y).sum(), x),
-    "hvp": lambda f, x: torch.autograd.functional.hvp(lambda y: f(y).sum(), x, x),
-    "jacrev": lambda f, x: torch.func.jacrev(torch.func.jacrev(lambda y: f(y).sum()))(x),
-    "grad": lambda f, x: torch.func.grad(
-        lambda y: torch.func.grad(lambda z: f(z).sum())(y).square().sum()
+def loss_of(function: Callable) -> Callable:
+    return lambda x: function(x).sin().sum()
+
+
+func = torch.func
+AGAIN = {
+    "penalty": penalty,
+    "checkpoint": lambda f, x: penalty(lambda y: checkpoint(f, y, use_reentrant=False), x),
+    "compiled": lambda f, x: penalty(torch.compile(f, backend="eager", fullgraph=True), x),
+    "vhp": lambda f, x: torch.autograd.functional.vhp(loss_of(f), x, x.cos()),
+    "hvp": lambda f, x: func.jvp(func.grad(loss_of(f)), (x,), (x.cos(),)),
+    "jvp": lambda f, x: func.jvp(f, (x,), (x.cos(),)),
+    "dual": lambda f, x: dual(f, x, x.cos()),
+    "linearize": lambda f, x: func.linearize(f, x)[1](x.cos()),
+    "grad of grad": lambda f, x: func.grad(loss_of(func.grad(loss_of(f))))(x),
+    "grad of jvp": lambda f, x: func.grad(
+        lambda y: func.jvp(f, (y,), (y.cos(),))[1].sin().sum()
     )(x),
-    "vmap": lambda f, x: torch.vmap(
-        torch.func.grad(lambda y: torch.func.grad(lambda z: f(z).sum())(y).square().sum())
-    )(torch.stack([x, x])),
+    "vmap of grad of grad": lambda f, x: torch.vmap(func.grad(loss_of(func.grad(loss_of(f)))))(
+        torch.stack([x, 2 * x])
+    ),
+    "vmap of jvp": lambda f, x: torch.vmap(lambda t: func.jvp(f, (x,), (t,)))(
+        torch.stack([x.cos(), x])
+    ),
+    "vmap of hvp": lambda f, x: torch.vmap(
+        lambda y: func.jvp(func.grad(loss_of(f)), (y,), (x.cos(),))
+    )(torch.stack([x, 2 * x])),
+}  # fmt: skip
+
+
+def dual(function: Callable, x: Tensor, tangent: Tensor) -> tuple[Tensor, ...]:
+    with forward_ad.dual_level():
+        return tuple(forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent))))
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("again", AGAIN.values(), ids=AGAIN)
+def test_forward_mode_and_second_derivatives(again: Callable, name: str) -> None:
+    """Of each input, also where nothing but that input needs one."""
+    function, dense, x = attention_of(name)
+    wanted = again(dense, x.clone())
+    torch.testing.assert_close(again(function, x), wanted, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_hessian(name: str) -> None:
+    function, dense, x = attention_of(name)
+    x = x.detach().narrow(-1, 0, 2)
+
+    def of_some(f: Callable) -> Callable:
+        return lambda y: loss_of(f)(torch.cat([y, given.narrow(-1, 2, given.shape[-1] - 2)], -1))
+
+    _, _, given = attention_of(name)
+    first, second = (func.hessian(of_some(f))(x[..., :2]) for f in (function, dense))
+    torch.testing.assert_close(first, second, atol=2e-5, rtol=1e-4)
+
+
+TOO_OFTEN = {
+    "reverse": lambda f, x: func.grad(loss_of(func.grad(loss_of(func.grad(loss_of(f))))))(x),
+    "forward over reverse": lambda f, x: func.jvp(
+        func.grad(loss_of(func.grad(loss_of(f)))), (x,), (x,)
+    ),
+    "reverse over both": lambda f, x: func.grad(
+        lambda y: func.jvp(func.grad(loss_of(f)), (y,), (x,))[1].sum()
+    )(x),
+    "forward over forward": lambda f, x: func.jvp(lambda y: func.jvp(f, (y,), (x,))[1], (x,), (x,)),
+    "functional.hvp": lambda f, x: torch.autograd.functional.hvp(loss_of(f), x, x),
 }
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-@pytest.mark.parametrize("twice", TWICE.values(), ids=TWICE)
-def test_second_derivatives_raise(twice: Callable, name: str) -> None:
-    """For each input, also where nothing but that input needs a gradient."""
-    with pytest.raises(NotImplementedError, match="can be differentiated once, not twice"):
-        twice(*attention_of(name))
+@pytest.mark.parametrize("again", TOO_OFTEN.values(), ids=TOO_OFTEN)
+def test_further_derivatives_raise(again: Callable, name: str) -> None:
+    function, _, x = attention_of(name)
+    with pytest.raises(NotImplementedError, match="differentiated twice at most"):
+        again(function, x)
+
+
+def test_kernels_without_further_derivatives_are_not_replaced() -> None:
+    query, key, value = inputs(9, 20)
+
+    def function(x: Tensor) -> Tensor:
+        return flash_attention(x, key, value, kernel="fused_cpu")
+
+    with pytest.raises(ValueError, match="kernel: 'fused_cpu' cannot run, it has no second"):
+        func.jvp(function, (query,), (query,))
+    with pytest.raises(ValueError, match="kernel: 'fused_cpu' cannot run, it has no second"):
+        penalty(function, query)
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap", "alibi_slopes"])
+def test_constants_refuse_tangents(name: str) -> None:
+    """At whatever level: a tangent that is dropped would be a wrong answer."""
+    query, key, value = inputs(9, 20)
+    x = torch.rand(6) if name == "alibi_slopes" else torch.tensor(0.5)
+
+    def of(x: Tensor, query: Tensor = query) -> Tensor:
+        return flash_attention(query, key, value, **{name: x}).sum()
+
+    ways = [
+        lambda: func.jvp(of, (x,), (x,)),
+        lambda: func.jvp(lambda y: func.grad(lambda q: of(y, q))(query), (x,), (x,)),
+        lambda: torch.vmap(lambda t: func.jvp(of, (x,), (t,)))(torch.stack([x, x])),
+        lambda: func.grad(lambda y: func.jvp(lambda q: of(y, q), (query,), (query,))[1])(x),
+        lambda: func.grad(lambda y: func.grad(lambda q: of(y, q))(query).sum())(x),
+        lambda: dual(of, x, x),
+    ]
+    for way in ways:
+        with pytest.raises(ValueError, match=f"{name}: no gradient is computed"):
+            way()
 
 
 def test_nothing_but_inputs_and_results_waits_for_the_backward() -> None:
@@ -651,29 +751,24 @@ def test_onnx_export_raises() -> None:
         torch.onnx.export(Model(), (torch.randn(1, 2, 9, 8),), io.BytesIO(), dynamo=False)
 
 
+@pytest.mark.parametrize("again", ["jvp", "hvp", "grad of grad"])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_second_derivatives_raise_in_compiled_code(backend: str) -> None:
-    function, x = attention_of("query")
+def test_forward_mode_and_second_derivatives_in_compiled_code(backend: str, again: str) -> None:
+    function, _, x = attention_of("query")
+    compiled = torch.compile(partial(AGAIN[again], function), backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(x), AGAIN[again](function, x))
 
-    def once(y: Tensor) -> Tensor:
-        return torch.func.grad(lambda z: function(z).sum())(y)
 
-    def twice(y: Tensor) -> Tensor:
-        return torch.func.grad(lambda z: once(z).square().sum())(y)
-
-    got = torch.compile(once, backend=backend, fullgraph=True)(x)
-    torch.testing.assert_close(got, once(x))
-    with pytest.raises(Exception, match="can be differentiated once, not twice"):
-        torch.compile(twice, backend=backend, fullgraph=True)(x)
-    if backend == "aot_eager":
-        with pytest.raises(RuntimeError, match="double backward"):
-            compiled = torch.compile(function, backend=backend, fullgraph=True)
-            penalty(compiled, x.requires_grad_()).backward()
+def test_the_compiler_refuses_a_second_backward() -> None:
+    """That of what it compiled as a whole."""
+    function, _, x = attention_of("query")
+    with pytest.raises(RuntimeError, match="double backward"):
+        penalty(torch.compile(function, backend="aot_eager", fullgraph=True), x)
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_a_graph_nobody_differentiates_does_no_harm(name: str) -> None:
-    function, x = attention_of(name)
+    function, _, x = attention_of(name)
     x.requires_grad_()
     (want,) = torch.autograd.grad(function(x).sin().sum(), x)
     (got,) = torch.autograd.grad(function(x).sin().sum(), x, create_graph=True)
@@ -683,7 +778,7 @@ def test_a_graph_nobody_differentiates_does_no_harm(name: str) -> None:
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_batched_gradients(name: str) -> None:
     """Many gradients at once are vmap over the backward: of one input, the others as they are."""
-    function, x = attention_of(name)
+    function, _, x = attention_of(name)
     x.requires_grad_()
     out = function(x)
     upstream = torch.randn(3, *out.shape)
@@ -695,7 +790,7 @@ def test_batched_gradients(name: str) -> None:
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_vmap_of_grad_for_one_input(name: str) -> None:
-    function, x = attention_of(name)
+    function, _, x = attention_of(name)
     grad = torch.func.grad(lambda y: function(y).sin().sum())
     xs = torch.stack([x, x.flip(-1), 2 * x])
     for got, one in zip(torch.vmap(grad)(xs), xs, strict=True):

@@ -23,6 +23,7 @@ NAVIGATION = {
         "docs/examples",
         "docs/finetune",
         "docs/parity",
+        "docs/weights",
         "docs/troubleshooting",
     ],
     "Reference": [

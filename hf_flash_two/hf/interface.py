@@ -14,6 +14,7 @@ from hf_flash_two.hf.forward_pass import once
 from hf_flash_two.hf.mask_proxy import MaskProxy
 from hf_flash_two.hf.packing import keep_apart, keep_apart_in_layer
 from hf_flash_two.hf.tensor_masks import from_block_indices, from_indices, from_tensor
+from hf_flash_two.hf.watched import is_watched, show_weights
 from hf_flash_two.masks import AttentionMask
 
 if TYPE_CHECKING or torch.distributed.is_available():
@@ -120,15 +121,24 @@ def attention_forward(
         s_aux, row_sinks = (s_aux, sinks) if sinks.dim() == 4 else (sinks, None)
     wants_weights = _wants_weights(module, output_attentions)
     terms: dict[str, Any] = dict(scale=scaling, bias=bias, softcap=softcap, sinks=s_aux)
-    terms["return_lse"] = wants_weights or row_sinks is not None
+    watched = is_watched(module)
+    terms["return_lse"] = wants_weights or watched or row_sinks is not None
     if spread is None:
-        terms |= dict(dropout_p=dropout, deterministic=deterministic is not False)
-        out = flash_attention(query, key, value, mask=mask, **terms)
+        here: dict[str, Any] = dict(dropout_p=dropout, deterministic=deterministic is not False)
+        out = flash_attention(query, key, value, mask=mask, **here, **terms)
     else:
-        shard.check_layer(module, dropout, wants_weights)
+        shard.check_layer(module, dropout, wants_weights, watched)
         out = attend_over_mesh(query, key, value, mask, spread, **terms)
     if not isinstance(out, tuple):
         return out.transpose(1, 2).contiguous(), None
+    if watched:
+        if row_sinks is not None:
+            raise NotImplementedError(
+                f"watch_attention: {type(module).__name__} has a sink for each query, which is not "
+                "possible; use output_attentions=True"
+            )
+        del terms["return_lse"]
+        show_weights(module, query, key, value, lse=out[1], mask=mask, **terms)
     out, lse = out if row_sinks is None else _with_row_sinks(*out, row_sinks)
     weights = None
     if wants_weights:

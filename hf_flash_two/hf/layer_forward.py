@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from hf_flash_two.hf.forward_pass import asks_for_weights
 from hf_flash_two.hf.tracer.mode import tracing
 from hf_flash_two.hf.tracer.rules import signature
+from hf_flash_two.hf.watched import is_watched
 
 _UNPATCHED = "flash_two_unpatched"
 
@@ -54,8 +55,13 @@ class LayerForward:
     def _traced(self, unpatched: partial, args: tuple, kwargs: dict):
         layer, forward = unpatched.args[0], self.previous or unpatched
         if self.believed and _asked(type(layer), args, kwargs) or asks_for_weights():
+            if is_watched(layer):
+                raise ValueError(
+                    f"output_attentions: {self.name} then runs its own code, where watch_attention "
+                    "sees nothing; set it to False"
+                )
             return forward(*args, **kwargs)  # the caller wants what is saved here
-        with tracing(self.name) as tracer:
+        with tracing(self.name, layer) as tracer:
             outputs = forward(*args, **kwargs)
         return tree_map(tracer.resolve, outputs)
 

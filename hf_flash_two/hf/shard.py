@@ -332,17 +332,16 @@ def check_gathered(position_ids: Tensor | None) -> None:
         )
 
 
-def check_layer(module: nn.Module, dropout: float, wants_weights: bool) -> None:
+def check_layer(module: nn.Module, dropout: float, wants_weights: bool, watched: bool) -> None:
     """Refuse what a shard cannot give."""
     if dropout:
         raise NotImplementedError(
             f"context parallelism: {type(module).__name__} drops probabilities (dropout "
             f"{dropout}); set the config's attention dropout to 0"
         )
-    if wants_weights:
-        raise NotImplementedError(
-            "output_attentions: not possible under context parallelism; set it to False"
-        )
+    if wants_weights or watched:
+        what = "output_attentions" if wants_weights else "watch_attention"
+        raise NotImplementedError(f"{what}: not possible under context parallelism; leave it out")
 
 
 def whole_bias(spread: Spread, module: Any, bias: Tensor | None, keys: int) -> Tensor | None:

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from hf_flash_two.kernels import blockwise, fused_cpu, hopper, triton
+from hf_flash_two.kernels.blockwise import tangents
 from hf_flash_two.kernels.params import AttentionParams, Prepared
 
 _PACKAGES = {"hopper": hopper, "triton": triton, "fused_cpu": fused_cpu, "blockwise": blockwise}
@@ -84,6 +85,20 @@ def declines(
 ) -> str | None:
     """Why the kernel of this name, asked for by it, does not compute this call, or None."""
     return _question(_PACKAGES[name], backward)(query, key, value, params, by_name=True)
+
+
+def derivatives(name: str) -> tuple[Callable, Callable]:
+    """Derivatives of the forward and of the backward along a direction, for every call.
+
+    Raises:
+        ValueError: a kernel asked for by name that has none.
+    """
+    if name not in ("auto", "blockwise"):
+        raise ValueError(
+            f"kernel: {name!r} cannot run, it has no second and no forward-mode derivatives; use "
+            "'auto' or 'blockwise'"
+        )
+    return tangents.forward_jvp, tangents.backward_jvp
 
 
 def _question(package: Any, backward: bool) -> Callable[..., str | None]:

@@ -131,7 +131,7 @@ class _Swap(Function):
     @staticmethod
     def backward(ctx, d_x):  # pyright: ignore[reportIncompatibleMethodOverride]
         layout, group, heads = ctx.call
-        return _swap(d_x, layout, group, not heads), None, None, None
+        return _Swap.apply(d_x, layout, group, not heads), None, None, None
 
 
 def _swap(x: Tensor, layout: Layout, group: dist.ProcessGroup, heads: bool) -> Tensor:

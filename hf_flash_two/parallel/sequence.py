@@ -477,6 +477,12 @@ class _Gathered(Function):
 
     @staticmethod
     def backward(ctx, d_out, d_lse):  # pyright: ignore[reportIncompatibleMethodOverride]
+        with torch.no_grad():
+            grads = _Gathered._gradients(ctx, d_out, d_lse)
+        return (*_Once.apply(grads, d_out, d_lse, *ctx.saved_tensors), None, None)  # pyright: ignore[reportGeneralTypeIssues]
+
+    @staticmethod
+    def _gradients(ctx, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, bias, sinks, out, lse = ctx.saved_tensors
         view, settings = ctx.call
         need_d_bias = bias is not None and ctx.needs_input_grad[3]
@@ -516,7 +522,22 @@ class _Gathered(Function):
         tokens, sizes = key.shape[2], [key.shape[3], value.shape[3]]
         sums = [view.route.add(parts.wait(), tokens) for parts in returning]
         d_key, d_value = torch.cat(sums, 2).permute(1, 2, 0, 3).to(key.dtype).split(sizes, 3)
-        return d_query, d_key, d_value, d_bias, d_sinks, None, None
+        return d_query, d_key, d_value, d_bias, d_sinks
+
+
+class _Once(Function):
+    """``grads``, whose own gradient is refused."""
+
+    @staticmethod
+    def forward(ctx, grads, *made_from):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grads
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            "exchange: 'gather' has no second derivatives (gradient penalties, create_graph=True); "
+            "use 'ulysses', or one device"
+        )
 
 
 def _groups(

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from hf_flash_two import PrefixTreeCollator, context_parallel
+from hf_flash_two import PrefixTreeCollator, context_parallel, watch_attention
 
 VOCABULARY, TOKENS = 64, 64
 SIZES = dict(
@@ -280,6 +280,8 @@ def check_refusals(mesh: DeviceMesh) -> None:
 
     refused(plain, "labels: LlamaForCausalLM would take", shift_labels=None)
     refused(plain, "output_attentions: not possible", output_attentions=True)
+    with watch_attention(model):
+        refused(plain, "watch_attention: not possible")
     refused(plain | {"attention_mask": torch.ones(2, 1, TOKENS, TOKENS)}, "expected .batch, keys.")
     refused(plain | {"pixel_values": torch.ones(2, 3)}, "batch: pixel_values is not known")
     refused({"labels": plain["labels"]}, "batch: expected input_ids or inputs_embeds")

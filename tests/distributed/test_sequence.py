@@ -160,6 +160,32 @@ def check_bits_are_the_same_each_time(mesh: DeviceMesh) -> None:
         assert all(map(torch.equal, again, found[0]))
 
 
+def check_second_derivatives(mesh: DeviceMesh) -> None:
+    """What is sent between ranks by heads goes back again; gathered keys refuse by name."""
+    torch.manual_seed(3)
+    layout = Layout.head_tail(mesh.size())
+    whole = [torch.randn(1, heads, TOKENS, 16) for heads in (4, 2, 2)]
+
+    def penalty(attend, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        grads = torch.autograd.grad(attend(*leaves).sin().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in grads), leaves)
+
+    def parts(tensors) -> list[Tensor]:
+        return [layout.split(x, mesh.get_local_rank(), 2) for x in tensors]
+
+    def over(exchange: str):
+        spread = Spread(mesh, layout, exchange)
+        return lambda *x: attend_over_mesh(*x, CAUSAL, spread)
+
+    want = penalty(lambda *x: flash_attention(*x, mask=CAUSAL), whole)
+    got = penalty(over("ulysses"), parts(whole))
+    for a, b in zip(got, parts(want), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+    with pytest.raises(NotImplementedError, match="'gather' has no second derivatives"):
+        penalty(over("gather"), parts(whole))
+
+
 def check_refusals(mesh: DeviceMesh) -> None:
     tensors = [torch.randn(1, heads, 24, 16) for heads in (3, 3, 3)]
     spread = Spread(mesh, Layout.head_tail(mesh.size()), "ulysses")
@@ -192,6 +218,7 @@ CHECKS = (
     check_some_heads_at_a_time,
     check_only_what_a_window_reaches_is_sent,
     check_bits_are_the_same_each_time,
+    check_second_derivatives,
     check_refusals,
     check_what_was_chosen_and_why,
 )

@@ -35,6 +35,8 @@ PREPARES = ("patch(model)", "register_attention")
         *(x for x in snippets(DOCS / "branches.md") if "import DPO" not in x.values[0]),
         *snippets(DOCS / "troubleshooting.md"),
         snippets(DOCS / "module.md", alone=True)[0],
+        *snippets(DOCS / "numerics.md"),
+        *snippets(DOCS / "weights.md"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -10,7 +10,7 @@ from types import FunctionType
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -21,17 +21,18 @@ from hf_flash_two.tensor_cache import is_symbolic
 
 
 @contextmanager
-def tracing(layer: str) -> Iterator[Tracer]:
+def tracing(name: str, layer: nn.Module | None = None) -> Iterator[Tracer]:
     """Within the block products of queries and keys are `TracedScores`; yields the tracer.
 
     Args:
-        layer: named in errors.
+        name: of the layer, for errors.
+        layer: whose forward runs.
 
     Raises:
         NotImplementedError: something is done to probabilities for which there is no rule, or
             there were products and none of them was lowered.
     """
-    tracer = Tracer(layer)
+    tracer = Tracer(name, layer)
     with tracer:
         yield tracer
     if tracer.multiplied and not tracer.lowered and not is_symbolic():
@@ -43,14 +44,15 @@ class Tracer(TorchFunctionMode):
 
     Attributes:
         name: of the layer, for errors.
+        layer: whose forward runs.
         paused: while its own work is done.
         multiplied: whether there was any product of two tensors.
         lowered: whether any attention was computed by `flash_attention`.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, layer: nn.Module | None):
         super().__init__()
-        self.name = name
+        self.name, self.layer = name, layer
         self.paused = False
         self.multiplied = False
         self.lowered = False

@@ -20,6 +20,7 @@ from hf_flash_two.hf.forward_pass import once
 from hf_flash_two.hf.mask_proxy import MaskProxy
 from hf_flash_two.hf.tensor_masks import from_dense, parted
 from hf_flash_two.hf.tracer.batch_dims import BatchDims, BatchShape
+from hf_flash_two.hf.watched import is_watched, show_weights
 from hf_flash_two.masks import AttentionMask
 from hf_flash_two.parallel import context
 from hf_flash_two.tensor_cache import has_value
@@ -263,18 +264,17 @@ class TracedScores(Lazy):
         query, key, value = self._flattened(value, dims, heads_at)
         bias = None if bias is None else dims.flatten(bias, heads_at)
         dropout_p, seed = self.dropout or (0.0, None)
+        watched = is_watched(self.tracer.layer)
         if spread is None:
+            terms: Any = dict(mask=mask, scale=self.scale, bias=bias)
             out: Any = flash_attention(
-                query,
-                key,
-                value,
-                mask=mask,
-                scale=self.scale,
-                bias=bias,
-                dropout_p=dropout_p,
-                dropout_seed=seed,
+                query, key, value, dropout_p=dropout_p, dropout_seed=seed, **terms
             )
+            if watched:
+                show_weights(self.tracer.layer, query, key, value, **terms)
         else:
+            if watched:
+                self.tracer.refuse("watch_attention, on a shard of the sequence")
             if dropout_p or visible or self.causal:
                 self.tracer.refuse("dropout, or a mask of its own, on a shard of the sequence")
             out = attend_over_mesh(query, key, value, mask, spread, scale=self.scale, bias=bias)

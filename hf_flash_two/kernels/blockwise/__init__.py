@@ -13,7 +13,7 @@ again with the usual online softmax.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -46,12 +46,12 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] in the dtype of ``query`` and lse [B, Hq, Tq] in float32 (float64)."""
     result = _forward(query, key, value, params, guarded=False)
-    if hides(query, key, params) and not _is_finite(result[0]):
+    if hides(query, key, params) and not is_finite(result[0]):
         result = _forward(query, key, value, params, guarded=True)
     return result
 
 
-def _is_finite(*results: Tensor | None) -> bool:
+def is_finite(*results: Tensor | None) -> bool:
     """Whether the results hold no NaN or infinity, which may come from hidden inputs."""
     sums = [x.sum(dtype=statistics_dtype(x.dtype)) for x in results if x is not None]
     return bool(torch.stack(sums).isfinite().all())
@@ -84,7 +84,7 @@ def backward(
     """Gradients of query, key, value, bias, sinks; tiles in a fixed order: bitwise repeatable."""
     inputs = (d_out, d_lse, query, key, value, out, lse, params, need_d_bias)
     grads = _backward(*inputs, guarded=False)
-    if hides(query, key, params) and not _is_finite(*grads):
+    if hides(query, key, params) and not is_finite(*grads):
         return _backward(*inputs, guarded=True)
     return grads
 
@@ -103,11 +103,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     dq, dk, dv = (empty_output(tensor, tensor.shape[3]) for tensor in (query, key, value))
     stats = statistics_dtype(query.dtype)
-    d_bias = None
-    if need_d_bias and params.bias is not None:
-        # Sums, of a bias that broadcasts, are rounded once.
-        dtype = stats if _broadcasts(params.bias, query, key) else params.bias.dtype
-        d_bias = torch.zeros(params.bias.shape, dtype=dtype, device=params.bias.device)
+    d_bias = bias_sums(params.bias, query, key) if need_d_bias else None
     d_sinks = None if params.sinks is None else torch.zeros_like(params.sinks)
     with torch.autocast(query.device.type, enabled=False):
         for block in head_blocks(query, key, value, params, guarded, gradients=True):
@@ -230,6 +226,50 @@ def _drop(block: HeadBlock, p: Tensor, rows: slice, keys: KeyTile) -> Tensor:
     return p.masked_fill_(block.dropped(rows, keys.cols, by_key=not p.is_contiguous()), 0)
 
 
+def reference_of(block: HeadBlock, tile: QueryTile, lse: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A reference for each row's scores, and what times the power of their difference is P.
+
+    Args:
+        lse: [heads, group * rows, 1], natural.
+
+    Returns:
+        Both as ``lse``; None for a factor of 1.
+    """
+    reference = (lse * block.unit).masked_fill(lse == -math.inf, 0)
+    if block.plain:
+        # The product rounds scores by their distance from the reference, so it lies midway between
+        # a lone probability and that of equal ones. What this and its own rounding took from it
+        # multiplies the whole row of P.
+        count = sum(keys.width for keys in tile.key_tiles)
+        rounded = reference - math.log2(max(count, 1)) / 2
+        return rounded, torch.exp2(rounded - reference)
+    if reference.abs().amax() > _FINE:
+        reference, row_sum, _ = _softmax(block, tile)
+        reference = reference.masked_fill(reference == -math.inf, 0)
+        return reference, row_sum.masked_fill(row_sum == 0, 1).reciprocal()
+    return reference, None
+
+
+def probabilities(
+    block: HeadBlock, tile: QueryTile, lse: Tensor, keep_capped: bool = False
+) -> Iterator[tuple[KeyTile, Tensor, Tensor | None, Tensor | None]]:
+    """(keys, P, where they are seen, softcap's tanh if kept) for each tile of keys.
+
+    P is [heads, group * rows, cols], before dropout, in memory that is used again.
+
+    Args:
+        lse: as in `reference_of`.
+    """
+    query = block.query(tile.rows)
+    reference, correction = reference_of(block, tile, lse)
+    shift = reference.neg()
+    for keys in tile.key_tiles:
+        s, capped = block.scores(query, tile.rows, keys, shift, keep_capped=keep_capped)
+        seen = block.seen(s)
+        p = where(seen, block.exp(s))
+        yield keys, p if correction is None else p.mul_(correction), seen, capped
+
+
 def _differentiate(
     block: HeadBlock,
     tile: QueryTile,
@@ -246,19 +286,8 @@ def _differentiate(
     a bias they are laid out as it is.
     """
     params, rows, query = block.params, tile.rows, block.query(tile.rows)
-    reference = (lse * block.unit).masked_fill(lse == -math.inf, 0)
-    if block.plain:
-        # The product rounds scores by their distance from the reference, so it lies midway between
-        # a lone probability and that of equal ones. What this and its own rounding took from it
-        # multiplies the whole row of P: hand it to the other factor.
-        count = sum(keys.width for keys in tile.key_tiles)
-        rounded = reference - math.log2(max(count, 1)) / 2
-        correction = torch.exp2(rounded - reference)
-        d_out, delta, reference = d_out * correction, delta * correction, rounded
-    elif reference.abs().amax() > _FINE:
-        reference, row_sum, _ = _softmax(block, tile)
-        reference = reference.masked_fill(reference == -math.inf, 0)
-        correction = row_sum.masked_fill(row_sum == 0, 1).reciprocal()
+    reference, correction = reference_of(block, tile, lse)
+    if correction is not None:
         d_out, delta = d_out * correction, delta * correction
     shift, d_shift, rate = reference.neg(), delta.neg(), 1 / (1 - params.dropout_p)
     by_key = params.bias is None
@@ -267,7 +296,7 @@ def _differentiate(
         key, value = block.key(keys), block.value(keys)
         s, capped = block.scores(query, rows, keys, shift, by_key, keep_capped=True)
         seen = block.seen(s)
-        p = _where(seen, block.exp(s))
+        p = where(seen, block.exp(s))
         if params.dropout_p:
             dropped = block.dropped(rows, keys.cols, by_key)
             ds = block.product("ds", d_out, value, None, rate, by_key)
@@ -276,20 +305,36 @@ def _differentiate(
         else:
             ds = block.product("ds", d_out, value, d_shift, 1, by_key)
             ds = ds.mul_(p)
-        ds = _where(seen, ds)
+        ds = where(seen, ds)
         seen_by_key = None if seen is None else seen.mT
         block.add_product(dv_blocks[keys.block][:, keys.inside], p.mT, d_out, seen_by_key)
         if d_bias is not None:
-            part, shares = block.part(d_bias, rows, keys.cols), block.by_head(ds)
-            if _broadcasts(d_bias, block.call.query, block.call.key):
-                part += shares.sum_to_size(part.shape)
-            else:
-                part.copy_(shares)
+            add_to_bias(block, d_bias, rows, keys, ds)
         if capped is not None:
-            ds = _where(seen, ds.addcmul_(ds, capped.square_(), value=-1))
+            ds = where(seen, ds.addcmul_(ds, capped.square_(), value=-1))
         block.add_product(dk_blocks[keys.block][:, keys.inside], ds.mT, query, seen_by_key)
         block.add_product(dq, ds, key, seen)
     return dq.mul_(params.scale)
+
+
+def bias_sums(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """Zeros for the gradient of ``bias``; sums, of one that broadcasts, are rounded once."""
+    if bias is None:
+        return None
+    shared = _broadcasts(bias, query, key)
+    dtype = statistics_dtype(query.dtype) if shared else bias.dtype
+    return torch.zeros(bias.shape, dtype=dtype, device=bias.device)
+
+
+def add_to_bias(
+    block: HeadBlock, d_bias: Tensor, rows: slice, keys: KeyTile, d_scores: Tensor
+) -> None:
+    """Add a tile's share to `bias_sums`."""
+    part, shares = block.part(d_bias, rows, keys.cols), block.by_head(d_scores)
+    if _broadcasts(d_bias, block.call.query, block.call.key):
+        part += shares.sum_to_size(part.shape)
+    else:
+        part.copy_(shares)
 
 
 def _broadcasts(bias: Tensor, query: Tensor, key: Tensor) -> bool:
@@ -297,6 +342,6 @@ def _broadcasts(bias: Tensor, query: Tensor, key: Tensor) -> bool:
     return bias.shape != (*query.shape[:3], key.shape[2])
 
 
-def _where(seen: Tensor | None, x: Tensor) -> Tensor:
+def where(seen: Tensor | None, x: Tensor) -> Tensor:
     """``x`` where it is seen, 0 elsewhere; as it is if that need not be said."""
     return x if seen is None else x.masked_fill_(~seen, 0)

@@ -151,10 +151,11 @@ class HeadBlock:
         self.unit = LOG2E if self.plain else 1.0
         self.batch_size = batch.stop - batch.start
         self._query = call.query[self.index].flatten(0, 1)
-        self.key_blocks = self._blocks(call.key)
-        self.value_blocks = self._blocks(call.value)
+        self.key_blocks = self.blocks_of(call.key)
+        self.value_blocks = self.blocks_of(call.value)
 
-    def _blocks(self, x: Tensor) -> list[Tensor]:
+    def blocks_of(self, x: Tensor) -> list[Tensor]:
+        """Keys or values [B, Hk, Tk, D] of this block, [heads, cols, D] by every ``block_k``."""
         x = x[self.batch, self.key_heads].to(self.dtype).flatten(0, 1)
         blocks = x.split(self.call.block_k, dim=1)
         if len(blocks) == 1 or blocks[0].shape[0] == 1:
