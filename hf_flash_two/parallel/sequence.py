@@ -477,13 +477,15 @@ class _Gathered(Function):
 
     @staticmethod
     def backward(ctx, d_out, d_lse):  # pyright: ignore[reportIncompatibleMethodOverride]
+        saved = ctx.saved_tensors  # checkpointing gives them once
         with torch.no_grad():
-            grads = _Gathered._gradients(ctx, d_out, d_lse)
-        return (*_Once.apply(grads, d_out, d_lse, *ctx.saved_tensors), None, None)  # pyright: ignore[reportGeneralTypeIssues]
+            grads = _Gathered._gradients(ctx, d_out, d_lse, *saved)
+        return (*_Once.apply(grads, d_out, d_lse, *saved), None, None)  # pyright: ignore[reportGeneralTypeIssues]
 
     @staticmethod
-    def _gradients(ctx, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, key, value, bias, sinks, out, lse = ctx.saved_tensors
+    def _gradients(
+        ctx, d_out, d_lse, query, key, value, bias, sinks, out, lse
+    ) -> tuple[Tensor | None, ...]:
         view, settings = ctx.call
         need_d_bias = bias is not None and ctx.needs_input_grad[3]
         d_query, statistics = torch.empty_like(query), statistics_dtype(key.dtype)
