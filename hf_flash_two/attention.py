@@ -24,16 +24,29 @@ _LAYOUT = (
     "need transpose(1, 2)"
 )
 _CAUSAL = "mask=AttentionMask.causal()"
+_DOCUMENTS = "mask=AttentionMask.from_documents(cu_seqlens)"
 _ELSEWHERE = {
     "causal": _CAUSAL,
-    "is_causal": _CAUSAL,
+    "is_causal": "mask=AttentionMask.causal(query_offset=0), which is top-left",
     "attn_mask": "mask, or bias if it is added to the scores",
     "attention_mask": "mask=AttentionMask.from_padding(attention_mask)",
     "window_size": "mask=AttentionMask.window(left, right)",
     "softmax_scale": "scale",
+    "sm_scale": "scale",
     "dropout": "dropout_p",
+    "p": "dropout_p",
     "enable_gqa": "not needed",
+    "s_aux": "sinks",
+    "learnable_sink": "sinks",
+    "return_attn_probs": "return_lse",
+    "cache_seqlens": "mask=AttentionMask.from_padding(...)",
+    "attn_bias": "mask, or bias for a tensor",
+    "score_mod": "bias, alibi_slopes or softcap",
+    "block_table": "not possible: keys have to be gathered",
 }
+_ELSEWHERE |= dict.fromkeys(("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k"), _DOCUMENTS)
+_ELSEWHERE |= dict.fromkeys(("max_seqlen", "max_seqlen_q", "max_seqlen_k"), "not needed")
+_ELSEWHERE |= dict.fromkeys(("block_mask", "mask_mod"), "mask: docs/moving.md has its words")
 """Names of arguments in other attention functions, and what to pass here instead."""
 
 
@@ -87,7 +100,8 @@ def flash_attention(
 
     Returns:
         out [B, Hq, Tq, Dv], laid out in memory as ``query`` is, and on request lse [B, Hq, Tq] in
-        float32 (float64 for float64). A row that sees no key has out 0, lse -inf and gradients 0.
+        float32 (float64 for float64). A row that sees no key has out 0, gradients of its
+        query 0, and lse -inf, or that of its sink.
         All is computed and returned in the dtype of ``value``, because rotary embeddings and norms
         may upcast queries and keys; under autocast in autocast's dtype, unless ``value`` is
         float64. Statistics and sums are float32 (float64). The same inputs give the same bits,

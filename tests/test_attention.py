@@ -945,7 +945,10 @@ def test_refusal(arguments: dict, message: str) -> None:
     ("name", "hint"),
     [
         ("causal", r"; here it is mask=AttentionMask.causal\(\)"),
-        ("is_causal", r"; here it is mask=AttentionMask.causal\(\)"),
+        (
+            "is_causal",
+            r"; here it is mask=AttentionMask.causal\(query_offset=0\), which is top-left",
+        ),
         ("softmax_scale", "; here it is scale"),
         ("colour", "$"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,7 @@ from oracle import dense_attention, dense_mask
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
-from hf_flash_two import AttentionMask
+from hf_flash_two import AttentionMask, flash_attention
 
 PAGE = ROOT / "docs" / "moving.md"
 SNIPPETS = {case.id.split(maxsplit=2)[2]: case.values[0] for case in snippets(PAGE)}
@@ -160,3 +162,18 @@ def test_masks_of_the_tables(code: str) -> None:
     mask = eval(code, names)
     i, j = torch.arange(queries)[:, None], torch.arange(keys)
     assert torch.equal(mask.to_dense(queries, keys)[0, 0], sees(i, j))
+
+
+def test_arguments_of_other_libraries_say_what_to_pass() -> None:
+    """Those that stand in the left columns."""
+    left = "\n".join(re.findall(r"^\| (.*?) \|", PAGE.read_text(), re.M))
+    named = set(re.findall(r"`([a-z]\w*)(?:=[^`]*)?`", left)) - set(
+        inspect.signature(flash_attention).parameters
+    )
+    functions = {"flash_attn_func", "scaled_dot_product_attention", "parallel", "mixed_precision"}
+    named -= functions
+    assert {"cu_seqlens_q", "is_causal", "mask_mod", "attn_bias", "p"} <= named
+    x = torch.zeros(1, 1, 1, 1)
+    for name in named:
+        with pytest.raises(TypeError, match=f"{name}'; here it is "):
+            flash_attention(x, x, x, **{name: None})

@@ -89,9 +89,27 @@ class Shard:
             )
         return self.spread.gather(x.detach(), dim).narrow(dim, 0, self._lengths[x.shape[dim]])
 
+    def split(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's part of what each token of the whole rows has, filled up with 0.
+
+        Raises:
+            ValueError: no sequence of the batch has so many tokens.
+        """
+        if x.shape[dim] not in self._lengths.values():
+            raise ValueError(
+                f"split: expected {' or '.join(map(str, set(self._lengths.values())))} tokens "
+                f"along dimension {dim}, got {x.shape[dim]}"
+            )
+        layout, x = self.spread.layout, x.movedim(dim, 0)
+        missing = -x.shape[0] % layout.chunks
+        x = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
+        return layout.split(x, self.spread.rank, 0).movedim(0, dim)
+
     def report(self) -> str:
         """The layout, and which exchange attention chose, and why, since the block began."""
         chosen = [f"{count} x {what}" for what, count in self.spread.decisions.items()]
+        if not chosen:
+            chosen = ["no attention was spread: none ran, or it is not flash_two's, or compiled"]
         return "\n".join([f"layout: {self.spread.layout.owners}", *chosen])
 
 
@@ -168,8 +186,8 @@ def _check(batch: Mapping[str, Any]) -> None:
     for name, x in batch.items():
         if isinstance(x, Tensor) and x.dim() > 0 and name not in (*_SHARDED, *_NOT_SHARDED):
             raise ValueError(
-                f"batch: {name} is not known, whether it is to be sharded; shard the batch by "
-                "`Spread.layout` and use `spread_over`"
+                f"batch: {name} is not known, whether it is to be sharded; leave it out, and take "
+                "this rank's part by `Shard.split` within the block"
             )
     mask = batch.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):

@@ -363,6 +363,19 @@ def check_a_mask_that_numbers_documents(mesh: DeviceMesh) -> None:
         )
 
 
+def check_a_loss_of_ones_own(mesh: DeviceMesh) -> None:
+    """What each token has is split as the batch is, filled rows included."""
+    ids, weights = torch.arange(122).view(2, 61), torch.randn(2, 61, 3)
+    with context_parallel(mesh, {"input_ids": ids}) as shard:
+        assert torch.equal(shard.gather(shard.split(ids)), ids)
+        assert torch.equal(shard.gather(shard.split(weights)), weights)
+        assert torch.equal(shard.gather(shard.split(weights.mT, 2), 2), weights.mT)
+        assert torch.equal(shard.batch["input_ids"], shard.split(ids))
+        with pytest.raises(ValueError, match="split: expected 61 tokens along dimension 1, got 60"):
+            shard.split(ids[:, 1:])
+    assert "no attention was spread" in shard.report()
+
+
 def check_report(mesh: DeviceMesh) -> None:
     with context_parallel(mesh, batches()["plain"]) as shard, torch.no_grad():
         causal_model("Mistral")(**shard.batch)
@@ -381,6 +394,7 @@ CHECKS = (
     check_refusals,
     check_a_number_of_labels_is_that_of_the_whole_batch,
     check_a_mask_that_numbers_documents,
+    check_a_loss_of_ones_own,
     check_report,
 )
 OF_FOUR = (check_every_kind_of_batch, check_two_dimensions)
