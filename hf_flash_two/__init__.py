@@ -5,6 +5,7 @@ import torch
 from hf_flash_two.attention import flash_attention
 from hf_flash_two.hf import register
 from hf_flash_two.hf.families import register_attention
+from hf_flash_two.hf.max_logits import max_logits
 from hf_flash_two.hf.patching import patch, patched, unpatch
 from hf_flash_two.hf.prefix_tree import PrefixTreeCollator, completion_logps, merge_rows
 from hf_flash_two.hf.watching import watch_attention
@@ -23,6 +24,7 @@ __all__ = [
     "completion_logps",
     "context_parallel",
     "flash_attention",
+    "max_logits",
     "merge_rows",
     "patch",
     "patched",

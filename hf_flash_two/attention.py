@@ -64,12 +64,13 @@ def flash_attention(
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     return_lse: bool = False,
+    return_max_logits: bool = False,
     kernel: str = "auto",
     q_bucket_size: int | None = None,
     k_bucket_size: int | None = None,
     deterministic: bool = True,
     **unknown: Never,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """softmax(cap(scale * Q K^T) + bias) V in memory linear in the sequence, forward and backward.
 
     Args:
@@ -91,6 +92,8 @@ def flash_attention(
             generator. Which pairs are dropped depends on (seed, batch, head, query, key) only.
         return_lse: also return the log-sum-exp of each row's scores, sinks included;
             differentiable.
+        return_max_logits: also return the largest score of each head, for QK-clip (Kimi Team 2025,
+            arXiv:2507.20534) and monitoring; no gradient.
         kernel: "auto", "blockwise", "fused_cpu", "hopper" or "triton". One asked for by name
             raises where it cannot compute the call, in the forward or in the backward.
         q_bucket_size, k_bucket_size: upper limits on the tiles of queries and keys. Triton's have
@@ -99,9 +102,11 @@ def flash_attention(
             any order, which is faster, unless ``torch.use_deterministic_algorithms(True)``.
 
     Returns:
-        out [B, Hq, Tq, Dv], laid out in memory as ``query`` is, and on request lse [B, Hq, Tq] in
-        float32 (float64 for float64). A row that sees no key has out 0, gradients of its
-        query 0, and lse -inf, or that of its sink.
+        out [B, Hq, Tq, Dv], laid out in memory as ``query`` is, and on request lse [B, Hq, Tq] and
+        max_logits [B, Hq], in this order, in float32 (float64 for float64). The latter is the
+        largest score of all visible pairs after scale, softcap, bias and ALiBi, without sinks and
+        before dropout; -inf where there are none. A row that sees no key has out 0, a gradient of
+        its query of 0, and lse -inf, or that of its sink.
         All is computed and returned in the dtype of ``value``, because rotary embeddings and norms
         may upcast queries and keys; under autocast in autocast's dtype, unless ``value`` is
         float64. Statistics and sums are float32 (float64). The same inputs give the same bits,
@@ -120,7 +125,10 @@ def flash_attention(
     mask = as_mask(mask)
     if deterministic is False:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    settings = (scale, softcap, dropout_p, q_bucket_size, k_bucket_size, deterministic, kernel)
+    settings = (
+        scale, softcap, dropout_p, q_bucket_size, k_bucket_size, deterministic, return_max_logits,
+        kernel,
+    )  # fmt: skip
     recorded = eager and is_recorded(query, key, value)
     kind, run, with_lse = None, None, return_lse or recorded
     if eager and bias is None and alibi_slopes is None and sinks is None and not dropout_p:
@@ -174,7 +182,7 @@ def flash_attention_gradients(
         The gradients of query, key, value, bias and sinks, the last two in the shape that
         `flash_attention` took, or None without one.
     """
-    settings = (scale, softcap, 0.0, q_bucket_size, k_bucket_size, True, kernel)
+    settings = (scale, softcap, 0.0, q_bucket_size, k_bucket_size, True, False, kernel)
     query, key, value, params = validated(
         query, key, value, as_mask(mask), settings, bias, alibi_slopes, sinks, None
     )
@@ -206,9 +214,7 @@ def validated(
     for tensor in (mask.query_start, mask.dense):
         if tensor is not None and tensor.device != query.device:
             mask = mask.to(query.device)
-    scale, softcap, dropout_p, block_q, block_k, deterministic = _check_settings(
-        head_dim, *settings
-    )
+    numbers = _check_settings(head_dim, *settings)
     params = AttentionParams(
         mask.query_start,
         mask.query_stop,
@@ -217,16 +223,11 @@ def validated(
         None if bias is None else _check_bias(bias, shape, query),
         None if alibi_slopes is None else _check_per_head("alibi_slopes", alibi_slopes, query),
         None if sinks is None else _check_per_head("sinks", sinks, query),
-        _resolve_seed(dropout_seed, query.device) if dropout_p else None,
+        _resolve_seed(dropout_seed, query.device) if numbers[2] else None,
         mask.resolve_offset(query_length, key.shape[2]),
         mask.window_left,
         mask.window_right,
-        scale,
-        softcap,
-        dropout_p,
-        block_q,
-        block_k,
-        deterministic,
+        *numbers,
     )
     _check_constant("alibi_slopes", alibi_slopes, "pass `bias`")
     return query, key, value, params
@@ -418,8 +419,9 @@ def _check_settings(
     q_bucket_size: int | None,
     k_bucket_size: int | None,
     deterministic: bool,
+    return_max_logits: bool,
     kernel: str,
-) -> tuple[float, float, float, int | None, int | None, bool]:
+) -> tuple[float, float, float, int | None, int | None, bool, bool]:
     """All but the first and the last as numbers of Python; softcap 0 is off."""
     _check_constant("scale", scale, "multiply query by it")
     number = head_dim**-0.5 if scale is None else _number("scale", scale)
@@ -438,7 +440,10 @@ def _check_settings(
         raise ValueError(f"kernel: expected one of {KERNELS}, got {kernel!r}")
     if not isinstance(deterministic, bool):
         raise ValueError(f"deterministic: expected True or False, got {deterministic!r}")
-    return number, softcap, dropout_p, q_bucket_size, k_bucket_size, deterministic
+    if not isinstance(return_max_logits, bool):
+        raise ValueError(f"return_max_logits: expected True or False, got {return_max_logits!r}")
+    sizes = q_bucket_size, k_bucket_size
+    return number, softcap, dropout_p, *sizes, deterministic, return_max_logits
 
 
 def _check_bucket(name: str, size: int | None) -> int | None:

@@ -229,7 +229,7 @@ class _Call(NamedTuple):
     @property
     def given(self) -> tuple[Tensor, Tensor, Tensor, AttentionParams]:
         """The arguments as kernels take them."""
-        settings = (None, self.softcap, self.dropout_p, None, None, True, "auto")
+        settings = (None, self.softcap, self.dropout_p, None, None, True, False, "auto")
         terms = self.bias, self.alibi_slopes, self.sinks, None
         return validated(self.query, self.key, self.value, self.mask, settings, *terms)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import chain
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from hf_flash_two.kernels.params import (
     Prepared,
     empty_lse,
     empty_output,
+    lowest_logits,
 )
 from hf_flash_two.masks import KEY_GROUP
 
@@ -74,7 +75,7 @@ def _signature(schema: dict[str, str]) -> str:
 
 
 _LIBRARY = torch.library.Library("hf_flash_two", "DEF")
-_LIBRARY.define(f"flash_attn_fwd({_signature(_FORWARD_SCHEMA)}) -> (Tensor, Tensor)")
+_LIBRARY.define(f"flash_attn_fwd({_signature(_FORWARD_SCHEMA)}) -> (Tensor, Tensor, Tensor)")
 _GRADIENTS = f"({', '.join(['Tensor'] * len(DIFFERENTIABLE))})"
 _LIBRARY.define(f"flash_attn_bwd({_signature(_BACKWARD_SCHEMA)}) -> {_GRADIENTS}")
 _LIBRARY.define(f"flash_attn_fwd_jvp({_signature(_FORWARD_JVP_SCHEMA)}) -> (Tensor, Tensor)")
@@ -144,9 +145,10 @@ def _select(
 
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, kernel: str
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     if not query.numel():
-        return empty_output(query, value.shape[3]), empty_lse(query)
+        results = empty_output(query, value.shape[3]), empty_lse(query)
+        return (*results, lowest_logits(query)) if params.max_logits else results
     params = _laid_out(params, key.shape[2])
     chosen = _select("forward", kernel, query, key, value, params)
     return chosen.forward(query, key, value, params)
@@ -180,7 +182,8 @@ def _backward(
 @torch.no_grad()
 def _forward_op(query, key, value, *settings):
     *params, kernel = settings
-    return _forward(query, key, value, AttentionParams(*params), kernel)
+    results = _forward(query, key, value, AttentionParams(*params), kernel)
+    return results if len(results) == 3 else (*results, query.new_empty(0))
 
 
 @torch.no_grad()
@@ -219,7 +222,10 @@ def _backward_jvp_op(d_out, d_lse, query, key, value, out, lse, out_dot, lse_dot
 
 
 def _forward_fake(query, key, value, *settings):
-    return empty_output(query, value.shape[3]), empty_lse(query)
+    *params, _ = settings
+    wanted = AttentionParams(*params).max_logits
+    max_logits = lowest_logits(query) if wanted else query.new_empty(0)
+    return empty_output(query, value.shape[3]), empty_lse(query), max_logits
 
 
 def _backward_fake(d_out, d_lse, query, key, value, out, lse, *settings):
@@ -235,7 +241,7 @@ def _backward_fake(d_out, d_lse, query, key, value, out, lse, *settings):
 
 
 def _forward_jvp_fake(query, key, value, out, lse, *more):
-    return _forward_fake(query, key, value)
+    return empty_output(query, value.shape[3]), empty_lse(query)
 
 
 def _backward_jvp_fake(d_out, d_lse, query, key, value, out, lse, *more):
@@ -272,11 +278,12 @@ def _batch_of(query: Tensor, dim: int | None) -> int:
 
 
 def _map_forward(op: OpOverloadPacket, schema: dict[str, str], info, in_dims, *args):
-    """The rule for vmap of an op that returns out and lse, or tangents of theirs."""
+    """The rule for vmap of an op that returns out, lse and more, or tangents of theirs."""
     query = tuple(schema).index("query")
     size, batch = info.batch_size, _batch_of(args[query], in_dims[query])
-    out, lse = op(*_fold_all(schema, args, in_dims, size, batch, shared=TENSORS))
-    return (out.unflatten(0, (size, batch)), lse.unflatten(0, (size, batch))), (0, 0)
+    results = op(*_fold_all(schema, args, in_dims, size, batch, shared=TENSORS))
+    unfolded = [x.unflatten(0, (size, batch)) if x.dim() > 1 else x for x in results]
+    return tuple(unfolded), tuple(0 if x.dim() > 1 else None for x in results)
 
 
 def _map_backward(op: OpOverloadPacket, schema: dict[str, str], info, in_dims, *args):
@@ -357,12 +364,13 @@ class _Forward(_Recorded):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _keep(ctx, *inputs[_SAVED], *output)
+        _keep(ctx, *inputs[_SAVED], *output[:2])
+        ctx.mark_non_differentiable(output[2])
         ctx.settings = inputs[_NOT_SAVED]
 
     @staticmethod
     def backward(ctx, *grad_outputs):
-        d_out, d_lse = grad_outputs
+        d_out, d_lse, _ = grad_outputs
         query, key, value, *tensors, out, lse = ctx.saved_tensors
         grads: list[Tensor | None] = [None] * len(FORWARD_NAMES)
         needed = ctx.needs_input_grad
@@ -378,9 +386,10 @@ class _Forward(_Recorded):
     def jvp(ctx, *tangents):
         query, key, value, *tensors, out, lse = ctx.saved_tensors
         along = (*tangents[:3], tangents[_BIAS], tangents[_SINKS])
-        return torch.ops.hf_flash_two.flash_attn_fwd_jvp(
+        found = torch.ops.hf_flash_two.flash_attn_fwd_jvp(
             query, key, value, out, lse, *along, *tensors, *ctx.settings
         )
+        return *found, None
 
 
 class _Backward(_Recorded):
@@ -494,12 +503,13 @@ class _Eager(_SingleLevelFunction):
 
     @staticmethod
     def forward(ctx, query, key, value, bias, sinks, params, kernel, run, return_lse):
-        out, lse = run.forward(query, key, value, params)
+        out, lse, *max_logits = run.forward(query, key, value, params)
         ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*max_logits)
         tensors = params.tensors
         ctx.save_for_backward(query, key, value, out, lse, *[x for x in tensors if x is not None])
         ctx.settings = [x is not None for x in tensors], params.numbers, kernel, run.backward
-        return (out, lse) if return_lse else out
+        return _wanted((out, lse, *max_logits), return_lse)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
@@ -590,8 +600,10 @@ def flash_attn(
     eager: bool,
     recorded: bool,
     run: Prepared | None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """out or (out, lse) of validated settings, with gradients of query, key, value, bias and sinks.
+) -> Tensor | tuple[Tensor, ...]:
+    """out[, lse][, max_logits] of validated settings.
+
+    Gradients are those of query, key, value, bias and sinks.
 
     Args:
         eager: `is_eager` of query, key and value.
@@ -612,5 +624,12 @@ def flash_attn(
             x.contiguous() if isinstance(x, _DTENSOR) else x for x in (query, key, value)
         )
         result = torch.ops.hf_flash_two.flash_attn_fwd(query, key, value, *params, kernel)
-    out, lse = result
-    return out if not return_lse or lse is None else (out, lse)
+    return _wanted(result if params.max_logits else result[:2], return_lse)
+
+
+def _wanted(results: tuple[Any, ...], return_lse: bool) -> Any:
+    """Of out, lse and perhaps max_logits, what a caller gets."""
+    out, lse, *rest = results
+    if return_lse:
+        rest = [lse, *rest]
+    return (out, *rest) if rest else out

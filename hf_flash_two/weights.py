@@ -43,7 +43,7 @@ class AttentionWeights:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ):
-        mask, settings = as_mask(mask), (scale, softcap, 0.0, None, None, True, "auto")
+        mask, settings = as_mask(mask), (scale, softcap, 0.0, None, None, True, False, "auto")
         terms = dict(bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
         with torch.no_grad():
             query, key, value, params = validated(

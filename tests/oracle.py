@@ -53,22 +53,10 @@ def dense_attention(
         alibi_offset: position of the first query; None puts the last query on the last key.
         keep: bool [B, H, Tq, Tk], which probabilities dropout spares.
     """
-    batch, heads, query_length, head_dim = query.shape
+    batch, heads, query_length, _ = query.shape
     key_length = key.shape[2]
-    group = heads // key.shape[1]
-    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    scores = query @ key.transpose(-1, -2) * (head_dim**-0.5 if scale is None else scale)
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    if bias is not None:
-        scores = scores + bias
-    if alibi_slopes is not None:
-        offset = key_length - query_length if alibi_offset is None else alibi_offset
-        position = torch.arange(offset, offset + query_length, device=query.device)[:, None]
-        distance = (position - torch.arange(key_length, device=query.device)).abs()
-        scores = scores - alibi_slopes.reshape(-1, heads, 1, 1) * distance.to(scores.dtype)
-    if visible is not None:
-        scores = scores.masked_fill(~visible, -math.inf)
+    value = value.repeat_interleave(heads // key.shape[1], 1)
+    scores = dense_scores(query, key, visible, scale, bias, alibi_slopes, alibi_offset, softcap)
     column = query.new_tensor(-math.inf) if sinks is None else sinks.reshape(-1, heads, 1, 1)
     scores = torch.cat([scores, column.expand(batch, heads, query_length, 1)], dim=-1)
     if scores.dtype.itemsize < 4:
@@ -84,6 +72,33 @@ def dense_attention(
     if keep is not None:
         probabilities = probabilities * keep / (1 - dropout_p)
     return probabilities @ value, lse
+
+
+def dense_scores(
+    query: Tensor,
+    key: Tensor,
+    visible: Tensor | None = None,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    alibi_offset: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """[B, Hq, Tq, Tk] of `dense_attention`, -inf where nothing is visible, in the inputs' dtype."""
+    heads, query_length, head_dim = query.shape[1:]
+    key_length = key.shape[2]
+    key = key.repeat_interleave(heads // key.shape[1], 1)
+    scores = query @ key.transpose(-1, -2) * (head_dim**-0.5 if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    if alibi_slopes is not None:
+        offset = key_length - query_length if alibi_offset is None else alibi_offset
+        position = torch.arange(offset, offset + query_length, device=query.device)[:, None]
+        distance = (position - torch.arange(key_length, device=query.device)).abs()
+        scores = scores - alibi_slopes.reshape(-1, heads, 1, 1) * distance.to(scores.dtype)
+    return scores if visible is None else scores.masked_fill(~visible, -math.inf)
 
 
 def rms(x: Tensor) -> float:

@@ -9,8 +9,18 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers import BATCH, LargestTensor, attend, check, dtype_id, inputs, padded
-from mask_cases import MASKS, causal, dense, full, holed, runs_of, two_sided_window, window
-from oracle import assert_within_budget, dense_attention, dense_mask
+from mask_cases import (
+    MASKS,
+    causal,
+    dense,
+    full,
+    holed,
+    packed,
+    runs_of,
+    two_sided_window,
+    window,
+)
+from oracle import assert_within_budget, dense_attention, dense_mask, dense_scores
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -801,6 +811,105 @@ def test_lse_only_on_request(kernel: str, device: str) -> None:
     assert isinstance(out, Tensor) and torch.equal(out, attend(kernel, *tensors)[0])
 
 
+TERMS = {
+    "plain": lambda: {},
+    "scale": lambda: {"scale": -3.0},
+    "scale-0": lambda: {"scale": 0.0},
+    "softcap": lambda: {"softcap": 0.5},
+    "alibi": lambda: {"alibi_slopes": torch.rand(6)},
+    "bias": lambda: {"bias": torch.randn(BATCH, 6, 1, 1) * 100},
+    "everything": lambda: {
+        "softcap": 2.0, "alibi_slopes": torch.rand(BATCH, 6), "bias": torch.randn(6, 1, 1) - 9,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "query_length", "key_length", "of_pair"),
+    [(full, 20, 70, "scale"), (full, 3, 600, "everything"), (causal, 65, 65, "plain"),
+     (causal, 40, 30, "bias"), (window, 1, 600, "plain"), (window, 20, 130, "everything"),
+     (holed, 3, 600, "alibi"), (holed, 20, 70, "plain"), (packed, 40, 40, "softcap"),
+     (dense, 20, 70, "scale-0"), (dense, 2, 70, "everything")],
+)  # fmt: skip
+def test_max_logits(
+    kernel: str, device: str, make: Callable, query_length: int, key_length: int, of_pair: str
+) -> None:
+    """Of visible pairs alone, whatever sinks and dropout do, and with no gradient."""
+    mask, visible = make(query_length, key_length)
+    mask = None if mask is None else mask.to(device)
+    tensors, terms = inputs(query_length, key_length, device=device), TERMS[of_pair]()
+    query, key, value = (x.requires_grad_() for x in tensors)
+    there = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in terms.items()}
+    _, lse, got = flash_attention(
+        query, key, value, mask=mask, **there, sinks=torch.full((6,), 500.0, device=device),
+        dropout_p=0.5, return_lse=True, return_max_logits=True, kernel=kernel,
+    )  # fmt: skip
+    double = [x.detach().double().cpu() for x in (query, key)]
+    want = dense_scores(*double, visible, **terms).amax((2, 3))
+    assert got.dtype == torch.float32 and not got.requires_grad and lse.requires_grad
+    torch.testing.assert_close(got.double().cpu(), want, rtol=2e-6, atol=5e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("length", [1, 20])
+def test_max_logits_changes_no_gradient(
+    kernel: str, device: str, length: int, dtype: torch.dtype
+) -> None:
+    """Results come in the order out, lse, max_logits; each of them alone is the same."""
+    leaves = [x.requires_grad_() for x in inputs(length, 20, dtype=dtype, device=device)]
+
+    def attend(**wanted):
+        return flash_attention(*leaves, mask=AttentionMask.causal(), kernel=kernel, **wanted)
+
+    out, lse, largest = attend(return_lse=True, return_max_logits=True)
+    short, again = attend(return_max_logits=True)
+    statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    assert largest.dtype == lse.dtype == statistics and largest.shape == out.shape[:2]
+    assert torch.equal(short, out) and torch.equal(again, largest)
+    both = attend(return_lse=True)
+    upstream = torch.randn_like(out), torch.randn_like(lse)
+    for got, want in zip((out, lse), both, strict=True):
+        torch.testing.assert_close(got, want)
+    for got, want in zip(
+        torch.autograd.grad((out, lse), leaves, upstream),
+        torch.autograd.grad(both, leaves, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(("length", "poison"), [(1, math.nan), (20, math.inf)])
+def test_max_logits_of_bad_keys(kernel: str, device: str, length: int, poison: float) -> None:
+    """What is hidden counts nothing; NaN and infinity that are visible are told."""
+    query, key, value = (x.abs() for x in inputs(length, 300, device=device))
+    keep = torch.ones(BATCH, 300, device=device)
+    keep[:, 150:] = 0
+    mask = AttentionMask.from_padding(keep)
+    want = flash_attention(
+        query, key[:, :, :150], value[:, :, :150], return_max_logits=True, kernel=kernel
+    )
+    for at, is_seen in ((200, False), (100, True)):
+        bad = [x.clone() for x in (key, value)]
+        for x in bad:
+            x[0, :, at] = poison
+        got = flash_attention(query, *bad, mask=mask, return_max_logits=True, kernel=kernel)
+        torch.testing.assert_close(got[1][1], want[1][1])
+        if not is_seen:
+            torch.testing.assert_close(got, want)
+        else:
+            expected = torch.full((6,), poison, device=device)
+            assert torch.equal(got[1][0].isnan(), expected.isnan())
+            assert torch.equal(got[1][0].isinf(), expected.isinf())
+
+
+@pytest.mark.parametrize("lengths", [(0, 5), (5, 0)], ids=str)
+def test_max_logits_of_nothing(kernel: str, device: str, lengths: tuple[int, int]) -> None:
+    _, got = flash_attention(
+        *inputs(*lengths, device=device), return_max_logits=True, kernel=kernel
+    )
+    assert torch.equal(got, torch.full((BATCH, 6), -math.inf, device=device))
+
+
 def test_softcap_zero_is_off(kernel: str, device: str) -> None:
     tensors = inputs(9, 20, device=device)
     capped = flash_attention(*tensors, softcap=0, kernel=kernel)
@@ -925,6 +1034,7 @@ REFUSALS = {
         r"dropout_seed: expected one element, got shape \[2\]",
     ),
     "kernel": ({"kernel": "fastest"}, r"kernel: expected .*blockwise.*got 'fastest'"),
+    "max-logits": ({"return_max_logits": 1}, r"return_max_logits: expected True or .*got 1"),
     "q-bucket": (
         {"q_bucket_size": 0}, r"q_bucket_size: expected None or an integer of at least 1, got 0"
     ),

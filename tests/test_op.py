@@ -72,6 +72,7 @@ OP_CASES = {
     "bias-expanded": lambda: {"bias": torch.randn(1, 1, 9, 20).expand(2, 6, 9, 20)},
     "sinks": lambda: {"sinks": torch.randn(6), "alibi_slopes": torch.rand(6), "softcap": 3.0},
     "dropout": lambda: {"dropout_p": 0.2, "dropout_seed": 5},
+    "max-logits": lambda: {"return_max_logits": True},
     "buckets": lambda: {"q_bucket_size": 4, "k_bucket_size": 64},
 }
 
@@ -87,7 +88,7 @@ def test_opcheck(monkeypatch, make: Callable, dtype: torch.dtype, case: Callable
     tensors = make(9, 20, dtype=dtype, value_dim=24)
     arguments = op_arguments(monkeypatch, tensors, **case())
     torch.library.opcheck(FORWARD, arguments, test_utils=checks)
-    out, lse = FORWARD(*arguments)
+    out, lse, _ = FORWARD(*arguments)
     d_out, d_lse = torch.randn_like(out), torch.randn_like(lse)
     backward = (*arguments[:3], out, lse, *arguments[3:], "bias" in case())
     torch.library.opcheck(BACKWARD, (d_out, d_lse, *backward), test_utils=checks)
@@ -99,7 +100,7 @@ def test_opcheck(monkeypatch, make: Callable, dtype: torch.dtype, case: Callable
 def test_opcheck_of_derivatives(monkeypatch, case: Callable) -> None:
     arguments = op_arguments(monkeypatch, transposed(9, 20, value_dim=24), **case())
     inputs, settings = arguments[:3], arguments[3:]
-    results = FORWARD(*arguments)
+    results = FORWARD(*arguments)[:2]
     given = case()
     along = (*map(torch.randn_like, inputs), given.get("bias"), None)
     torch.library.opcheck(FORWARD_JVP, (*inputs, *results, *along, *settings), test_utils=CHECKS)
@@ -107,6 +108,28 @@ def test_opcheck_of_derivatives(monkeypatch, case: Callable) -> None:
     for more in ((upstream[0], results[1]), (None, None)):
         call = (*upstream, *inputs, *results, *more, *along, *settings, "bias" in given)
         torch.library.opcheck(BACKWARD_JVP, call, test_utils=CHECKS)
+
+
+def test_max_logits_is_a_constant() -> None:
+    """To every derivative, forward, backward and mapped."""
+    query, key, value = inputs(9, 20)
+    along = torch.randn_like(query)
+
+    def both(query: Tensor) -> tuple[Tensor, Tensor]:
+        return flash_attention(query, key, value, return_max_logits=True)
+
+    def total(query: Tensor) -> Tensor:
+        return sum(x.sum() for x in both(query))
+
+    def alone(query: Tensor) -> Tensor:
+        return flash_attention(query, key, value)
+
+    (_, largest), (got, tangent) = torch.func.jvp(both, (query,), (along,))
+    torch.testing.assert_close(got, torch.func.jvp(alone, (query,), (along,))[1])
+    assert largest.any() and not tangent.any()
+    queries = torch.stack([query, along])
+    got = torch.vmap(torch.func.grad(total))(queries)
+    torch.testing.assert_close(got, torch.vmap(torch.func.grad(lambda x: alone(x).sum()))(queries))
 
 
 # The thin path of eager mode
@@ -120,11 +143,11 @@ def with_gradients(tensors: list[Tensor], **arguments) -> tuple[str, list[Tensor
         for name in ("bias", "sinks")
         if name in arguments
     }
-    out, lse = flash_attention(*leaves, return_lse=True, **(arguments | extras))
+    out, lse, *rest = flash_attention(*leaves, return_lse=True, **(arguments | extras))
     torch.manual_seed(1)
     upstream = [torch.randn_like(x) for x in (out, lse)]
     grads = torch.autograd.grad((out, lse), [*leaves, *extras.values()], upstream)
-    return out.grad_fn.name(), [out.detach(), lse.detach(), *grads]
+    return out.grad_fn.name(), [out.detach(), lse.detach(), *rest, *grads]
 
 
 @pytest.mark.parametrize("case", OP_CASES.values(), ids=OP_CASES)
@@ -509,7 +532,7 @@ def test_vmap(in_dims: tuple) -> None:
     mask = AttentionMask.causal() & AttentionMask.from_padding(torch.rand(2, 20) > 0.3)
 
     def function(*tensors):
-        return flash_attention(*tensors, mask=mask, return_lse=True)
+        return flash_attention(*tensors, mask=mask, return_lse=True, return_max_logits=True)
 
     got = torch.vmap(function, in_dims=in_dims)(*tensors)
     for n in range(3):
@@ -819,7 +842,7 @@ def test_the_op_takes_any_strides(monkeypatch: pytest.MonkeyPatch, kernel: str) 
     arguments = [x.to(device) if isinstance(x, Tensor) else x for x in arguments[:-1]]
 
     def gradients(*arguments):
-        out, lse = FORWARD(*arguments, kernel)
+        out, lse, _ = FORWARD(*arguments, kernel)
         upstream = (torch.ones_like(out), torch.ones_like(lse))
         results = (out, lse) if arguments[0].stride(3) == 1 else (strided(out), strided(lse))
         settings = (*arguments[3:], kernel, False)

@@ -12,6 +12,7 @@ from hf_flash_two.attention import flash_attention
 from hf_flash_two.hf import compat, families, forward_pass, shard
 from hf_flash_two.hf.forward_pass import once
 from hf_flash_two.hf.mask_proxy import MaskProxy
+from hf_flash_two.hf.max_logits import record, records_of
 from hf_flash_two.hf.packing import keep_apart, keep_apart_in_layer
 from hf_flash_two.hf.tensor_masks import from_block_indices, from_indices, from_tensor
 from hf_flash_two.hf.watched import is_watched, show_weights
@@ -121,14 +122,19 @@ def attention_forward(
         s_aux, row_sinks = (s_aux, sinks) if sinks.dim() == 4 else (sinks, None)
     wants_weights = _wants_weights(module, output_attentions)
     terms: dict[str, Any] = dict(scale=scaling, bias=bias, softcap=softcap, sinks=s_aux)
-    watched = is_watched(module)
+    watched, records = is_watched(module), records_of(module)
     terms["return_lse"] = wants_weights or watched or row_sinks is not None
     if spread is None:
         here: dict[str, Any] = dict(dropout_p=dropout, deterministic=deterministic is not False)
+        if records:
+            here["return_max_logits"] = True
         out = flash_attention(query, key, value, mask=mask, **here, **terms)
     else:
-        shard.check_layer(module, dropout, wants_weights, watched)
+        shard.check_layer(module, dropout, wants_weights, watched, bool(records))
         out = attend_over_mesh(query, key, value, mask, spread, **terms)
+    if records:
+        record(records, out[-1])
+        out = out[:-1] if terms["return_lse"] else out[0]
     if not isinstance(out, tuple):
         return out.transpose(1, 2).contiguous(), None
     if watched:

@@ -332,16 +332,25 @@ def check_gathered(position_ids: Tensor | None) -> None:
         )
 
 
-def check_layer(module: nn.Module, dropout: float, wants_weights: bool, watched: bool) -> None:
+def check_layer(
+    module: nn.Module, dropout: float, wants_weights: bool, watched: bool, wants_max_logits: bool
+) -> None:
     """Refuse what a shard cannot give."""
     if dropout:
         raise NotImplementedError(
             f"context parallelism: {type(module).__name__} drops probabilities (dropout "
             f"{dropout}); set the config's attention dropout to 0"
         )
-    if wants_weights or watched:
-        what = "output_attentions" if wants_weights else "watch_attention"
-        raise NotImplementedError(f"{what}: not possible under context parallelism; leave it out")
+    wanted = {
+        "output_attentions": wants_weights,
+        "watch_attention": watched,
+        "max_logits": wants_max_logits,
+    }
+    for what, is_wanted in wanted.items():
+        if is_wanted:
+            raise NotImplementedError(
+                f"{what}: not possible under context parallelism; leave it out"
+            )
 
 
 def whole_bias(spread: Spread, module: Any, bias: Tensor | None, keys: int) -> Tensor | None:

@@ -8,7 +8,8 @@ A kernel is a package here with two functions:
   ``declines_backward``, with the same arguments.
 - ``load() -> (forward, backward)``, and perhaps ``prepare`` and ``prepare_backward``, imported on
   first use:
-  ``forward(query, key, value, params) -> (out, lse)`` and
+  ``forward(query, key, value, params) -> (out, lse)``, with `AttentionParams.max_logits` ``(out,
+  lse, max_logits)``, and
   ``backward(d_out, d_lse, query, key, value, out, lse, params, need_d_bias) -> (dq, dk, dv, d_bias,
   d_sinks)``;
   ``prepare(query, key, value, params, with_lse)`` gives what computes all calls that differ from

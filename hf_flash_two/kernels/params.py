@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, get_type_hints
 
@@ -33,6 +34,7 @@ class AttentionParams(NamedTuple):
         scale, softcap, dropout_p: 0 turns softcap and dropout_p off.
         block_q, block_k: the caller's limit on tile sizes, or None.
         deterministic: the same inputs give the same bits. Kernels may always keep to it.
+        max_logits: the forward also gives the largest score of any visible pair of each head.
     """
 
     query_start: Tensor | None
@@ -52,6 +54,7 @@ class AttentionParams(NamedTuple):
     block_q: int | None
     block_k: int | None
     deterministic: bool = True
+    max_logits: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -73,8 +76,8 @@ class AttentionParams(NamedTuple):
         return self.bias is None and self.alibi_slopes is None and not self.softcap
 
 
-Forward = Callable[[Tensor, Tensor, Tensor, AttentionParams], tuple[Tensor, Tensor | None]]
-"""A kernel's forward: query, key, value and settings -> out and lse."""
+Forward = Callable[[Tensor, Tensor, Tensor, AttentionParams], tuple[Tensor | None, ...]]
+"""A kernel's forward: query, key, value and settings -> out, lse and, on request, max_logits."""
 
 
 class Prepared(NamedTuple):
@@ -124,3 +127,8 @@ def empty_lse(query: Tensor) -> Tensor:
     """An uninitialised [B, H, Tq] for the log-sum-exp of each row."""
     batch, heads, length, _ = query.shape
     return query.new_empty(batch, heads, length, dtype=statistics_dtype(query.dtype))
+
+
+def lowest_logits(query: Tensor) -> Tensor:
+    """max_logits [B, H] of heads that see nothing: -inf."""
+    return query.new_full(query.shape[:2], -math.inf, dtype=statistics_dtype(query.dtype))

@@ -27,7 +27,8 @@ def _shard_forward(query, key, value, *settings):
     shardings = []
     for rows, keys in _splits(query, key, params.dropout_p):
         inputs = [rows, keys, keys, *_place_params(params, rows), None]
-        shardings.append(([rows, rows], inputs))
+        max_logits = rows if params.max_logits else Replicate()
+        shardings.append(([rows, rows, max_logits], inputs))
     return shardings
 
 

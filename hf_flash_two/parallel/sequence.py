@@ -115,8 +115,8 @@ def attend_over_mesh(
         bias: this rank's rows, [B or 1, Hq or 1, Tq / W or 1, Tk or 1], all keys in the order of
             the sequence. Its gradient, like that of sinks, is this rank's part of the sum over all.
         alibi_slopes, sinks: of all heads, [Hq] or [B or 1, Hq].
-        settings: other arguments of `flash_attention`; dropout is not among them, since its bits
-            count the queries and keys of one call.
+        settings: other arguments of `flash_attention`. Dropout is not among them, since its bits
+            count the queries and keys of one call, nor is ``return_max_logits``.
 
     Returns:
         out [B, Hq, Tq / W, Dv], and on request lse [B, Hq, Tq / W].

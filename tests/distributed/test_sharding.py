@@ -58,14 +58,19 @@ def check_split(
     def run(query, key, value, bias, sinks, weight):
         tensors = [query, key, value, *([bias] if need_d_bias else []), sinks]
         bias = bias if need_d_bias else bias.detach()
-        out, lse = flash_attention(
-            query, key, value, mask=mask, bias=bias, sinks=sinks, return_lse=True, **arguments
-        )
+        out, lse, largest = flash_attention(
+            query, key, value, mask=mask, bias=bias, sinks=sinks, return_lse=True,
+            return_max_logits=True, **arguments,
+        )  # fmt: skip
         # The loss on each shard is a part of the whole: no message belongs to it.
-        return out, torch.autograd.grad((out, lse), tensors, (weight, torch.ones_like(lse)))
+        return (
+            out,
+            largest,
+            torch.autograd.grad((out, lse), tensors, (weight, torch.ones_like(lse))),
+        )
 
     leaves = [tensor.clone().requires_grad_() for tensor in plain]
-    want_out, want = run(*leaves, weight)
+    want_out, want_largest, want = run(*leaves, weight)
     placements = (split[0], split[1], split[1], Replicate(), Replicate())
     sharded = [
         distribute_tensor(tensor, mesh, [placement]).requires_grad_()
@@ -73,11 +78,12 @@ def check_split(
     ]
     weight = distribute_tensor(weight, mesh, [split[0]])
     with implicit_replication(), CommDebugMode() as messages:
-        out, got = run(*sharded, weight)
+        out, largest, got = run(*sharded, weight)
     if stays:
         assert out.placements == (split[0],), out.placements
         assert messages.get_total_counts() == 0, messages.get_comm_counts()
     torch.testing.assert_close(out.full_tensor(), want_out)
+    torch.testing.assert_close(largest.full_tensor(), want_largest)
     for have, expected in zip(got, want, strict=True):
         assert have.shape == expected.shape
         torch.testing.assert_close(have.full_tensor(), expected, rtol=1e-4, atol=1e-5)

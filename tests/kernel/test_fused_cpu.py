@@ -407,6 +407,7 @@ def test_what_is_found_out_once_gives_the_same_bits(name: str, heads, dtype: tor
 REFUSED = {
     "softcap": ({"softcap": 3.0}, "no softcap, no dropout"),
     "dropout": ({"dropout_p": 0.1}, "no softcap, no dropout"),
+    "max-logits": ({"return_max_logits": True}, "does not tell the largest scores"),
     "scale": ({"scale": 0.0}, "no scale of 0"),
     "tiles": ({"q_bucket_size": 4}, "does not take q_bucket_size"),
 }

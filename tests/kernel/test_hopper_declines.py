@@ -162,6 +162,12 @@ def test_limits_on_tiles_are_left_to_the_portable_kernels(declined: Callable) ->
         assert "cannot be limited" in declined(call(**{name: 32}))[0]
 
 
+def test_the_largest_scores_are_left_to_the_portable_kernels(declined: Callable) -> None:
+    """The backward has nothing to do with them."""
+    of_forward, of_backward = declined(call(max_logits=True))
+    assert of_forward == "it does not tell the largest scores" and of_backward is None
+
+
 WINDOW = {"mask": AttentionMask.causal(window=9)}
 PADDED = {"mask": AttentionMask.from_padding(torch.ones(2, 4096))}
 TAKEN = {

@@ -109,12 +109,12 @@ def test_compiles(monkeypatch, launches, target, feature):
         changes = dict(
             bias=torch.empty(1, 4, length, length), alibi_slopes=torch.empty(1, 4),
             sinks=torch.empty(1, 4), seed=torch.empty(1, dtype=torch.int64),
-            softcap=30.0, dropout_p=0.1,
+            softcap=30.0, dropout_p=0.1, max_logits=True,
         )  # fmt: skip
     if feature == "decode":
-        query = query[:, :, :1]
+        query, changes = query[:, :, :1], dict(max_logits=True)
     described = params(mask, length, **changes)
-    out, lse = forward.forward(query, key, value, described)
+    out, lse, *_ = forward.forward(query, key, value, described)
     if feature != "decode":
         need_d_bias = described.bias is not None
         backward.backward(out, None, query, key, value, out, lse, described, need_d_bias)

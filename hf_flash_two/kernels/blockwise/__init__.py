@@ -7,7 +7,7 @@ The running maximum is lazy. Softmax is invariant to the reference that is subtr
 scores, so instead of following the maximum tile by tile, a row takes as reference the maximum over
 a few keys that all rows of its tile see, and hands it to the matrix product, which subtracts it
 for nothing. Only if a row's sum shows that to be a poor reference is the tile of queries computed
-again with the usual online softmax.
+again with the usual online softmax, as all are where the largest scores are wanted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from torch import Tensor
 from hf_flash_two.kernels.blockwise.head_blocks import HeadBlock, head_blocks
 from hf_flash_two.kernels.blockwise.tiles import KeyTile, QueryTile
 from hf_flash_two.kernels.hidden import hides
-from hf_flash_two.kernels.params import AttentionParams, empty_lse, empty_output, statistics_dtype
+from hf_flash_two.kernels.params import (
+    AttentionParams,
+    empty_lse,
+    empty_output,
+    lowest_logits,
+    statistics_dtype,
+)
 
 _SAFE_MEAN = 2.0**4
 _FINE = 2.0**10
@@ -43,8 +49,10 @@ def load() -> tuple[Callable, Callable]:
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
-) -> tuple[Tensor, Tensor]:
-    """out [B, Hq, Tq, Dv] in the dtype of ``query`` and lse [B, Hq, Tq] in float32 (float64)."""
+) -> tuple[Tensor, ...]:
+    """out [B, Hq, Tq, Dv] in the dtype of ``query``; lse [B, Hq, Tq] and, if they are wanted,
+    max_logits [B, Hq] in float32 (float64).
+    """
     result = _forward(query, key, value, params, guarded=False)
     if hides(query, key, params) and not is_finite(result[0]):
         result = _forward(query, key, value, params, guarded=True)
@@ -59,15 +67,21 @@ def is_finite(*results: Tensor | None) -> bool:
 
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, guarded: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     out, lse = empty_output(query, value.shape[3]), empty_lse(query)
+    max_logits = lowest_logits(query) if params.max_logits else None
     with torch.autocast(query.device.type, enabled=False):
         for block in head_blocks(query, key, value, params, guarded):
             for tile in block.query_tiles:
-                block_out, block_lse = _attend(block, tile)
+                state = _softmax(block, tile)
+                if max_logits is not None:
+                    row_max = block.ungroup(state[0] / block.unit)
+                    known = max_logits[block.index]
+                    torch.maximum(known, row_max.amax((2, 3)), out=known)
+                block_out, block_lse = _normalised(block, *_with_sinks(block, tile, *state))
                 out[block.index][:, :, tile.rows] = block.ungroup(block_out)
                 lse[block.index][:, :, tile.rows] = block.ungroup(block_lse)[..., 0]
-    return out, lse
+    return (out, lse) if max_logits is None else (out, lse, max_logits)
 
 
 def backward(
@@ -136,9 +150,10 @@ def _backward(
     return dq, dk, dv, d_bias, d_sinks
 
 
-def _attend(block: HeadBlock, tile: QueryTile) -> tuple[Tensor, Tensor]:
+def _normalised(
+    block: HeadBlock, reference: Tensor, row_sum: Tensor, acc: Tensor
+) -> tuple[Tensor, Tensor]:
     """Output and natural-log lse of one tile of queries, [heads, group * rows, Dv or 1]."""
-    reference, row_sum, acc = _softmax(block, tile)
     # The sum is that of all probabilities, also of those that dropout takes.
     kept = row_sum * (1 - block.params.dropout_p) if block.params.dropout_p else row_sum
     out = acc.div_(kept.masked_fill(row_sum == 0, 1))
@@ -148,10 +163,11 @@ def _attend(block: HeadBlock, tile: QueryTile) -> tuple[Tensor, Tensor]:
 def _softmax(block: HeadBlock, tile: QueryTile) -> tuple[Tensor, Tensor, Tensor]:
     """A reference for each row's scores, the sum of their powers less it, and that times V.
 
-    Rows that see nothing have reference -inf and sum 0.
+    Rows that see nothing have reference -inf and sum 0. Where the largest scores are wanted, they
+    are the references.
     """
     query = block.query(tile.rows)
-    if tile.probe is not None and len(tile.key_tiles) > 1:
+    if tile.probe is not None and len(tile.key_tiles) > 1 and not block.params.max_logits:
         reference, row_sum, acc = _attend_lazily(block, query, tile, tile.probe)
         # Scores far above the reference have lost bits where the product rounded their distance to
         # it. If the reference is NaN, so is the row's sum, and the test fails as well. Each row is
@@ -163,13 +179,20 @@ def _softmax(block: HeadBlock, tile: QueryTile) -> tuple[Tensor, Tensor, Tensor]
             reference, row_sum, acc = map(partial(torch.where, safe), lazy, online)
     else:
         reference, row_sum, acc = _attend_online(block, query, tile)
-    if block.params.sinks is not None:
-        sink = block.per_row(block.params.sinks, tile.rows) * block.unit
-        row_max = torch.maximum(reference, sink)
-        safe_max = row_max.masked_fill(row_max == -math.inf, 0)
-        alpha = block.exp(reference - safe_max)
-        reference, row_sum, acc = row_max, row_sum * alpha + block.exp(sink - safe_max), acc * alpha
     return reference, row_sum, acc
+
+
+def _with_sinks(
+    block: HeadBlock, tile: QueryTile, reference: Tensor, row_sum: Tensor, acc: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_softmax` gives, its sinks included."""
+    if block.params.sinks is None:
+        return reference, row_sum, acc
+    sink = block.per_row(block.params.sinks, tile.rows) * block.unit
+    row_max = torch.maximum(reference, sink)
+    safe_max = row_max.masked_fill(row_max == -math.inf, 0)
+    alpha = block.exp(reference - safe_max)
+    return row_max, row_sum * alpha + block.exp(sink - safe_max), acc * alpha
 
 
 def _attend_lazily(
@@ -244,7 +267,7 @@ def reference_of(block: HeadBlock, tile: QueryTile, lse: Tensor) -> tuple[Tensor
         rounded = reference - math.log2(max(count, 1)) / 2
         return rounded, torch.exp2(rounded - reference)
     if reference.abs().amax() > _FINE:
-        reference, row_sum, _ = _softmax(block, tile)
+        reference, row_sum, _ = _with_sinks(block, tile, *_softmax(block, tile))
         reference = reference.masked_fill(reference == -math.inf, 0)
         return reference, row_sum.masked_fill(row_sum == 0, 1).reciprocal()
     return reference, None

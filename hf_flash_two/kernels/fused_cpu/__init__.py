@@ -3,10 +3,10 @@
 The op enters one parallel region in a call, where tiles enter one for each product: it is faster
 on plain attention, and keeps its speed on a busy machine. It takes the mask in pieces
 (`pieces`), and what is added to scores block by block (`additive`); sinks join a row afterwards by
-its log-sum-exp. What it has no word for (a softcap, dropout, the gradient of a bias or of lse) is
-left to tiles. So is what it gets wrong: without keys it ends the process, it ignores a last stride
-other than 1, it takes 0 for the lse of a row that sees nothing, and its backward trusts the lse of
-rows whose bias is as low as a float can be.
+its log-sum-exp. What it has no word for (a softcap, dropout, the largest scores, the gradient of a
+bias or of lse) is left to tiles. So is what it gets wrong: without keys it ends the process, it
+ignores a last stride other than 1, it takes 0 for the lse of a row that sees nothing, and its
+backward trusts the lse of rows whose bias is as low as a float can be.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _declines(
         return "this PyTorch has no fused op for CPUs"
     reasons = {
         f"it needs a CPU and the tensors are on {device}": device != "cpu",
-        "it has no softcap, no dropout": terms,
+        "it has no softcap, no dropout, and does not tell the largest scores": terms,
         "it needs keys and values of the same head_dim": not one_dim,
         "it has no scale of 0": scale_0,
         "it does not take q_bucket_size or k_bucket_size": sizes,

@@ -51,6 +51,8 @@ def forward_declines(
         return "it reads no dense masks"
     if params.bias is not None:
         return "it has no bias"
+    if params.max_logits:
+        return "it does not tell the largest scores"
     if not (query.numel() and key.numel() and value.numel()):
         return "there is nothing to compute"
     if decodes(query, key, value):

@@ -37,7 +37,7 @@ class _Plan:
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """out [B, Hq, Tq, Dv] in the dtype of ``query`` and lse [B, Hq, Tq] in float32."""
     query, key, value = [x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value)]
     return with_plan(_plan, _attend, params, query, key, value)(query, key, value, params)

@@ -71,7 +71,7 @@ def attend_constants(tiles: Tiles, query: Tensor, value: Tensor, flags: Flags) -
     "query_length", "key_length", "offset", "left", "right", "interval_stride_b", "split_rows",
 ])  # fmt: skip
 def attend_kernel(
-    q: Operand, k: Operand, v: Operand, out: Operand, lse_ptr, parts: Parts,
+    q: Operand, k: Operand, v: Operand, out: Operand, lse_ptr, max_ptr, parts: Parts,
     k_desc, v_desc, start_desc, stop_desc,
     of_keys: Intervals, dense: PerPair, terms: ScoreTerms, sinks: PerHead, dropout: Dropout,
     heads: Heads, query_length, key_length, offset, left, right, interval_stride_b, split_rows,
@@ -91,7 +91,8 @@ def attend_kernel(
     Args:
         q: [B, Hq, Tq, D]. k: [B, Hk, Tk, D]. v: [B, Hk, Tk, Dv].
         out: [B, Hq, Tq, Dv] in the dtype of q.
-        lse_ptr: float32 [B, Hq, Tq], or None where nobody wants it.
+        lse_ptr, max_ptr: float32 [B, Hq, Tq], log-sum-exp and largest score of each row, or None
+            where nobody wants it.
         parts: its pointers are None where a program goes over all keys.
         k_desc, v_desc, start_desc, stop_desc: TMA descriptors of k, v and the intervals, or None.
         offset: position of query 0 among the keys.
@@ -271,12 +272,13 @@ def attend_kernel(
         if arrived == tl.num_programs(2) - 1:
             tl.store(arrived_at, 0)
             _merge(
-                out, lse_ptr, parts, sinks, batch, head_tile, tile * BLOCK_Q + tl.arange(0, ROWS),
-                d_v, heads, query_length, split_rows, UNIT, DV, PACK_GQA, MERGED,
+                out, lse_ptr, max_ptr, parts, sinks, batch, head_tile,
+                tile * BLOCK_Q + tl.arange(0, ROWS), d_v, heads, query_length, split_rows,
+                UNIT, DV, PACK_GQA, MERGED,
             )  # fmt: skip
     else:
         _finish(
-            out, lse_ptr, sinks, batch, head, row, d_v, row_max, row_sum, acc,
+            out, lse_ptr, max_ptr, sinks, batch, head, row, d_v, row_max, row_sum, acc,
             heads, query_length, UNIT, DV,
         )  # fmt: skip
 
@@ -290,7 +292,7 @@ def _sums_of(parts: Parts, split_rows, DV: tl.constexpr):
 
 @triton.jit
 def _merge(
-    out: Operand, lse_ptr, parts: Parts, sinks: PerHead, batch, head_tile, row, d_v,
+    out: Operand, lse_ptr, max_ptr, parts: Parts, sinks: PerHead, batch, head_tile, row, d_v,
     heads: Heads, query_length, split_rows,
     UNIT: tl.constexpr, DV: tl.constexpr, PACK_GQA: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
@@ -326,18 +328,25 @@ def _merge(
         row_sum = row_sum * alpha + tl.sum(part_sum * share, 0)
         row_max = new_max
     _finish(
-        out, lse_ptr, sinks, batch, head, row, d_v, row_max, row_sum, acc,
+        out, lse_ptr, max_ptr, sinks, batch, head, row, d_v, row_max, row_sum, acc,
         heads, query_length, UNIT, DV,
     )  # fmt: skip
 
 
 @triton.jit
 def _finish(
-    out: Operand, lse_ptr, sinks: PerHead, batch, head, row, d_v, row_max, row_sum, acc,
+    out: Operand, lse_ptr, max_ptr, sinks: PerHead, batch, head, row, d_v, row_max, row_sum, acc,
     heads: Heads, query_length, UNIT: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """Stores output and lse of rows whose keys all have been seen."""
+    """Stores output, lse and largest score of rows whose keys all have been seen."""
     row_inside = row < query_length
+    row_at = (batch * heads.count + head) * query_length + row
+    if max_ptr is not None:
+        if tl.program_id(1) == 0:
+            # A maximum passes over NaN. A sum does not, but infinity makes it NaN too.
+            is_nan = (row_sum != row_sum) & (row_max < float("inf"))
+            largest = tl.where(is_nan, float("nan"), row_max * (UNIT / _LOG2E))
+            tl.store(max_ptr + row_at, largest, row_inside)
     if sinks.ptr is not None:
         sink = head_number(sinks, batch, head) * (_LOG2E / UNIT)
         new_max = tl.maximum(row_max, sink)
@@ -357,5 +366,4 @@ def _finish(
         if tl.program_id(1) == 0:
             lse = row_max * (UNIT / _LOG2E) + tl.log2(row_sum) / _LOG2E
             lse = tl.where(row_sum == 0, float("-inf"), lse)
-            lse_at = lse_ptr + (batch * heads.count + head) * query_length + row
-            tl.store(lse_at, lse, row_inside)
+            tl.store(lse_ptr + row_at, lse, row_inside)

@@ -89,8 +89,8 @@ def prepare(
 ) -> Forward:
     """The forward of all calls that differ from this one in their tensors' values only.
 
-    It returns out [B, Hq, Tq, Dv] in the dtype of ``query`` and, if wanted, lse [B, Hq, Tq] in
-    float32.
+    It returns out [B, Hq, Tq, Dv] in the dtype of ``query`` and, each if wanted, lse [B, Hq, Tq]
+    and max_logits [B, Hq] in float32.
 
     Args:
         eager: whether memory may be kept from call to call; CUDA graphs of torch.compile forbid it.
@@ -112,7 +112,7 @@ def prepare(
     terms = ScoreTerms(
         params.scale, params.softcap or 1.0, PerPair(None, *bias), PerHead(None, *slopes)
     )
-    arrived = _kept_zeros if eager else _zeros
+    arrived, with_max = _kept_zeros if eager else _zeros, params.max_logits
     is_plain = params.bias is None and params.alibi_slopes is None
     numbers = (
         Heads(heads, heads // key.shape[1]), query_length, key_length, params.query_offset,
@@ -122,10 +122,11 @@ def prepare(
 
     def run(
         query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, ...]:
         with on_device(query):
             out = query.new_empty_strided(shape, outs)
             lse = query.new_empty(shape[:3], dtype=torch.float32) if with_lse else None
+            row_max = query.new_empty(shape[:3], dtype=torch.float32) if with_max else None
             parts, of_call, runs = _NO_PARTS, terms, (None, None)
             if splits > 1:
                 room = query.new_empty(parts_size, dtype=torch.float32)
@@ -145,6 +146,7 @@ def prepare(
                 Operand(value, *values),
                 Operand(out, *outs[:3]),
                 lse,
+                row_max,
                 parts,
                 Tiled(key, tma_of(key, block_k, tiles.block_d)) if plan.tma_key else None,
                 Tiled(value, tma_of(value, block_k, tiles.block_v)) if plan.tma_value else None,
@@ -156,7 +158,7 @@ def prepare(
                 plan.dropout._replace(seed_ptr=params.seed) if params.dropout_p else plan.dropout,
                 *numbers,
             )
-        return out, lse
+            return (out, lse) if row_max is None else (out, lse, row_max.amax(2))
 
     return run
 

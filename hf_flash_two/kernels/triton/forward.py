@@ -47,8 +47,10 @@ class _Plan:
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
-) -> tuple[Tensor, Tensor | None]:
-    """out [B, Hq, Tq, Dv] in the dtype of ``query`` and lse [B, Hq, Tq] in float32."""
+) -> tuple[Tensor | None, ...]:
+    """out [B, Hq, Tq, Dv] in the dtype of ``query``; lse [B, Hq, Tq] and, if they are wanted,
+    max_logits [B, Hq] in float32.
+    """
     query, key, value = [x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value)]
     if decodes(query, key, value):
         run = decode.prepare(query, key, value, params, with_lse=True, eager=False)
@@ -76,16 +78,17 @@ def prepare(
 
 def _attend(
     plan: _Plan, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     out = query.new_empty_strided(*plan.out)
     lse = query.new_empty(plan.out[0][:3], dtype=torch.float32)
+    row_max = torch.empty_like(lse) if params.max_logits else None
     ranges = key_ranges(params, plan.tiles, query.shape[2], key.shape[2])
     plan.attend(
-        query, key, value, out, lse, None, key, value, params.query_start, params.query_stop,
-        intervals_of(params, ranges), params.dense, plan.terms(params), params.sinks,
-        params.seed,
+        query, key, value, out, lse, row_max, None, key, value,
+        params.query_start, params.query_stop, intervals_of(params, ranges), params.dense,
+        plan.terms(params), params.sinks, params.seed,
     )  # fmt: skip
-    return out, lse
+    return (out, lse) if row_max is None else (out, lse, row_max.amax(2))
 
 
 def _plan(params: AttentionParams, query: Tensor, key: Tensor, value: Tensor) -> _Plan:

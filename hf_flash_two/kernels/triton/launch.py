@@ -92,7 +92,7 @@ def is_capturing(tensor: Tensor) -> bool:
 
 def with_plan(
     make: Callable[..., Plan],
-    run: Callable[..., tuple[Tensor, Tensor]],
+    run: Callable[..., tuple[Tensor, ...]],
     params: AttentionParams,
     query: Tensor,
     key: Tensor,
@@ -104,7 +104,7 @@ def with_plan(
 
     def call(
         query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         with on_device(query):
             return run(plan, query, key, value, params)
 
