@@ -31,6 +31,8 @@ def load(name: str | None):
         )
         return model, AutoTokenizer.from_pretrained(name)
     tokenizer = ByT5Tokenizer()
+    # Documents end by themselves, and prompts do not.
+    tokenizer.build_inputs_with_special_tokens = lambda ids, more=None: ids + (more or [])
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -39,6 +41,8 @@ def load(name: str | None):
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     return AutoModelForCausalLM.from_config(config, attn_implementation="flash_two"), tokenizer
 

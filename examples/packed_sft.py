@@ -24,9 +24,13 @@ CPU = not torch.accelerator.is_available()
 
 def load(name: str | None):
     if name:
-        model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="flash_two")
+        model = AutoModelForCausalLM.from_pretrained(
+            name, attn_implementation="flash_two", dtype="float32" if CPU else "bfloat16"
+        )
         return model, AutoTokenizer.from_pretrained(name)
     tokenizer = ByT5Tokenizer()
+    # Documents end by themselves, and prompts do not.
+    tokenizer.build_inputs_with_special_tokens = lambda ids, more=None: ids + (more or [])
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -34,6 +38,8 @@ def load(name: str | None):
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     return AutoModelForCausalLM.from_config(config, attn_implementation="flash_two"), tokenizer
 
@@ -59,7 +65,7 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
             max_length=args.max_length,
             per_device_train_batch_size=args.batch_size,
             max_steps=args.steps,
-            learning_rate=1e-3,
+            learning_rate=2e-5 if args.model else 1e-3,
             logging_steps=1,
             save_strategy="no",
             use_cpu=CPU,
@@ -75,6 +81,7 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
     if not report.ok:
         raise SystemExit("the model does not compute what eager computes; see the table above")
     trainer.train()
+    trainer.save_model()
     return trainer
 
 

@@ -334,9 +334,11 @@ def as_mask(mask: AttentionMask | Tensor | None) -> AttentionMask:
         return AttentionMask.full()
     if isinstance(mask, Tensor):
         if mask.dtype != torch.bool:
+            padding = "; padding, [batch, keys], is mask=AttentionMask.from_padding(mask)"
             raise ValueError(
                 f"mask: expected bool (True may attend), got {mask.dtype}; pass a float mask that "
                 "is added to scores as `bias`, and one of 0 and 1 as `mask != 0`"
+                f"{padding if mask.dim() == 2 else ''}"
             )
         if mask.dim() > 4:
             raise ValueError(

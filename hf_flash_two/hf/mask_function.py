@@ -88,6 +88,11 @@ def make_mask(
         )
     if attention_mask is not None:
         attention_mask = attention_mask[:batch_size]
+        if attention_mask.shape[0] != batch_size:
+            raise ValueError(
+                f"attention_mask: expected {batch_size} batch rows, as in input_ids, got "
+                f"{attention_mask.shape[0]}"
+            )
     own_queries, spread = q_length, shard.current()
     if spread is not None:
         q_length, kv_length, attention_mask, mask_function = shard.whole_arguments(

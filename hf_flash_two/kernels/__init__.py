@@ -71,7 +71,8 @@ def select(
             reasons.append(f"{found}: {reason}")
         raise ValueError(f"kernel: none computes this call; {'; '.join(reasons)}")
     if reason := declines(name, query, key, value, params, backward):
-        others = " or ".join(repr(other) for other in NAMES if other != name)
+        can = (x for x in _PACKAGES if not declines(x, query, key, value, params, backward))
+        others = " or ".join(map(repr, ("auto", *sorted(can))))
         raise ValueError(f"kernel: {name!r} cannot run, {reason}; use {others}")
     return _loaded(name)
 

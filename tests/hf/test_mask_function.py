@@ -272,3 +272,9 @@ def test_a_full_bidirectional_mask_is_left_out_where_it_would_be_added() -> None
 def test_a_mask_of_three_dimensions_is_refused() -> None:
     with pytest.raises(ValueError, match="attention_mask: expected 2 dimensions"):
         proxy(causal_mask_function, PLACES["prefill"], torch.ones(BATCH, 37, 37))
+
+
+def test_a_mask_of_fewer_rows_is_refused() -> None:
+    """One row's padding is not that of the others; eager fails as well."""
+    with pytest.raises(ValueError, match="attention_mask: expected 2 batch rows, .* got 1"):
+        make_mask(2, 4, 4, attention_mask=torch.ones(1, 4))
