@@ -53,6 +53,8 @@ class AttentionMask:
     dense: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.query_offset, (float, Tensor)):
+            raise ValueError(f"query_offset: expected an integer or None, got {self.query_offset}")
         if (self.query_start is None) != (self.query_stop is None):
             raise ValueError("query_start, query_stop: expected both or none, got one")
         band = self.window_left, self.window_right
@@ -104,6 +106,8 @@ class AttentionMask:
         Args:
             query_start, query_stop: integers, [Tk] or [B or 1, Tk]; an empty run hides the key.
         """
+        _check_tensor("query_start", query_start)
+        _check_tensor("query_stop", query_stop)
         first, last = torch.broadcast_tensors(query_start, query_stop)
         if first.dim() == 1:
             first, last = first[None], last[None]
@@ -135,6 +139,7 @@ class AttentionMask:
             keep: [Tk] or [B, Tk], bool or 0/1 of any dtype. Other numbers are refused: to see that
                 there are none, the check waits for a GPU, which a bool mask avoids.
         """
+        _check_tensor("keep", keep, "bool or 0 and 1")
         if keep.dim() not in (1, 2):
             raise ValueError(f"keep: expected shape [Tk] or [B, Tk], got {list(keep.shape)}")
         check_zeros_and_ones("keep", keep)
@@ -161,12 +166,14 @@ class AttentionMask:
 
         Args:
             cu_seqlens: [N + 1] boundaries 0, end of document 0, ...; keys past the last are
-                padding.
+                padding. On a CPU those that do not start at 0 or go down are refused; on a GPU that
+                would mean to wait for it.
             segment_ids: [T] or [B, T]; a document is a maximal run of equal ids.
             position_ids: [T] or [B, T]; a document starts wherever they do not go up by one.
             query_cu_seqlens: boundaries of the queries where they differ from those of the keys;
                 only with ``cu_seqlens``. Causal is then bottom-right within each document.
-            key_length: number of keys; None reads it from ``cu_seqlens``, which waits for a GPU.
+            key_length: number of keys; None reads it from ``cu_seqlens``, which waits for a GPU,
+                and torch.compile cannot trace it.
             causal: a query sees only keys up to its own position in its document.
             window: with ``causal``, how many keys a query sees, itself included.
             sink_tokens: with ``window``, so many keys at the start of each document are seen by all
@@ -205,6 +212,8 @@ class AttentionMask:
             reach = torch.where(key - begin < sink_tokens, FAR, key + min(window, FAR))
             return mask & cls.from_intervals(key, reach)
         key_cu, query_cu = cu_seqlens, cu_seqlens if query_cu_seqlens is None else query_cu_seqlens
+        _check_tensor("cu_seqlens", key_cu)
+        _check_tensor("query_cu_seqlens", query_cu)
         if (
             key_cu.dim() != 1
             or key_cu.shape != query_cu.shape
@@ -217,6 +226,9 @@ class AttentionMask:
                 f"{key_cu.dtype} {list(key_cu.shape)} and {query_cu.dtype} {list(query_cu.shape)}"
             )
         key_cu, query_cu = key_cu.to(torch.int32), query_cu.to(torch.int32)
+        _check_boundaries("cu_seqlens", key_cu)
+        if query_cu_seqlens is not None:
+            _check_boundaries("query_cu_seqlens", query_cu)
         if key_length is None:
             try:
                 key_length = int(key_cu[-1])
@@ -247,6 +259,7 @@ class AttentionMask:
     @classmethod
     def from_prefix(cls, prefix_lengths: Tensor, key_length: int) -> AttentionMask:
         """Causal, and every query sees the first ``prefix_lengths[b]`` keys (a prefix LM)."""
+        _check_integers("prefix_lengths", prefix_lengths)
         key = torch.arange(key_length, device=prefix_lengths.device)
         first = torch.where(key < prefix_lengths.reshape(-1, 1), -FAR, key)
         return cls.from_intervals(first, torch.full_like(first, FAR))
@@ -283,13 +296,15 @@ class AttentionMask:
         Source: Arriola et al. 2025, arXiv:2503.09573, whose order is all noisy, then all clean.
         """
         ids = _per_token("block_ids", block_ids)
+        _check_integers("block_ids", ids)
+        _check_tensor("noisy", noisy, "bool")
         if noisy.dtype != torch.bool or noisy.shape != block_ids.shape:
             raise ValueError(
                 f"noisy: expected bool of shape {list(block_ids.shape)}, as block_ids, got "
                 f"{noisy.dtype} {list(noisy.shape)}"
             )
         noisy = noisy.reshape(ids.shape)
-        order = 2 * ids + ~noisy
+        order = 2 * ids.to(torch.int64) + ~noisy
         if (values := all_values(order)) is not None and (values.diff() < 0).any():
             raise ValueError(
                 "block_ids, noisy: expected each block's noisy tokens and then its clean ones, "
@@ -300,14 +315,25 @@ class AttentionMask:
 
     @classmethod
     def from_tree(
-        cls, segment_lengths: Sequence[int], parents: Sequence[int], *, device=None
+        cls,
+        segment_lengths: Sequence[int] | Tensor,
+        parents: Sequence[int] | Tensor,
+        *,
+        device=None,
     ) -> AttentionMask:
         """Segments that share prefixes; a token sees its own segment so far and all its ancestors.
 
         Args:
-            segment_lengths: tokens in each segment, the segments in depth-first order.
-            parents: index of each segment's parent, -1 for a root.
+            segment_lengths: [S] tokens in each segment, the segments in depth-first order.
+            parents: [S] index of each segment's parent, -1 for a root.
         """
+        segment_lengths, parents = (
+            x.tolist() if isinstance(x, Tensor) else x for x in (segment_lengths, parents)
+        )
+        if any(isinstance(length, float) or length < 0 for length in segment_lengths):
+            raise ValueError(
+                f"segment_lengths: expected integers of at least 0, got {list(segment_lengths)}"
+            )
         if len(segment_lengths) != len(parents):
             raise ValueError(
                 f"parents: expected {len(segment_lengths)} entries, got {len(parents)}"
@@ -340,7 +366,9 @@ class AttentionMask:
         """
         if isinstance(size, float) or size < 1:
             raise ValueError(f"size: expected an integer of at least 1, got {size}")
-        device = starts.device if starts is not None else device
+        if starts is not None:
+            _check_integers("starts", starts)
+            device = starts.device
         key = torch.arange(key_length, device=device)[None]
         start = 0 if starts is None else starts.reshape(-1, 1)
         end = (torch.div(key - start, size, rounding_mode="floor") + 1) * size + start
@@ -349,6 +377,7 @@ class AttentionMask:
     @classmethod
     def from_dense(cls, visible: Tensor) -> AttentionMask:
         """A bool tensor broadcastable to [B, H, Tq, Tk]; it takes O(Tq * Tk) memory itself."""
+        _check_tensor("visible", visible, "bool")
         if visible.dtype != torch.bool:
             raise ValueError(
                 f"visible: expected bool (True may attend), got {visible.dtype}; "
@@ -413,6 +442,7 @@ class AttentionMask:
         self, start: int, stop: int, query_length: int, key_length: int
     ) -> AttentionMask:
         """The mask of queries ``start`` to ``stop`` of ``query_length``, against the same keys."""
+        _check_slice(start, stop, "query_length", query_length)
         dense = self.dense
         if dense is not None and dense.shape[2] > 1:
             dense = dense[:, :, start:stop]
@@ -423,6 +453,7 @@ class AttentionMask:
         self, start: int, stop: int, query_length: int, key_length: int
     ) -> AttentionMask:
         """The mask of the same queries against keys ``start`` to ``stop`` of ``key_length``."""
+        _check_slice(start, stop, "key_length", key_length)
         offset = self.resolve_offset(query_length, key_length) - start
         dense = self.dense
         if dense is not None and dense.shape[3] > 1:
@@ -547,7 +578,38 @@ def _tighter(a: int | None, b: int | None) -> int | None:
     return a if b is None else b if a is None else min(a, b)
 
 
+def _check_tensor(name: str, given: Tensor, of: str = "integers") -> None:
+    if not isinstance(given, Tensor):
+        raise ValueError(f"{name}: expected a tensor of {of}, got {type(given).__name__}")
+
+
+def _check_integers(name: str, given: Tensor) -> None:
+    _check_tensor(name, given)
+    if given.is_floating_point():
+        raise ValueError(f"{name}: expected a tensor of integers, got {given.dtype}")
+
+
+def _check_boundaries(name: str, boundaries: Tensor) -> None:
+    """Refuse those that do not start at 0 or go down, where nothing waits for their values."""
+    if boundaries.device.type != "cpu" or (values := all_values(boundaries)) is None:
+        return
+    wrong = all_values((boundaries[0] != 0) | (boundaries.diff() < 0).any())
+    if wrong is not None and wrong.any():
+        raise ValueError(
+            f"{name}: expected 0, then boundaries that never go down, got {values.tolist()}; "
+            "of lengths they are torch.tensor([0, *lengths]).cumsum(0)"
+        )
+
+
+def _check_slice(start: int, stop: int, name: str, length: int) -> None:
+    if not 0 <= start <= stop <= length:
+        raise ValueError(
+            f"start, stop: expected 0 <= start <= stop <= {name} = {length}, got {start} and {stop}"
+        )
+
+
 def _per_token(name: str, ids: Tensor) -> Tensor:
+    _check_tensor(name, ids)
     if ids.dim() not in (1, 2):
         raise ValueError(f"{name}: expected shape [T] or [B, T], got {list(ids.shape)}")
     return ids[None] if ids.dim() == 1 else ids

@@ -370,6 +370,24 @@ def test_documents_can_be_described_in_three_ways() -> None:
     assert torch.equal(by_position.to_dense(9, 9), wanted)
 
 
+def test_a_tree_may_come_as_tensors() -> None:
+    lengths, parents = [2, 1, 3], [-1, 0, 0]
+    made = AttentionMask.from_tree(torch.tensor(lengths), torch.tensor(parents))
+    assert torch.equal(
+        made.to_dense(6, 6), AttentionMask.from_tree(lengths, parents).to_dense(6, 6)
+    )
+
+
+@pytest.mark.parametrize(("dtype", "blocks"), [(torch.uint8, 200), (torch.int8, 120)])
+def test_block_diffusion_of_many_blocks(dtype: torch.dtype, blocks: int) -> None:
+    """Twice the id of a block is more than its dtype holds."""
+    place = torch.arange(2 * blocks)
+    noisy = place % 2 == 0
+    mask = AttentionMask.from_block_diffusion((place // 2).to(dtype), noisy)
+    want = (~noisy & (place < place[:, None] // 2 * 2)) | (place == place[:, None])
+    assert torch.equal(mask.to_dense(2 * blocks, 2 * blocks)[0, 0], want)
+
+
 def test_keys_past_the_last_document_are_padding() -> None:
     mask = AttentionMask.from_documents(torch.tensor([0, 3, 5]), key_length=8)
     visible = mask.to_dense(8, 8)[0, 0]
@@ -774,6 +792,33 @@ def test_values_are_looked_at_under_vmap() -> None:
         torch.vmap(lambda keep: AttentionMask.from_padding(keep).query_start)(added)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_boundaries_are_looked_at_under_vmap(axis: int) -> None:
+    def make(boundaries: Tensor) -> Tensor:
+        return AttentionMask.from_documents(boundaries, key_length=6).query_start
+
+    made = torch.vmap(make, axis)(torch.tensor([[0, 4, 6], [0, 2, 6]]).movedim(0, axis))
+    assert made[:, 0].tolist() == [[0, 0, 0, 0, 4, 4], [0, 0, 2, 2, 2, 2]]
+    with pytest.raises(ValueError, match="cu_seqlens: expected 0, then boundaries"):
+        torch.vmap(make, axis)(torch.tensor([[0, 4, 6], [0, 4, 2]]).movedim(0, axis))
+
+
+def test_boundaries_are_not_looked_at_where_that_would_wait() -> None:
+    """Without data stands in for a GPU; what torch.compile traces runs on other values."""
+    meta = AttentionMask.from_documents(torch.tensor([0, 6, 4], device="meta"), key_length=6)
+    assert meta.query_start.shape == (1, 6)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def make(boundaries: Tensor, start: int) -> Tensor:
+        mask = AttentionMask.from_documents(boundaries, key_length=9, causal=True)
+        return mask.slice_queries(start, 9, 9, 9).to_dense(9 - start, 9)
+
+    for start, ends in ((2, [0, 4, 9]), (3, [0, 5, 5]), (4, [0, 0, 9])):
+        boundaries = torch.tensor(ends)
+        want = AttentionMask.from_documents(boundaries, key_length=9, causal=True).to_dense(9, 9)
+        assert torch.equal(make(boundaries, start), want[:, :, start:])
+
+
 def test_boundaries_under_vmap_need_a_length() -> None:
     def make(boundaries: Tensor) -> Tensor:
         return AttentionMask.from_documents(boundaries).query_start
@@ -875,6 +920,23 @@ REFUSALS = {
         lambda: AttentionMask.from_documents(torch.tensor([0.0, 2.5, 5.0])),
         r"cu_seqlens, query_cu_seqlens: expected integers .*got torch.float32 \[3\]",
     ),
+    "documents-go-down": (
+        lambda: AttentionMask.from_documents(torch.tensor([0, 6, 4, 10])),
+        r"^cu_seqlens: expected 0, then boundaries that never go down, got \[0, 6, 4, 10\]; of .*"
+        r"torch.tensor\(\[0, \*lengths\]\).cumsum\(0\)",
+    ),
+    "documents-lengths": (
+        lambda: AttentionMask.from_documents(
+            torch.tensor([4, 6], dtype=torch.uint8), key_length=10, causal=True
+        ),
+        r"^cu_seqlens: expected 0, then .*got \[4, 6\]; of lengths they are",
+    ),
+    "documents-of-queries-go-down": (
+        lambda: AttentionMask.from_documents(
+            torch.tensor([0, 4, 9]), query_cu_seqlens=torch.tensor([0, 4, 3])
+        ),
+        r"^query_cu_seqlens: expected 0, then boundaries that never go down, got \[0, 4, 3\]",
+    ),
     "documents-segments-3d": (
         lambda: AttentionMask.from_documents(segment_ids=torch.zeros(1, 2, 3).long()),
         r"segment_ids: expected shape \[T\] or \[B, T\], got \[1, 2, 3\]",
@@ -915,9 +977,27 @@ REFUSALS = {
         ),
         r"block_ids, noisy: .*got another order; sort the tokens by 2 \* block_ids \+ ~noisy",
     ),
+    "block-diffusion-halves-unsigned": (
+        lambda: AttentionMask.from_block_diffusion(
+            torch.tensor([0, 0, 1, 1, 0, 0, 1, 1]).to(torch.uint8), torch.arange(8) < 4
+        ),
+        r"block_ids, noisy: .*got another order",
+    ),
+    "block-diffusion-float": (
+        lambda: AttentionMask.from_block_diffusion(torch.arange(4) / 10, torch.ones(4).bool()),
+        r"block_ids: expected a tensor of integers, got torch.float32",
+    ),
     "block-diffusion-clean-first": (
         lambda: AttentionMask.from_block_diffusion(torch.zeros(2).long(), torch.arange(2) > 0),
         r"block_ids, noisy: expected each block's noisy tokens and then its clean ones",
+    ),
+    "tree-negative-length": (
+        lambda: AttentionMask.from_tree([2, -2], [-1, 0]),
+        r"segment_lengths: expected integers of at least 0, got \[2, -2\]",
+    ),
+    "tree-float-length": (
+        lambda: AttentionMask.from_tree(torch.tensor([2.5]), [-1]),
+        r"segment_lengths: expected integers of at least 0, got \[2.5\]",
     ),
     "tree-order": (
         lambda: AttentionMask.from_tree([1, 1, 1, 1], [-1, 0, 0, 1]),
@@ -931,6 +1011,14 @@ REFUSALS = {
     "chunk-size-float": (
         lambda: AttentionMask.chunked(2.5, 8), r"size: expected an integer of .*got 2.5"
     ),
+    "prefix-float": (
+        lambda: AttentionMask.from_prefix(torch.tensor([3.5]), 10),
+        r"prefix_lengths: expected a tensor of integers, got torch.float32",
+    ),
+    "chunk-starts-float": (
+        lambda: AttentionMask.chunked(2, 4, starts=torch.tensor([0.5])),
+        r"starts: expected a tensor of integers, got torch.float32",
+    ),
     "dense-float": (
         lambda: AttentionMask.from_dense(torch.zeros(4, 4)),
         r"visible: expected bool .*got torch.float32; .*`bias` of flash_attention",
@@ -938,6 +1026,22 @@ REFUSALS = {
     "dense-5d": (
         lambda: AttentionMask.from_dense(torch.ones(1, 1, 1, 4, 4).bool()),
         r"visible: expected at most 4 dimensions, got 5",
+    ),
+    "offset-float": (
+        lambda: AttentionMask.causal(query_offset=1.5),
+        r"query_offset: expected an integer or None, got 1.5",
+    ),
+    "offset-tensor": (
+        lambda: AttentionMask.from_intervals(*IDS[:2], query_offset=torch.tensor(2)),
+        r"query_offset: expected an integer or None, got 2",
+    ),
+    "slice-backwards": (
+        lambda: AttentionMask.causal().slice_queries(5, 2, 8, 8),
+        r"start, stop: expected 0 <= start <= stop <= query_length = 8, got 5 and 2",
+    ),
+    "slice-past-the-end": (
+        lambda: AttentionMask.causal().slice_keys(5, 9, 6, 8),
+        r"start, stop: expected .* <= key_length = 8, got 5 and 9",
     ),
     "half-an-interval": (
         lambda: AttentionMask(query_start=torch.zeros(1, 4).int()),
@@ -976,6 +1080,30 @@ def test_refusal(make: Callable, message: str) -> None:
     """Names the argument, what was expected and what came."""
     with pytest.raises(ValueError, match=message):
         make()
+
+
+NO_TENSORS = {
+    "query_start": lambda: AttentionMask.from_intervals([0, 1], torch.tensor([2, 2])),
+    "query_stop": lambda: AttentionMask.from_intervals(torch.tensor([0, 1]), [2, 2]),
+    "keep": lambda: AttentionMask.from_padding([1, 0]),
+    "cu_seqlens": lambda: AttentionMask.from_documents([0, 4, 10]),
+    "query_cu_seqlens": lambda: AttentionMask.from_documents(
+        torch.tensor([0, 4]), query_cu_seqlens=[0, 4]
+    ),
+    "segment_ids": lambda: AttentionMask.from_documents(segment_ids=[0, 0]),
+    "position_ids": lambda: AttentionMask.from_documents(position_ids=[0, 1]),
+    "prefix_lengths": lambda: AttentionMask.from_prefix([3], 10),
+    "block_ids": lambda: AttentionMask.from_blocks([0, 0]),
+    "noisy": lambda: AttentionMask.from_block_diffusion(torch.tensor([0, 0]), [True, False]),
+    "starts": lambda: AttentionMask.chunked(2, 4, starts=[1]),
+    "visible": lambda: AttentionMask.from_dense([[True]]),
+}
+
+
+@pytest.mark.parametrize("name", NO_TENSORS)
+def test_what_is_no_tensor_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}: expected a tensor of .*, got list$"):
+        NO_TENSORS[name]()
 
 
 def test_a_used_mask_can_be_copied() -> None:

@@ -9,7 +9,9 @@ is computed as if it were alone, at the cost of a token for each further child.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ class PrefixTreeCollator:
       but segments without parent count.
 
     Args:
-        pad_token_id: what fills rows up, on the right.
+        pad_token_id: what fills rows up, on the right; it is masked, so any token will do.
         row_length: trees are laid end to end, in their order, in rows of at most so many tokens;
             None: one tree to a row.
         pad_to_multiple_of: what lengths of rows are a multiple of.
@@ -46,7 +48,8 @@ class PrefixTreeCollator:
         `completion_logps`.
 
     Raises:
-        ValueError: an example is no tree of segments with tokens, or does not fit in a row.
+        ValueError: there is no example, or one is no tree of segments with tokens or does not fit
+            in a row.
     """
 
     def __init__(
@@ -57,10 +60,17 @@ class PrefixTreeCollator:
         pad_to_multiple_of: int = 1,
         number_completions: bool = False,
     ) -> None:
+        if not isinstance(pad_token_id, Integral):
+            raise ValueError(
+                f"pad_token_id: expected an integer, got {pad_token_id}; a tokenizer without one "
+                "can pass 0, which is masked"
+            )
         self.pad_token_id, self.row_length = pad_token_id, row_length
         self.pad_to_multiple_of, self.number_completions = pad_to_multiple_of, number_completions
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        if not examples:
+            raise ValueError("examples: expected at least one, got none")
         rows: list[_Columns] = []
         numbered = 0
         for example in examples:
@@ -162,13 +172,18 @@ def _places(completions: Tensor) -> Tensor:
 
 def _segments(example: Mapping[str, Any]) -> tuple[list[list[int]], list[int], list[list[int]]]:
     """Tokens, parent and labels of each segment of a tree."""
-    if "prompt_ids" in example:
-        segments = [example["prompt_ids"], *example["completion_ids"]]
+    if {"prompt_ids", "completion_ids"} <= example.keys():
+        segments = [_ids("prompt_ids", example["prompt_ids"])]
+        segments += [_ids("each of completion_ids", x) for x in example["completion_ids"]]
         parents, labels = [-1] + [0] * (len(segments) - 1), None
+    elif {"segments", "parents"} <= example.keys():
+        segments = [_ids("each of segments", x) for x in example["segments"]]
+        parents, labels = example["parents"], example.get("labels")
     else:
-        segments, parents = example["segments"], example["parents"]
-        labels = example.get("labels")
-    segments = [torch.as_tensor(segment).tolist() for segment in segments]
+        raise ValueError(
+            "examples: expected prompt_ids and completion_ids, or segments and parents, in each, "
+            f"got {list(example)}"
+        )
     if len(parents) != len(segments) or not all(-1 <= p < at for at, p in enumerate(parents)):
         raise ValueError(
             f"parents: expected an earlier one, or -1, for each of {len(segments)} segments, got "
@@ -181,9 +196,17 @@ def _segments(example: Mapping[str, Any]) -> tuple[list[list[int]], list[int], l
             [IGNORED] * len(segment) if parent == -1 else segment
             for segment, parent in zip(segments, parents, strict=True)
         ]
+    labels = [_ids("each of labels", x) for x in labels]
     if [len(x) for x in labels] != [len(segment) for segment in segments]:
         raise ValueError("labels: expected one for each token of each segment")
-    return segments, list(parents), [list(x) for x in labels]
+    return segments, list(parents), labels
+
+
+def _ids(name: str, given: Any) -> list[int]:
+    ids = given.tolist() if hasattr(given, "tolist") else given
+    if not isinstance(ids, (list, tuple)) or not all(hasattr(x, "__index__") for x in ids):
+        raise ValueError(f"{name}: expected a list of integers, got {given!r}")
+    return [operator.index(x) for x in ids]
 
 
 def _laid_out(

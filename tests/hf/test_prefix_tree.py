@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -101,11 +103,34 @@ def test_trees_fill_rows_in_their_order() -> None:
         ({"segments": [PROMPT, LONG], "parents": [-1]}, "parents: expected an earlier one"),
         ({"segments": [PROMPT], "parents": [-1], "labels": [SHORT]}, "labels: expected one"),
         ({"prompt_ids": PROMPT, "completion_ids": [LONG] * 4}, "row_length: a tree of 18 tokens"),
+        ({"prompt": PROMPT, "chosen": LONG}, r"examples: expected .*got \['prompt', 'chosen'\]"),
+        ({"prompt_ids": PROMPT}, r"examples: expected .*in each, got \['prompt_ids'\]"),
+        ({"prompt_ids": "Two", "completion_ids": [LONG]}, "prompt_ids: .* integers, got 'Two'"),
+        ({"prompt_ids": PROMPT, "completion_ids": [3, 4]}, "each of completion_ids: .*, got 3"),
+        ({"segments": [[0.5]], "parents": [-1]}, r"each of segments: .*integers, got \[0.5\]"),
+        ({"segments": [PROMPT], "parents": [-1], "labels": [5]}, "each of labels: .*, got 5"),
     ],
 )
 def test_what_is_no_tree_is_refused(example: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PrefixTreeCollator(row_length=17)([example])
+
+
+def test_no_examples_are_refused() -> None:
+    with pytest.raises(ValueError, match="examples: expected at least one, got none"):
+        PrefixTreeCollator()([])
+
+
+def test_a_tokenizer_without_pad_token_is_refused() -> None:
+    with pytest.raises(ValueError, match="pad_token_id: expected an integer, got None; .*pass 0"):
+        PrefixTreeCollator(None)
+
+
+@pytest.mark.parametrize("form", [tuple, torch.tensor, np.array, lambda x: [*torch.tensor(x)]])
+def test_tokens_in_any_sequence(form: Callable) -> None:
+    example = {"prompt_ids": form(PROMPT), "completion_ids": [form(LONG), form(SHORT)]}
+    batch = PrefixTreeCollator()([example])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 11, 12, 13, 7, 14]]
 
 
 def padded_rows() -> dict[str, Tensor]:
