@@ -94,6 +94,7 @@ def test_tma_changes_nothing(
     for least in (64, 1000):
         monkeypatch.setattr(config, "_TMA_LENGTH", least)
         launch.plans.clear()
+        attention._calls.clear()
         copied.clear()
         found.append(results(tensors, upstream, mask=mask))
         assert copied and all(bool(tma.block) == (least == 64) for tma in copied)
