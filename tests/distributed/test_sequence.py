@@ -91,9 +91,9 @@ def check_equal(
 
 
 def check_masks_by_keys(mesh: DeviceMesh) -> None:
-    """Each number of ranks has another layout for each mask."""
+    """Each number of ranks has another layout for each mask; four take every other mask."""
     some = itertools.islice(itertools.cycle(layouts(mesh.size())), mesh.size(), None)
-    for mask, layout in zip(masks().values(), some, strict=False):
+    for mask, layout in zip(list(masks().values())[:: mesh.size() // 2], some, strict=False):
         check_equal(Spread(mesh, layout, "gather"), mask)
 
 
