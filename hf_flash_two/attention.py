@@ -120,7 +120,7 @@ def flash_attention(
     Source: Dao 2023, arXiv:2307.08691, Algorithms 1 and 2.
     """
     if unknown:
-        _refuse(unknown)
+        refuse_unknown("flash_attention", unknown, _ELSEWHERE)
     eager = is_eager(query, key, value)
     mask = as_mask(mask)
     if deterministic is False:
@@ -233,10 +233,17 @@ def validated(
     return query, key, value, params
 
 
-def _refuse(unknown: Mapping[str, object]) -> None:
+def refuse_unknown(
+    function: str, unknown: Mapping[str, object], elsewhere: Mapping[str, str]
+) -> Never:
+    """Raise the TypeError of a keyword that ``function`` does not have, and what to pass instead.
+
+    Args:
+        elsewhere: names of other libraries, and what they are here.
+    """
     name = next(iter(unknown))
-    hint = f"; here it is {_ELSEWHERE[name]}" if name in _ELSEWHERE else ""
-    raise TypeError(f"flash_attention() got an unexpected keyword argument {name!r}{hint}")
+    hint = f"; here it is {elsewhere[name]}" if name in elsewhere else ""
+    raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
 
 
 _CONSTANTS = frozenset({float, int, str, bool, type(None)})

@@ -6,13 +6,13 @@ import contextlib
 import warnings
 from collections.abc import Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Never
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from hf_flash_two.attention import MAX_HEAD_DIM
+from hf_flash_two.attention import MAX_HEAD_DIM, refuse_unknown
 from hf_flash_two.masks import AttentionMask, check_zeros_and_ones
 from hf_flash_two.parallel.plan import LAYOUTS, ParallelPlan, make_plan
 
@@ -20,6 +20,16 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_ELSEWHERE = {
+    "embed_dim": "dim",
+    "hidden_size": "dim",
+    "num_heads": "heads",
+    "head_dim": "dim_head",
+    "is_causal": "causal",
+    "bias": "not possible: the projections have none",
+    "dropout": "not possible: drop what the module returns",
+}
+"""Names of arguments in other modules, and what to pass here instead."""
 
 
 class FlashAttentionTwo(nn.Module):
@@ -70,8 +80,11 @@ class FlashAttentionTwo(nn.Module):
         mesh: DeviceMesh | None = None,
         layout: str = "contiguous",
         devices: Sequence[torch.device | str | int] | None = None,
+        **unknown: Never,
     ):
         super().__init__()
+        if unknown:
+            refuse_unknown("FlashAttentionTwo", unknown, _ELSEWHERE)
         sizes = {"dim": dim, "heads": heads, "dim_head": dim_head}
         sizes |= {"q_bucket_size": q_bucket_size, "k_bucket_size": k_bucket_size}
         for name, size in sizes.items():

@@ -89,12 +89,19 @@ def test_signature_is_the_documents() -> None:
     }  # fmt: skip
     documented = list(constructor.values())[1 : 1 + len(expected)]
     assert {p.name: p.default for p in documented} == expected
-    extras = list(constructor.values())[1 + len(expected) :]
+    *extras, unknown = list(constructor.values())[1 + len(expected) :]
+    assert unknown.kind is inspect.Parameter.VAR_KEYWORD
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in documented + extras)
     assert all(p.default is not inspect.Parameter.empty for p in extras)
     forward = inspect.signature(FlashAttentionTwo.forward).parameters
     assert list(forward) == ["self", "x", "context", "mask", "q_bucket_size", "k_bucket_size"]
     assert all(forward[name].default is None for name in list(forward)[2:])
+
+
+def test_names_of_other_modules() -> None:
+    for name, here in (("num_heads", "; here it is heads"), ("colour", "$")):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'{here}"):
+            FlashAttentionTwo(dim=8, **{name: 2})
 
 
 def test_example_of_basic_usage() -> None:
