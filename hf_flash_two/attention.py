@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from numbers import Integral
-from typing import Never
+from typing import NamedTuple, Never
 
 import torch
 from torch import Tensor
@@ -48,6 +48,19 @@ _ELSEWHERE |= dict.fromkeys(("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k"), _DOC
 _ELSEWHERE |= dict.fromkeys(("max_seqlen", "max_seqlen_q", "max_seqlen_k"), "not needed")
 _ELSEWHERE |= dict.fromkeys(("block_mask", "mask_mod"), "mask: docs/moving.md has its words")
 """Names of arguments in other attention functions, and what to pass here instead."""
+
+
+class Settings(NamedTuple):
+    """The arguments of `flash_attention` that are no tensors, as they were given."""
+
+    scale: float | None = None
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    q_bucket_size: int | None = None
+    k_bucket_size: int | None = None
+    deterministic: bool = True
+    return_max_logits: bool = False
+    kernel: str = "auto"
 
 
 def flash_attention(
@@ -125,7 +138,7 @@ def flash_attention(
     mask = as_mask(mask)
     if deterministic is False:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    settings = (
+    settings = Settings(
         scale, softcap, dropout_p, q_bucket_size, k_bucket_size, deterministic, return_max_logits,
         kernel,
     )  # fmt: skip
@@ -182,7 +195,9 @@ def flash_attention_gradients(
         The gradients of query, key, value, bias and sinks, the last two in the shape that
         `flash_attention` took, or None without one.
     """
-    settings = (scale, softcap, 0.0, q_bucket_size, k_bucket_size, True, False, kernel)
+    settings = Settings(
+        scale, softcap, q_bucket_size=q_bucket_size, k_bucket_size=k_bucket_size, kernel=kernel
+    )
     query, key, value, params = validated(
         query, key, value, as_mask(mask), settings, bias, alibi_slopes, sinks, None
     )
@@ -199,7 +214,7 @@ def validated(
     key: Tensor,
     value: Tensor,
     mask: AttentionMask,
-    settings: tuple,
+    settings: Settings,
     bias: Tensor | None,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,

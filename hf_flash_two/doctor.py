@@ -22,7 +22,7 @@ from packaging.version import Version
 from torch import Tensor
 
 import hf_flash_two
-from hf_flash_two.attention import flash_attention, validated
+from hf_flash_two.attention import Settings, flash_attention, validated
 from hf_flash_two.hf import compat
 from hf_flash_two.kernels import NAMES, declines, select
 from hf_flash_two.kernels.fused_cpu.choice import has_products
@@ -229,7 +229,7 @@ class _Call(NamedTuple):
     @property
     def given(self) -> tuple[Tensor, Tensor, Tensor, AttentionParams]:
         """The arguments as kernels take them."""
-        settings = (None, self.softcap, self.dropout_p, None, None, True, False, "auto")
+        settings = Settings(softcap=self.softcap, dropout_p=self.dropout_p)
         terms = self.bias, self.alibi_slopes, self.sinks, None
         return validated(self.query, self.key, self.value, self.mask, settings, *terms)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_flash_two.attention import as_mask, flash_attention, validated
+from hf_flash_two.attention import Settings, as_mask, flash_attention, validated
 from hf_flash_two.kernels.blockwise import weights
 from hf_flash_two.masks import AttentionMask
 
@@ -43,7 +43,7 @@ class AttentionWeights:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ):
-        mask, settings = as_mask(mask), (scale, softcap, 0.0, None, None, True, False, "auto")
+        mask, settings = as_mask(mask), Settings(scale, softcap)
         terms = dict(bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
         with torch.no_grad():
             query, key, value, params = validated(
