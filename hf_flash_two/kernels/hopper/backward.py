@@ -53,8 +53,9 @@ def backward(
         for x in (query, key, value, d_out)
     ]
     out = out if out.stride(3) == 1 else out.contiguous()
-    given = (d_out, d_lse, query, key, value, out, lse.contiguous(), params)
-    return _differentiate(_planned(*given), *given)
+    lse = lse.contiguous()
+    plan = planned(_plan, params, (query, key, value), (d_out, out, lse, d_lse))
+    return _differentiate(plan, d_out, d_lse, query, key, value, out, lse, params)
 
 
 def prepare(
@@ -71,26 +72,12 @@ def prepare(
     """`backward` for all calls that differ from this one in tensors' values only, or None."""
     if not all(map(_tma_copies, (query, key, value, d_out))):
         return None
-    plan = _planned(d_out, d_lse, query, key, value, out, lse, params)
+    plan = planned(_plan, params, (query, key, value), (d_out, out, lse, d_lse))
     return lambda *given: _differentiate(plan, *given[:-1])
 
 
 def _tma_copies(x: Tensor) -> bool:
     return x.stride(3) == 1 and tma_fits(x)
-
-
-def _planned(
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    params: AttentionParams,
-) -> _Plan:
-    with on_device(query):
-        return planned(_plan, params, (query, key, value), (d_out, out, lse, d_lse))
 
 
 def _differentiate(

@@ -99,8 +99,10 @@ def backward(
     """Gradients of query, key, value, bias and sinks."""
     inputs = (query, key, value, d_out)
     query, key, value, d_out = [x if x.stride(3) == 1 else x.contiguous() for x in inputs]
-    given = (d_out, d_lse, query, key, value, out, lse.contiguous(), params)
-    return _differentiate(_planned(*given), *given, need_d_bias)
+    lse = lse.contiguous()
+    plan = planned(_plan, params, (query, key, value), (d_out, out, lse, d_lse))
+    given = (d_out, d_lse, query, key, value, out, lse, params)
+    return _differentiate(plan, *given, need_d_bias)
 
 
 def prepare(
@@ -117,21 +119,8 @@ def prepare(
     """`backward` for all calls that differ from this one in tensors' values only, or None."""
     if any(x.stride(3) != 1 for x in (query, key, value, d_out)):
         return None
-    return partial(_differentiate, _planned(d_out, d_lse, query, key, value, out, lse, params))
-
-
-def _planned(
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    params: AttentionParams,
-) -> _Plan:
-    with on_device(query):
-        return planned(_plan, params, (query, key, value), (d_out, out, lse, d_lse))
+    plan = planned(_plan, params, (query, key, value), (d_out, out, lse, d_lse))
+    return partial(_differentiate, plan)
 
 
 def _differentiate(

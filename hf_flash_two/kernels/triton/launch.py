@@ -54,7 +54,8 @@ def planned(
     parts += [
         x is not None and (x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for x in params.tensors
     ]
-    return plan_for(tuple(parts), make, params, *inputs, *results)
+    with on_device(query):
+        return plan_for(tuple(parts), make, params, *inputs, *results)
 
 
 def plan_for(kind: tuple, make: Callable[..., Plan], *given: Any) -> Plan:
@@ -99,8 +100,7 @@ def with_plan(
     value: Tensor,
 ) -> Forward:
     """``run(plan, query, key, value, params)``, planned for calls that differ in values only."""
-    with on_device(query):
-        plan = planned(make, params, (query, key, value))
+    plan = planned(make, params, (query, key, value))
 
     def call(
         query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
