@@ -139,6 +139,8 @@ class ForwardFlags(NamedTuple):
         PACK_GQA: heads of a group that share a tile.
         PERSISTENT: programs compute more than one tile of queries.
         OWN_OUT: the output does not take the queries' place in shared memory.
+        HELD: columns of a consumer's queries that it keeps in registers.
+        LAZY: rows are scaled anew only where their largest score grew by much.
         D_REST, V_REST: the second part of the head dims, see `parts`.
     """
 
@@ -158,6 +160,8 @@ class ForwardFlags(NamedTuple):
     PACK_GQA: int
     PERSISTENT: bool
     OWN_OUT: bool
+    HELD: int
+    LAZY: bool
     D_REST: int
     V_REST: int
 
@@ -186,6 +190,9 @@ def forward_flags(
         PACK_GQA=tiles.pack_gqa,
         PERSISTENT=persistent,
         OWN_OUT=max(tiles.block_d, tiles.block_v) <= 128 or not fits,
+        # Shared memory is read less: keys of 64 rows and queries would take all it can give.
+        HELD=128 if tiles.block_d == 256 else 0,
+        LAZY=tiles.block_d == 256,
         D_REST=of_query[1],
         V_REST=of_value[1],
     )

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from hf_flash_two.kernels.hopper.again import attend_again_kernel
 from hf_flash_two.kernels.hopper.attend import attend_kernel
 from hf_flash_two.kernels.hopper.config import (
     ROWS,
@@ -27,12 +28,13 @@ from hf_flash_two.tensor_cache import derive
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """``tickets``: how many `attend_kernel` takes, or 0."""
+    """``tickets``: how many `attend_kernel` takes, or 0. ``again``: None if no mask hides pairs."""
 
     tiles: Tiles
     out: Layout
     tickets: int
     attend: Launch
+    again: Launch | None
 
 
 def forward(
@@ -61,9 +63,14 @@ def _attend(
     runs = _key_runs(params, plan.tiles.block_k)
     tickets = query.new_zeros(plan.tickets, dtype=torch.int32) if plan.tickets else None
     plan.attend(
-        query, query, key, key, value, value, out, out, out, runs, lse, ranges,
+        query, query, key, key, value, value, out, out, runs, lse, ranges,
         params.alibi_slopes, params.sinks, params.seed, tickets,
     )  # fmt: skip
+    if plan.again is not None:
+        plan.again(
+            query, query, key, key, value, out, runs, lse, ranges,
+            params.alibi_slopes, params.seed, tickets,
+        )  # fmt: skip
     return out, lse
 
 
@@ -104,35 +111,49 @@ def _plan(params: AttentionParams, query: Tensor, key: Tensor, value: Tensor) ->
         layout = gl.NVMMASharedLayout(0, 32, 2)
         runs = Tma((count, width), (width, 1), (1, width), layout)
     queries = (tuple(query.shape), query.stride())
+    templates = {
+        "q_desc": rows(queries, d),
+        "q_rest": rows(queries, flags.D_REST),
+        "k_desc": keys(key, d),
+        "k_rest": keys(key, flags.D_REST),
+        "run_desc": runs,
+        "slopes": PerHead(None, *broadcast_strides(params.alibi_slopes, batch, heads)),
+    }
+    scalars = (
+        params.scale, params.softcap or 1.0, drop.threshold, float(drop.keep_scale),
+        heads, heads // key_heads, query_length, key_length, params.query_offset,
+        params.window_left or 0, params.window_right or 0,
+        row_tiles, head_tiles, min(together, head_tiles),
+    )  # fmt: skip
+    size = Tiles(tiles.block_q, tiles.block_k, d, d_v, 4, 1)
     attend = Launch(
         attend_kernel,
         (programs, 1, 1),
-        {
-            "q_desc": rows(queries, d),
-            "q_rest": rows(queries, flags.D_REST),
-            "k_desc": keys(key, d),
-            "k_rest": keys(key, flags.D_REST),
+        templates
+        | {
             "v_desc": keys(value, d_v),
             "v_rest": keys(value, flags.V_REST),
             "out_desc": rows(out, d_v),
             "out_rest": rows(out, flags.V_REST),
-            "part_desc": rows(out, 64 if flags.RESCUE else 0),
-            "run_desc": runs,
-            "slopes": PerHead(None, *broadcast_strides(params.alibi_slopes, batch, heads)),
             "sinks": PerHead(None, *broadcast_strides(params.sinks, batch, heads)),
         },
-        (
-            params.scale, params.softcap or 1.0, drop.threshold, float(drop.keep_scale),
-            heads, heads // key_heads, query_length, key_length, params.query_offset,
-            params.window_left or 0, params.window_right or 0,
-            row_tiles, head_tiles, min(together, head_tiles),
-        ),
+        scalars,
         {"FLAGS": flags},
-        Tiles(tiles.block_q, tiles.block_k, d, d_v, 4, 1),
+        size,
         maxnreg={2: 168, 3: 128}[flags.CONSUMERS],
-    )  # fmt: skip
-    tickets = (1 + works if flags.RESCUE else 1) if flags.PERSISTENT else 0
-    return _Plan(tiles, out, tickets, attend)
+    )
+    again, tickets = None, 1 if flags.PERSISTENT else 0
+    if flags.RESCUE:
+        tickets = 2 + works * flags.CONSUMERS
+        again = Launch(
+            attend_again_kernel,
+            (programs, 1, 1),
+            templates | {"v_desc": keys(value, 64), "out_desc": rows(out, 64)},
+            scalars,
+            {"FLAGS": flags, "VALUE_DIM": tiles.block_v},
+            size,
+        )
+    return _Plan(tiles, out, tickets, attend, again)
 
 
 def _tma(
