@@ -82,6 +82,8 @@ def matrix() -> list:
             id=f"{make.__name__}-{lengths[0]}x{lengths[1]}-D{dims[0]}",
         )
         for dims, make, lengths in itertools.product(DIMS, WITHOUT_DENSE, LENGTHS)
+        # A tree's queries are its keys.
+        if make is not tree or lengths[0] <= lengths[1]
     ]  # fmt: skip
 
 
@@ -287,7 +289,7 @@ def test_large_scores(make: Callable, dims: tuple[int, int], size: float) -> Non
 @pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("make", SOME)
 def test_gradients_in_any_order(ran: Callable, make: Callable, dims: tuple[int, int]) -> None:
-    """Rounded like those in a fixed order, of which only the queries' may differ."""
+    """Equal to those in a fixed order but for rounding: keys meet their queries in another order."""
     mask, _ = make(700, 700)
     tensors = [x.requires_grad_() for x in drawn(700, 700, dims)]
     found = []
@@ -296,9 +298,8 @@ def test_gradients_in_any_order(ran: Callable, make: Callable, dims: tuple[int, 
         torch.manual_seed(1)
         found.append(torch.autograd.grad(out, tensors, torch.randn_like(out)))
         assert ran() == BY_HOPPER
-    (want, *others), (got, *same) = found
-    assert (got - want).float().norm() <= 2**-8 * want.float().norm()
-    assert all(map(torch.equal, others, same))
+    for want, got in zip(*found, strict=True):
+        assert (got - want).float().norm() <= 2**-8 * want.float().norm()
 
 
 @pytest.mark.parametrize("make", WITHOUT_DENSE, ids=lambda make: make.__name__)

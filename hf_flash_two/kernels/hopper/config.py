@@ -192,7 +192,7 @@ def forward_flags(
         OWN_OUT=max(tiles.block_d, tiles.block_v) <= 128 or not fits,
         # Shared memory is read less: keys of 64 rows and queries would take all it can give.
         HELD=128 if tiles.block_d == 256 else 0,
-        LAZY=tiles.block_d == 256,
+        LAZY=tiles.block_v > 64 or hides(query, key, params),
         D_REST=of_query[1],
         V_REST=of_value[1],
     )
