@@ -9,6 +9,7 @@ from hf_flash_two.hf.max_logits import max_logits
 from hf_flash_two.hf.patching import patch, patched, unpatch
 from hf_flash_two.hf.prefix_tree import PrefixTreeCollator, completion_logps, merge_rows
 from hf_flash_two.hf.watching import watch_attention
+from hf_flash_two.invariance import batch_invariant
 from hf_flash_two.masks import AttentionMask
 from hf_flash_two.module import FlashAttentionTwo
 from hf_flash_two.parallel.context import context_parallel
@@ -20,6 +21,7 @@ __all__ = [
     "AttentionWeights",
     "FlashAttentionTwo",
     "PrefixTreeCollator",
+    "batch_invariant",
     "check_parity",
     "completion_logps",
     "context_parallel",

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
+from hf_flash_two.documents import TILE
+from hf_flash_two.invariance import is_batch_invariant
 from hf_flash_two.kernels import NAMES as KERNELS
 from hf_flash_two.kernels.params import TENSORS, AttentionParams, Prepared, statistics_dtype
 from hf_flash_two.masks import AttentionMask
@@ -42,6 +44,7 @@ _ELSEWHERE = {
     "cache_seqlens": "mask=AttentionMask.from_padding(...)",
     "attn_bias": "mask, or bias for a tensor",
     "score_mod": "bias, alibi_slopes or softcap",
+    "num_splits": "batch_invariant=True, for the same bits in every batch",
     "block_table": "not possible: keys have to be gathered",
 }
 _ELSEWHERE |= dict.fromkeys(("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k"), _DOCUMENTS)
@@ -60,6 +63,7 @@ class Settings(NamedTuple):
     k_bucket_size: int | None = None
     deterministic: bool = True
     return_max_logits: bool = False
+    batch_invariant: bool = False
     kernel: str = "auto"
 
 
@@ -82,6 +86,7 @@ def flash_attention(
     q_bucket_size: int | None = None,
     k_bucket_size: int | None = None,
     deterministic: bool = True,
+    batch_invariant: bool | None = None,
     **unknown: Never,
 ) -> Tensor | tuple[Tensor, ...]:
     """softmax(cap(scale * Q K^T) + bias) V in memory linear in the sequence, forward and backward.
@@ -113,6 +118,9 @@ def flash_attention(
             at least 16 of each, and in decoding sizes of their own.
         deterministic: False lets the backward on Hopper GPUs add up the gradient of the queries in
             any order, which is faster, unless ``torch.use_deterministic_algorithms(True)``.
+        batch_invariant: the bits of a document's rows, and of their gradients, depend on nothing
+            but its own queries, keys and values; see docs/batch_invariance.md. None: what
+            `hf_flash_two.batch_invariant` says, else False.
 
     Returns:
         out [B, Hq, Tq, Dv], laid out in memory as ``query`` is, and on request lse [B, Hq, Tq] and
@@ -138,9 +146,11 @@ def flash_attention(
     mask = as_mask(mask)
     if deterministic is False:
         deterministic = torch.are_deterministic_algorithms_enabled()
+    if batch_invariant is None:
+        batch_invariant = is_batch_invariant()
     settings = Settings(
         scale, softcap, dropout_p, q_bucket_size, k_bucket_size, deterministic, return_max_logits,
-        kernel,
+        batch_invariant, kernel,
     )  # fmt: skip
     recorded = eager and is_recorded(query, key, value)
     kind, run, with_lse = None, None, return_lse or recorded
@@ -230,6 +240,11 @@ def validated(
         if tensor is not None and tensor.device != query.device:
             mask = mask.to(query.device)
     numbers = _check_settings(head_dim, *settings)
+    if settings.batch_invariant and mask.dense is not None:
+        raise ValueError(
+            "batch_invariant: a dense mask does not tell where documents start; describe it by one "
+            "of AttentionMask's other constructors"
+        )
     params = AttentionParams(
         mask.query_start,
         mask.query_stop,
@@ -444,8 +459,9 @@ def _check_settings(
     k_bucket_size: int | None,
     deterministic: bool,
     return_max_logits: bool,
+    batch_invariant: bool,
     kernel: str,
-) -> tuple[float, float, float, int | None, int | None, bool, bool]:
+) -> tuple[float, float, float, int | None, int | None, bool, bool, bool]:
     """All but the first and the last as numbers of Python; softcap 0 is off."""
     _check_constant("scale", scale, "multiply query by it")
     number = head_dim**-0.5 if scale is None else _number("scale", scale)
@@ -462,12 +478,20 @@ def _check_settings(
     k_bucket_size = _check_bucket("k_bucket_size", k_bucket_size)
     if kernel not in KERNELS:
         raise ValueError(f"kernel: expected one of {KERNELS}, got {kernel!r}")
-    if not isinstance(deterministic, bool):
-        raise ValueError(f"deterministic: expected True or False, got {deterministic!r}")
-    if not isinstance(return_max_logits, bool):
-        raise ValueError(f"return_max_logits: expected True or False, got {return_max_logits!r}")
-    sizes = q_bucket_size, k_bucket_size
-    return number, softcap, dropout_p, *sizes, deterministic, return_max_logits
+    flags = deterministic, return_max_logits, batch_invariant
+    names = "deterministic", "return_max_logits", "batch_invariant"
+    for name, flag in zip(names, flags, strict=True):
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name}: expected True or False, got {flag!r}")
+    if batch_invariant:
+        if dropout_p:
+            raise ValueError(
+                "batch_invariant: expected dropout_p 0, got "
+                f"{dropout_p}; which pairs are dropped depends on the batch row"
+            )
+        q_bucket_size = _check_no_limit("q_bucket_size", q_bucket_size)
+        k_bucket_size = _check_no_limit("k_bucket_size", k_bucket_size)
+    return number, softcap, dropout_p, q_bucket_size, k_bucket_size, *flags
 
 
 def _check_bucket(name: str, size: int | None) -> int | None:
@@ -476,6 +500,15 @@ def _check_bucket(name: str, size: int | None) -> int | None:
     if not isinstance(size, Integral) or size < 1:
         raise ValueError(f"{name}: expected None or an integer of at least 1, got {size!r}")
     return int(size)
+
+
+def _check_no_limit(name: str, size: int | None) -> None:
+    """Refuse what would limit the tiles of a batch-invariant call."""
+    if size is not None and size < TILE:
+        raise ValueError(
+            f"batch_invariant: expected no {name}, or one of at least {TILE}, got {size}; tiles "
+            "are of one size"
+        )
 
 
 def _resolve_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:

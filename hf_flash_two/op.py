@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function, _SingleLevelFunction
 from torch.nn import Parameter
 
-from hf_flash_two.kernels import Kernel, derivatives, select
+from hf_flash_two.kernels import Kernel, derivatives, invariant, select
 from hf_flash_two.kernels.blockwise.tangents import Tangents
 from hf_flash_two.kernels.params import (
     SCHEMA,
@@ -151,6 +151,8 @@ def _forward(
         return (*results, lowest_logits(query)) if params.max_logits else results
     params = _laid_out(params, key.shape[2])
     chosen = _select("forward", kernel, query, key, value, params)
+    if params.batch_invariant:
+        return invariant.forward(chosen, query, key, value, params)
     return chosen.forward(query, key, value, params)
 
 
@@ -171,7 +173,8 @@ def _backward(
     if query.numel():
         out = out if out.stride(3) == 1 else out.contiguous()
         chosen = _select("backward", kernel, query, key, value, params)
-        return chosen.backward(d_out, d_lse, query, key, value, out, lse, params, need_d_bias)
+        run = partial(invariant.backward, chosen) if params.batch_invariant else chosen.backward
+        return run(d_out, d_lse, query, key, value, out, lse, params, need_d_bias)
     dq, dk, dv = (empty_output(x, x.shape[3]).zero_() for x in (query, key, value))
     extras = (params.bias if need_d_bias else None, params.sinks)
     d_bias, d_sinks = (None if x is None else x.new_zeros(x.shape) for x in extras)
@@ -205,6 +208,7 @@ def _forward_jvp_op(query, key, value, out, lse, *more):
     tangents = Tangents(*_or_zeros(along, (query, key, value)), *bias_and_sinks)
     compute, _ = derivatives(kernel)
     params = _laid_out(AttentionParams(*params), key.shape[2])
+    _check_derived(params)
     return compute(query, key, value, out, lse, tangents, params)
 
 
@@ -215,10 +219,19 @@ def _backward_jvp_op(d_out, d_lse, query, key, value, out, lse, out_dot, lse_dot
     d_out, out_dot, lse_dot = _or_zeros((d_out, out_dot, lse_dot), (out, out, lse))
     _, compute = derivatives(kernel)
     params = _laid_out(AttentionParams(*params), key.shape[2])
+    _check_derived(params)
     grads = compute(
         query, key, value, out, lse, tangents, params, d_out, d_lse, out_dot, lse_dot, need_d_bias
     )
     return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _check_derived(params: AttentionParams) -> None:
+    if params.batch_invariant:
+        raise ValueError(
+            "batch_invariant: forward-mode and second derivatives are not batch-invariant; compute "
+            "the call without it"
+        )
 
 
 def _forward_fake(query, key, value, *settings):
@@ -546,6 +559,8 @@ def prepared(
     """
     laid_out = _laid_out(params, key.shape[2])
     if not query.numel() or laid_out is not params or not are_plain(params.tensors):
+        return None
+    if params.batch_invariant:
         return None
     chosen = select(kernel, query, key, value, params)
     run = chosen.prepare(query, key, value, params, with_lse)

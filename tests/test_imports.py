@@ -42,18 +42,38 @@ def in_fresh_process(code: str) -> str:
 MAY_IMPORT = {
     "tensor_cache": [],
     "masks": ["tensor_cache"],
-    "kernels": ["masks", "tensor_cache", "kernels"],
+    "documents": ["masks"],
+    "invariance": [],
+    "kernels": ["documents", "masks", "tensor_cache", "kernels"],
     "op": ["kernels", "masks"],
-    "attention": ["op", "kernels", "masks"],
+    "attention": ["documents", "invariance", "op", "kernels", "masks"],
     "module": ["attention", "masks", "parallel"],
     "weights": ["attention", "kernels", "masks"],
     # Of the kernels the settings alone, for the ops on DTensors.
-    "parallel": ["attention", "kernels", "masks", "parallel", "tensor_cache"],
-    "hf": ["attention", "masks", "parallel", "tensor_cache", "hf", "weights"],
+    "parallel": ["attention", "invariance", "kernels", "masks", "parallel", "tensor_cache"],
+    "hf": [
+        "attention",
+        "documents",
+        "invariance",
+        "masks",
+        "parallel",
+        "tensor_cache",
+        "hf",
+        "weights",
+    ],  # fmt: skip
     "testing": ["hf", "kernels", "op", "testing"],
     "doctor": ["attention", "hf", "kernels", "masks", "testing"],
     "__main__": ["doctor"],
-    "__init__": ["attention", "masks", "module", "parallel", "hf", "testing", "weights"],
+    "__init__": [
+        "attention",
+        "invariance",
+        "masks",
+        "module",
+        "parallel",
+        "hf",
+        "testing",
+        "weights",
+    ],  # fmt: skip
 }
 
 

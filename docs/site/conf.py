@@ -31,6 +31,7 @@ NAVIGATION = {
         "docs/coverage",
         "docs/benchmarks",
         "docs/numerics",
+        "docs/batch_invariance",
         "docs/versions",
         "CHANGELOG",
     ],

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hf_flash_two.attention import flash_attention
 from hf_flash_two.hf import compat, families, forward_pass, shard
@@ -16,6 +17,7 @@ from hf_flash_two.hf.max_logits import record, records_of
 from hf_flash_two.hf.packing import keep_apart, keep_apart_in_layer
 from hf_flash_two.hf.tensor_masks import from_block_indices, from_indices, from_tensor
 from hf_flash_two.hf.watched import is_watched, show_weights
+from hf_flash_two.invariance import is_batch_invariant
 from hf_flash_two.masks import AttentionMask
 
 if TYPE_CHECKING or torch.distributed.is_available():
@@ -54,6 +56,7 @@ def attention_forward(
     cache=None,
     output_attentions: bool | None = None,
     deterministic: bool | None = None,
+    batch_invariant: bool | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | tuple[Tensor, ...] | None]:
     """Attention with the signature of `transformers.AttentionInterface`.
@@ -74,6 +77,8 @@ def attention_forward(
             ``module.indexer.block_size`` keys, [B, groups, Tq, n], negative for none.
         cache: the paged cache of continuous batching; None where the layer has written to it.
         deterministic: see `flash_attention`; None is True.
+        batch_invariant: see `flash_attention`. In steps of decoding with a window the mask must
+            know too: use `hf_flash_two.batch_invariant` there.
 
     Returns:
         out [B, Tq, Hq, Dv], contiguous, and the attention weights [B, Hq, Tq, Tk] if
@@ -88,6 +93,9 @@ def attention_forward(
     """
     _refuse_what_others_use(module, kwargs)
     spread = getattr(attention_mask, "spread", None) or shard.current()
+    if batch_invariant is None:
+        batch_invariant = is_batch_invariant()
+    lead = getattr(attention_mask, "lead", 0)
     bias = None
     if cache is not None or kwargs.get("write_index") is not None:
         compat.require("serving")
@@ -95,13 +103,24 @@ def attention_forward(
             reason = "makes a mask of this step's tokens, not of those in the cache"
             compat.refuse_serving(module, reason)
         paged = dict(kwargs, cu_seq_lens_k=cu_seq_lens_k)
-        key, value, mask = _from_paged_cache(module, key, value, cache, cu_seq_lens_q, paged)
+        key, value, mask = _from_paged_cache(
+            module, key, value, cache, cu_seq_lens_q, paged, batch_invariant
+        )
     else:
         mask, bias = _resolve_mask(
             module, query, key, attention_mask, is_causal, sliding_window, position_ids,
             cu_seq_lens_q, cu_seq_lens_k, spread,
         )  # fmt: skip
     _check_heads(module, query, key, s_aux, sinks, position_bias)
+    if batch_invariant:
+        _check_invariant(module, query, attention_mask, sliding_window, sinks)
+    if lead:
+        if bias is not None or position_bias is not None or is_watched(module):
+            raise NotImplementedError(
+                f"batch_invariant: {type(module).__name__} has a bias or is watched, which is not "
+                "possible where the cache drops the oldest keys"
+            )
+        key, value = (pad(x, (0, 0, lead, 0)) for x in (key, value))
     if spread is not None:
         keys = key.shape[2] * spread.ranks
         position_bias = shard.whole_bias(spread, module, position_bias, keys)
@@ -125,12 +144,18 @@ def attention_forward(
     watched, records = is_watched(module), records_of(module)
     terms["return_lse"] = wants_weights or watched or row_sinks is not None
     if spread is None:
-        here: dict[str, Any] = dict(dropout_p=dropout, deterministic=deterministic is not False)
+        here: dict[str, Any] = dict(
+            dropout_p=dropout,
+            deterministic=deterministic is not False,
+            batch_invariant=batch_invariant,
+        )
         if records:
             here["return_max_logits"] = True
         out = flash_attention(query, key, value, mask=mask, **here, **terms)
     else:
-        shard.check_layer(module, dropout, wants_weights, watched, bool(records))
+        shard.check_layer(
+            module, dropout, wants_weights, watched, bool(records), bool(batch_invariant)
+        )
         out = attend_over_mesh(query, key, value, mask, spread, **terms)
     if records:
         record(records, out[-1])
@@ -150,7 +175,7 @@ def attention_forward(
     if wants_weights:
         if families.family_of(module) in families.WEIGHTS_WITHOUT_SINKS:
             lse = None
-        weights = _weights(query, key, mask, bias, lse, scaling, softcap)
+        weights = _weights(query, key, mask, bias, lse, scaling, softcap)[..., lead:]
         if cu_seq_lens_q is not None and is_causal is False and attention_mask is None:
             # Towers, which under "eager" attend within one image at a time.
             weights = _blocks(weights, cu_seq_lens_q, cu_seq_lens_k)
@@ -204,6 +229,28 @@ def _check_heads(
         raise ValueError(
             f"{wrong[0]}, and a query of {heads}; a tensor-parallel plan that splits the heads of "
             "queries must give each rank its part of these too"
+        )
+
+
+def _check_invariant(
+    module: torch.nn.Module,
+    query: Tensor,
+    attention_mask: MaskProxy | Tensor | None,
+    sliding_window: int | None,
+    sinks: Tensor | None,
+) -> None:
+    """Refuse a call that does not tell where documents start, or is not batch-invariant itself."""
+    lost = getattr(attention_mask, "lead", 0) is None
+    if attention_mask is None and sliding_window is not None and query.shape[2] == 1:
+        lost = True
+    if lost:
+        raise ValueError(
+            f"batch_invariant: the mask of {type(module).__name__} no longer tells where documents "
+            "start; call the model within `with hf_flash_two.batch_invariant():`"
+        )
+    if sinks is not None and sinks.dim() == 4:
+        raise NotImplementedError(
+            f"batch_invariant: {type(module).__name__} has a sink for each query; not possible"
         )
 
 
@@ -300,7 +347,13 @@ def _without_mask(
 
 
 def _from_paged_cache(
-    module: torch.nn.Module, key: Tensor, value: Tensor, cache, query_ends: Any, paged: dict
+    module: torch.nn.Module,
+    key: Tensor,
+    value: Tensor,
+    cache,
+    query_ends: Any,
+    paged: dict,
+    batch_invariant: bool,
 ) -> tuple[Tensor, Tensor, AttentionMask]:
     """The keys and values of all requests end to end, and the mask that keeps these apart."""
     if not getattr(module, "is_causal", True):
@@ -308,6 +361,9 @@ def _from_paged_cache(
     key, value, key_ends, window = compat.update_paged_cache(cache, key, value, module, paged)
     keep_apart()
     keys = key.shape[2]
+    if batch_invariant and window is not None:
+        reason = "has a window, and the paged cache does not tell how many keys it has dropped"
+        compat.refuse_serving(module, f"{reason}, which batch_invariant needs")
 
     def build() -> AttentionMask:
         return AttentionMask.from_documents(

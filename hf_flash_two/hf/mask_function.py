@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hf_flash_two.documents import without_dropped
 from hf_flash_two.hf import branches, compat, families, shard
 from hf_flash_two.hf.branches import Branches
 from hf_flash_two.hf.mask_proxy import MaskProxy
 from hf_flash_two.hf.packing import demand, documents_of_mask, positions_within
 from hf_flash_two.hf.tensor_masks import from_tiles
+from hf_flash_two.invariance import is_batch_invariant
 from hf_flash_two.masks import FAR, AttentionMask
 from hf_flash_two.tensor_cache import is_symbolic
 
@@ -98,6 +100,10 @@ def make_mask(
         q_length, kv_length, attention_mask, mask_function = shard.whole_arguments(
             spread, q_length, kv_length, q_offset, kv_offset, attention_mask, mask_function
         )
+    dropped, lead = kv_offset, 0
+    if is_batch_invariant():
+        # Where a document starts decides, also if the cache has dropped its first keys.
+        kv_length, kv_offset = kv_offset + kv_length, 0
     axes = _Axes(kv_length, q_offset, kv_offset, device)
     keep = _padding(attention_mask, axes, q_length)
     kinds = _kinds(mask_function)
@@ -121,7 +127,10 @@ def make_mask(
             apart = AttentionMask.from_documents(segment_ids=documents)
             mask = mask & replace(apart, query_offset=None)
         counted = isinstance(q_offset, Tensor)
-        if q_length == 1 and (counted or keep is not None and not is_symbolic()):
+        one = q_length == 1 and (counted or keep is not None and not is_symbolic())
+        if one and not is_batch_invariant():
+            if mask.window_left is not None or mask.intervals is not None:
+                lead = None
             mask = _of_one_query(mask, keep, axes)
         else:
             mask = _at_queries(mask, q_length, axes)
@@ -149,13 +158,17 @@ def make_mask(
         mask = from_tiles(visible, q_length, batch_size * kv_length)
         if tree is not None and mask.dense is not None and kinds.isdisjoint(_FORWARD):
             mask = mask & tree.mask()  # whose intervals tell which tiles not to visit
+    if kv_offset:
+        lead = None
+    elif dropped:
+        mask, lead = without_dropped(mask, dropped, q_length, kv_length)
     hand_written = config is not None and families.is_hand_written(config)
     family = getattr(config, "model_type", None)
     # Through the interface it is not left out: layers without one may take themselves for causal.
     adds_it = hand_written or family in families.WANTS_TENSOR
     if allow_is_bidirectional_skip and adds_it and mask.hides_nothing:
         return None
-    shape = (batch_size, 1, own_queries, kv_length)
+    shape = (batch_size, 1, own_queries, kv_length - dropped + kv_offset)
     proxy = MaskProxy(
         mask,
         shape,
@@ -165,6 +178,7 @@ def make_mask(
         packed=packed,
         padding=attention_mask,
         spread=spread,
+        lead=lead,
     )
     return proxy.as_additive(dtype) if family in families.WANTS_TENSOR else proxy
 

@@ -39,6 +39,9 @@ class MaskProxy(BlockMask):
         padding: [B, L], nonzero for visible tokens, that it was made with; None if all are.
         spread: where the model gets one shard of the sequence, how it is spread: ``mask`` is of
             the whole, and the tensor has this rank's queries and all keys.
+        lead: how many keys, seen by none of the queries, ``mask`` has in front of the tensor's: for
+            batch-invariant attention, where the cache has dropped the oldest. None: where a
+            document starts is no longer known.
     """
 
     ndim = 4
@@ -54,12 +57,13 @@ class MaskProxy(BlockMask):
         packed: bool = False,
         padding: Tensor | None = None,
         spread: Spread | None = None,
+        lead: int | None = 0,
     ):
         self.mask, self.device, self.dtype = mask, torch.device(device), dtype
         batch, heads, queries, keys = shape
         self._shape = batch, heads, queries, keys
         self.causal, self.packed, self.padding = causal, packed, padding
-        self.spread = spread
+        self.spread, self.lead = spread, lead
 
     @property
     def shape(self) -> torch.Size:
@@ -95,7 +99,9 @@ class MaskProxy(BlockMask):
         """bool [B, 1, Tq, Tk], True may attend."""
         queries, keys = self._shape[2:]
         if self.spread is None:
-            return self.mask.to_dense(queries, keys, device=self.device).expand(self._shape)
+            lead = self.lead or 0
+            visible = self.mask.to_dense(queries, lead + keys, device=self.device)
+            return visible[..., lead:].expand(self._shape)
         queries *= self.spread.ranks
         rows = self.spread.layout.positions(self.spread.rank, queries, self.device)
         visible = self.mask.to_dense(queries, keys, device=self.device)
@@ -149,14 +155,14 @@ class MaskProxy(BlockMask):
         return self.as_tensor(other.dtype)
 
     def _replace(self, **changes) -> MaskProxy:
-        names = ("mask", "shape", "device", "dtype", "causal", "packed", "padding", "spread")
+        names = "mask shape device dtype causal packed padding spread lead".split()
         return MaskProxy(**{name: getattr(self, name) for name in names} | changes)
 
     def __getitem__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, index
     ) -> MaskProxy | Tensor:
         rows = _slices(index, self._shape)
-        if rows is None or self.spread is not None:
+        if rows is None or self.spread is not None or self.lead:
             return self.as_tensor()[index]
         batch, (start_q, stop_q), (start_k, stop_k) = rows
         _, _, queries, keys = self._shape
@@ -168,7 +174,7 @@ class MaskProxy(BlockMask):
         return self._replace(mask=mask, shape=shape, padding=padding)
 
     def __and__(self, other) -> MaskProxy | Tensor:
-        whole = self.spread is None
+        whole = self.spread is None and not self.lead
         if not whole or not isinstance(other, MaskProxy) or other._shape != self._shape:
             return _bitwise_and(self, other)
         queries, keys = self._shape[2:]

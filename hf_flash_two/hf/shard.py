@@ -333,7 +333,12 @@ def check_gathered(position_ids: Tensor | None) -> None:
 
 
 def check_layer(
-    module: nn.Module, dropout: float, wants_weights: bool, watched: bool, wants_max_logits: bool
+    module: nn.Module,
+    dropout: float,
+    wants_weights: bool,
+    watched: bool,
+    wants_max_logits: bool,
+    batch_invariant: bool = False,
 ) -> None:
     """Refuse what a shard cannot give."""
     if dropout:
@@ -345,6 +350,7 @@ def check_layer(
         "output_attentions": wants_weights,
         "watch_attention": watched,
         "max_logits": wants_max_logits,
+        "batch_invariant": batch_invariant,
     }
     for what, is_wanted in wanted.items():
         if is_wanted:

@@ -35,6 +35,7 @@ class AttentionParams(NamedTuple):
         block_q, block_k: the caller's limit on tile sizes, or None.
         deterministic: the same inputs give the same bits. Kernels may always keep to it.
         max_logits: the forward also gives the largest score of any visible pair of each head.
+        batch_invariant: a document's bits depend on nothing else; see `kernels.invariant`.
     """
 
     query_start: Tensor | None
@@ -55,6 +56,7 @@ class AttentionParams(NamedTuple):
     block_k: int | None
     deterministic: bool = True
     max_logits: bool = False
+    batch_invariant: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

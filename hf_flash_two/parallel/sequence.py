@@ -28,6 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from hf_flash_two.attention import flash_attention, flash_attention_gradients
+from hf_flash_two.invariance import is_batch_invariant
 from hf_flash_two.kernels.params import statistics_dtype
 from hf_flash_two.masks import AttentionMask
 from hf_flash_two.parallel.exchange import Pending, Route, Run, to_heads, to_tokens
@@ -121,6 +122,11 @@ def attend_over_mesh(
     Returns:
         out [B, Hq, Tq / W, Dv], and on request lse [B, Hq, Tq / W].
     """
+    if is_batch_invariant():
+        raise NotImplementedError(
+            "batch_invariant: not possible over a sharded sequence; the order of sums follows from "
+            "the shards"
+        )
     layout = spread.layout
     layout.check("queries", query.shape[2])
     layout.check("keys", key.shape[2])

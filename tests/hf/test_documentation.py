@@ -36,6 +36,7 @@ PREPARES = ("patch(model)", "register_attention")
         *snippets(DOCS / "troubleshooting.md"),
         snippets(DOCS / "module.md", alone=True)[0],
         *snippets(DOCS / "numerics.md"),
+        *snippets(DOCS / "batch_invariance.md"),
         *snippets(DOCS / "weights.md"),
     ],
 )

@@ -16,7 +16,7 @@ from packaging.version import Version
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from hf_flash_two import flash_attention, patch, unpatch
+from hf_flash_two import batch_invariant, flash_attention, patch, unpatch
 from hf_flash_two.hf import compat, interface
 from hf_flash_two.hf.interface import attention_forward
 
@@ -387,3 +387,20 @@ def test_a_layer_that_the_cache_does_not_know_is_refused() -> None:
             cu_seq_lens_k={"full_attention": ends},
             write_index=[torch.arange(3)],
         )
+
+
+def test_batch_invariant_requests() -> None:
+    flash, eager = pair("llama")
+    with batch_invariant():
+        assert served(flash, prompts(), SIZES["pages of 7"]) == expected(eager, prompts())
+
+
+def test_batch_invariant_windows_are_refused() -> None:
+    """Which keys of a window the paged cache has dropped it does not tell."""
+    layer = pair("mistral")[0].model.layers[0].self_attn
+    ends = torch.tensor([0, 4], dtype=torch.int32)
+    paged = {"cache": None, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "write_index": [0]}
+    query, key = torch.randn(1, 4, 4, 12), torch.randn(1, 2, 4, 12)
+    with batch_invariant(), pytest.raises(NotImplementedError, match="how many keys it has"):
+        attention_forward(layer, query, key, key, None, **paged)
+    attention_forward(layer, query, key, key, None, **paged)

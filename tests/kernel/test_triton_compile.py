@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
 from compiling import compile_launch, params  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
+from hf_flash_two.documents import TILE  # noqa: E402
 from hf_flash_two.kernels.triton import (  # noqa: E402
     backward,
     config,
@@ -76,11 +78,11 @@ def pretend(monkeypatch: pytest.MonkeyPatch, device: config.Device) -> None:
     monkeypatch.setattr(config, "device_of", lambda index: device)
 
 
-FEATURES = ("causal", "padded", "everything", "decode", "large")
+FEATURES = ("causal", "padded", "everything", "decode", "large", "invariant")
 ALWAYS = {
     ("hopper", "causal"), ("hopper", "everything"), ("hopper", "decode"), ("ampere", "decode"),
     ("ada", "large"), ("turing", "decode"), ("mi300", "padded"), ("blackwell", "padded"),
-    ("rtx-blackwell", "decode"),
+    ("rtx-blackwell", "decode"), ("hopper", "invariant"),
 }  # fmt: skip
 
 
@@ -101,7 +103,9 @@ def test_compiles(monkeypatch, launches, target, feature):
         torch.empty(1, heads, length, head_dim, dtype=dtype) for heads in (4, 2, 2)
     )
     mask, changes = AttentionMask.causal(), {}
-    if feature == "padded":
+    if feature == "invariant":
+        changes = dict(batch_invariant=True)
+    if feature in ("padded", "invariant"):
         mask = mask & AttentionMask.from_padding(torch.ones(1, length))
     if feature == "everything":
         mask = AttentionMask.from_dense(torch.ones(1, 1, length, length, dtype=torch.bool))
@@ -139,7 +143,7 @@ def test_only_small_buckets_change_tiles(monkeypatch, target: str, query_length:
     def tiles(bucket: int | None) -> list[config.Tiles]:
         described = params(AttentionMask.causal(), 512, block_q=bucket, block_k=bucket)
         both = config.backward_tiles(*tensors, described)
-        of_forward = config.forward_tiles(tensors[0], tensors[2], described)
+        of_forward = config.forward_tiles(*tensors[:3], described)
         if query_length == 1:
             of_forward = config.decode_tiles(*tensors, described).tiles
         return [of_forward, *(x for x in (both.dkdv, both.dq, both.dv) if x is not None)]
@@ -151,6 +155,58 @@ def test_only_small_buckets_change_tiles(monkeypatch, target: str, query_length:
         assert (of_forward.block_q, of_forward.block_k) == (16, 16)
     else:
         assert of_forward == tiles(None)[0]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_batch_invariant_tiles_follow_from_heads_alone(monkeypatch, target: str, dtype) -> None:
+    pretend(monkeypatch, TARGETS[target][1])
+    described = params(AttentionMask.causal(), 1, batch_invariant=True)
+    for dim in (16, 64, 128, 256, 512):
+        found = set()
+        for batch, queries, keys in ((1, 1, 1), (8, 1, 4096), (1, 70, 70), (3, 4096, 4096)):
+            query = torch.empty(batch, 12, queries, dim, dtype=dtype, device="meta")
+            key = torch.empty(batch, 3, keys, dim, dtype=dtype, device="meta")
+            both = config.backward_tiles(query, key, key, described)
+            found.add((config.forward_tiles(query, key, key, described), both))
+        ((of_forward, both),) = found
+        assert of_forward.pack_gqa == 4
+        for tiles in (of_forward, both.dkdv, both.dq, both.dv or both.dq):
+            assert TILE % tiles.block_q == TILE % tiles.block_k == 0
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("target", ["ampere", "hopper"])
+def test_batch_invariant_calls_compute_with_the_same_instructions(
+    monkeypatch, launches, target: str
+) -> None:
+    gpu, device = TARGETS[target]
+    pretend(monkeypatch, device)
+    padded = AttentionMask.causal() & AttentionMask.from_padding(torch.ones(1, 301))
+    calls = (
+        (AttentionMask.full(), 512), (AttentionMask.causal(window=77), 301), (padded, 301),
+        (padded, 1),
+    )  # fmt: skip
+    found: dict[str, list] = {}
+    for mask, queries in calls:
+        keys = 301 if mask is padded else 512
+        query, key, value = (
+            torch.empty(1, heads, length, 128, dtype=torch.bfloat16)
+            for heads, length in ((4, queries), (2, keys), (2, keys))
+        )
+        described = params(mask, keys, batch_invariant=True)
+        out, lse, *_ = forward.forward(query, key, value, described)
+        backward.backward(out, None, query, key, value, out, lse, described, False)
+    for kernel, _, args, kwargs in launches:
+        if "ranges" in kernel.__name__:
+            continue
+        code = compile_launch(kernel, args, kwargs, gpu).asm["ptx"]
+        floats = r"^\s*((?:fma|mul|add|sub|ex2|div|max|min|cvt|mma|wgmma\.mma)\S*)"
+        used = Counter(x for x in re.findall(floats, code, re.M) if "f32" in x)
+        found.setdefault(kernel.__name__, []).append(used)
+    assert len(found) == 3
+    for name, counts in found.items():
+        assert all(count == counts[0] for count in counts) and len(counts) > 2, name
 
 
 def test_any_number_of_heads_fits_the_grid(launches):

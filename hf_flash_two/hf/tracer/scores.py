@@ -295,6 +295,8 @@ class TracedScores(Lazy):
                 if seen is not None:
                     visible.append((shape, seen))
             elif len(shape) == 2:
+                if term.lead:
+                    self.tracer.refuse("batch_invariant where the cache drops the oldest keys")
                 mask = mask & term.broadcast_to(*self.shape[-2:]).mask
                 batch = shape[0] if term.shape[0] > 1 else batch
             else:

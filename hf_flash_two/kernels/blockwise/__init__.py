@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hf_flash_two.kernels.blockwise.head_blocks import HeadBlock, head_blocks
+from hf_flash_two.kernels.blockwise.head_blocks import INVARIANT_KEYS, HeadBlock, head_blocks
 from hf_flash_two.kernels.blockwise.tiles import KeyTile, QueryTile
 from hf_flash_two.kernels.hidden import hides
 from hf_flash_two.kernels.params import (
@@ -38,7 +38,9 @@ _FINE = 2.0**10
 def declines(
     query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, by_name: bool
 ) -> str | None:
-    """None: it computes every call, on every device."""
+    """None: it computes every call, on every device; batch-invariant ones on CPUs only."""
+    if params.batch_invariant and query.device.type != "cpu":
+        return f"it is batch-invariant on CPUs only and the tensors are on {query.device.type}"
     return None
 
 
@@ -167,7 +169,8 @@ def _softmax(block: HeadBlock, tile: QueryTile) -> tuple[Tensor, Tensor, Tensor]
     are the references.
     """
     query = block.query(tile.rows)
-    if tile.probe is not None and len(tile.key_tiles) > 1 and not block.params.max_logits:
+    lazy = len(tile.key_tiles) > 1 and not (block.params.max_logits or block.invariant)
+    if tile.probe is not None and lazy:
         reference, row_sum, acc = _attend_lazily(block, query, tile, tile.probe)
         # Scores far above the reference have lost bits where the product rounded their distance to
         # it. If the reference is NaN, so is the row's sum, and the test fails as well. Each row is
@@ -175,8 +178,8 @@ def _softmax(block: HeadBlock, tile: QueryTile) -> tuple[Tensor, Tensor, Tensor]
         safe = row_sum < _SAFE_MEAN * sum(keys.width for keys in tile.key_tiles)
         if not safe.all():
             online = _attend_online(block, query, tile)
-            lazy = (reference, row_sum, acc)
-            reference, row_sum, acc = map(partial(torch.where, safe), lazy, online)
+            found = (reference, row_sum, acc)
+            reference, row_sum, acc = map(partial(torch.where, safe), found, online)
     else:
         reference, row_sum, acc = _attend_online(block, query, tile)
     return reference, row_sum, acc
@@ -264,12 +267,16 @@ def reference_of(block: HeadBlock, tile: QueryTile, lse: Tensor) -> tuple[Tensor
         # a lone probability and that of equal ones. What this and its own rounding took from it
         # multiplies the whole row of P.
         count = sum(keys.width for keys in tile.key_tiles)
+        if block.invariant:
+            count = INVARIANT_KEYS
         rounded = reference - math.log2(max(count, 1)) / 2
-        return rounded, torch.exp2(rounded - reference)
-    if reference.abs().amax() > _FINE:
-        reference, row_sum, _ = _with_sinks(block, tile, *_softmax(block, tile))
-        reference = reference.masked_fill(reference == -math.inf, 0)
-        return reference, row_sum.masked_fill(row_sum == 0, 1).reciprocal()
+        return rounded, block.exp(rounded - reference)
+    coarse = reference.abs() > _FINE
+    if coarse.any():
+        row_max, row_sum, _ = _with_sinks(block, tile, *_softmax(block, tile))
+        row_max = row_max.masked_fill(row_max == -math.inf, 0)
+        factor = row_sum.masked_fill(row_sum == 0, 1).reciprocal()
+        return torch.where(coarse, row_max, reference), torch.where(coarse, factor, 1)
     return reference, None
 
 

@@ -25,6 +25,10 @@ _BLOCK_K = 512
 _TILE_BYTES = 2**21
 _WORKSPACE_BYTES = 2**24
 _FEW_ROWS = 64
+_FEW_TILES = 4
+_INVARIANT_ROWS = 32
+INVARIANT_KEYS = 128
+"""Keys of every tile that is `AttentionParams.batch_invariant`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,9 @@ def head_blocks(
         # What a block copies of its keys and values, or adds up for them.
         row_bytes = (key.shape[3] + value.shape[3]) * statistics_dtype(key.dtype).itemsize
         together = min(together, _WORKSPACE_BYTES // max(1, key_length * row_bytes))
+    if params.batch_invariant and key.dtype == torch.float64:
+        # From three threads on MKL divides several products otherwise than one.
+        together = 1
     together = max(1, together)
     rows = 1 if params.dropout_p else max(1, min(together // key_heads, batch))
     if key_length > _BLOCK_K and not (_rows_are_heads(key) and _rows_are_heads(value)):
@@ -79,6 +86,11 @@ def head_blocks(
         for start in range(0, key_heads, together):
             heads_here = slice(start, min(start + together, key_heads))
             yield HeadBlock(call, slice(at, min(at + rows, batch)), heads_here, tiles)
+
+
+def invariant_queries(group: int) -> int:
+    """Queries of every tile that is `AttentionParams.batch_invariant`, a power of two."""
+    return 2 ** (max(1, _INVARIANT_ROWS // group).bit_length() - 1)
 
 
 def _rows_are_heads(x: Tensor) -> bool:
@@ -96,10 +108,12 @@ def _call(
         # All keys at once, or of one head: products copy blocks cut out of several.
         block_k = _TILE_BYTES // max(1, rows * statistics_dtype(query.dtype).itemsize)
     block_q = max(1, _BLOCK_Q // group)
+    block_q = max(1, min(params.block_q or block_q, query_length))
+    block_k = max(1, min(params.block_k or block_k, key_length))
+    if params.batch_invariant:
+        block_q, block_k = invariant_queries(group), INVARIANT_KEYS
     return Call(
-        query, key, value, params, guarded,
-        max(1, min(params.block_q or block_q, query_length)),
-        max(1, min(params.block_k or block_k, key_length)),
+        query, key, value, params, guarded, block_q, block_k,
         Workspace(query.device), HiddenPairs(params, query.device),
     )  # fmt: skip
 
@@ -131,9 +145,12 @@ class HeadBlock:
         forward and backward by what large ones lose.
     few: there are so few queries that products are bound by reading the keys.
     plain: the scores are the scaled products and nothing else.
+    invariant: `AttentionParams.batch_invariant`: products are of one shape and of tensors without
+        gaps, and a row's bits do not depend on other rows.
     unit: what a score of 1 is kept as. Plain ones are in base 2, whose power is the cheaper one and
         whose factor the product takes for nothing; others, which may be as large as a float can be,
-        as they are.
+        as they are. So are invariant ones: PyTorch rounds powers of 2 at the end of a tensor
+        otherwise than in the middle.
     """
 
     def __init__(self, call: Call, batch: slice, key_heads: slice, query_tiles: list[QueryTile]):
@@ -146,9 +163,10 @@ class HeadBlock:
         self.index = (batch, self.heads)
         self.device = call.query.device
         self.dtype = statistics_dtype(call.query.dtype)
-        self.few = call.query.shape[2] * self.group_size <= _FEW_ROWS
+        self.invariant = params.batch_invariant
+        self.few = not self.invariant and call.query.shape[2] * self.group_size <= _FEW_ROWS
         self.plain = params.plain and params.scale != 0
-        self.unit = LOG2E if self.plain else 1.0
+        self.unit = LOG2E if self.plain and not self.invariant else 1.0
         self.batch_size = batch.stop - batch.start
         self._query = call.query[self.index].flatten(0, 1)
         self.key_blocks = self.blocks_of(call.key)
@@ -159,6 +177,8 @@ class HeadBlock:
         x = x[self.batch, self.key_heads].to(self.dtype).flatten(0, 1)
         blocks = x.split(self.call.block_k, dim=1)
         if len(blocks) == 1 or blocks[0].shape[0] == 1:
+            return list(blocks)
+        if self.invariant and len(self.query_tiles) <= _FEW_TILES:
             return list(blocks)
         # A product copies a block that is not contiguous: better once than for every tile of rows.
         return [block.contiguous() for block in blocks]
@@ -179,20 +199,27 @@ class HeadBlock:
                 block.copy_(accumulated.unflatten(0, block.shape[:2]))
 
     def _in_place(self, x: Tensor) -> bool:
-        return x.dtype == self.dtype and self.batch_size == 1
+        return x.dtype == self.dtype and self.batch_size == 1 and not self.invariant
 
     def query(self, rows: slice) -> Tensor:
         return self.group(self._query[:, rows].to(self.dtype))
 
     def key(self, tile: KeyTile) -> Tensor:
-        return self.key_blocks[tile.block][:, tile.inside]
+        return self._readable("key", self.key_blocks[tile.block][:, tile.inside])
 
     def value(self, tile: KeyTile) -> Tensor:
-        return self.value_blocks[tile.block][:, tile.inside]
+        return self._readable("value", self.value_blocks[tile.block][:, tile.inside])
+
+    def _readable(self, name: str, x: Tensor) -> Tensor:
+        """A tile of keys or values as products take it."""
+        if not self.invariant or x.is_contiguous():
+            return x
+        return self.workspace.take(name, tuple(x.shape), x.dtype).copy_(x)
 
     def group(self, x: Tensor) -> Tensor:
         """[..., rows, D] for all query heads -> [heads, group * rows, D]"""
-        return x.reshape(-1, self.group_size * x.shape[-2], x.shape[-1])
+        x = x.reshape(-1, self.group_size * x.shape[-2], x.shape[-1])
+        return x.contiguous() if self.invariant else x
 
     def ungroup(self, x: Tensor) -> Tensor:
         """[heads, group * rows, D] -> [batch rows, query heads, rows, D]"""
@@ -294,7 +321,7 @@ class HeadBlock:
 
     def exp(self, x: Tensor) -> Tensor:
         """e to the power of scores, in their place."""
-        return x.exp2_() if self.plain else x.exp_()
+        return x.exp_() if self.unit == 1 else x.exp2_()
 
     def seen(self, scores: Tensor) -> Tensor | None:
         """Where queries see keys, from the scores; None unless the call is guarded.
@@ -335,6 +362,8 @@ class HeadBlock:
             met = torch.bmm(seen.to(self.dtype), (~finite).to(self.dtype)) > 0
             acc = self.add_product(acc, a, b)
             return acc.copy_(torch.where(met, acc, clean))
+        if acc is None and self.invariant:
+            acc = a.new_zeros(a.shape[0], a.shape[1], b.shape[2])
         if acc is None:
             return torch.bmm(a, b)
         return acc.baddbmm_(a, b)

@@ -123,8 +123,9 @@ def query_tiles(
     bounds = params.key_bounds
     settings = (params.query_offset, query_length, key_length, block_q, block_k)
     dense = params.dense is not None
+    whole = params.batch_invariant
     if bounds is None:
-        return _tiles_of_band(params.window_left, params.window_right, *settings, dense)
+        return _tiles_of_band(params.window_left, params.window_right, *settings, dense, whole)
 
     def build() -> list[list[QueryTile]]:
         tile_map = bound_tiles(bounds, params.query_offset, query_length, block_q, dense)
@@ -132,9 +133,9 @@ def query_tiles(
             nonempty = torch.stack([part.any(0) for part in tile_map.nonempty.split(rows)])
             full = torch.stack([part.all(0) for part in tile_map.full.split(rows)])
             tile_map = TileMap(nonempty, full)
-        return _tiles_of_map(tile_map, query_length, key_length, block_q, block_k)
+        return _tiles_of_map(tile_map, query_length, key_length, block_q, block_k, whole)
 
-    return derive(("query tiles", *settings, dense, rows), build, bounds)
+    return derive(("query tiles", *settings, dense, rows, whole), build, bounds)
 
 
 @lru_cache(maxsize=32)
@@ -147,18 +148,33 @@ def _tiles_of_band(
     block_q: int,
     block_k: int,
     dense: bool,
+    whole: bool,
 ) -> list[list[QueryTile]]:
     tile_map = band_tiles(
         window_left, window_right, query_offset, query_length, key_length, block_q, dense,
     )  # fmt: skip
-    return _tiles_of_map(tile_map, query_length, key_length, block_q, block_k)
+    return _tiles_of_map(tile_map, query_length, key_length, block_q, block_k, whole)
 
 
 def _tiles_of_map(
-    tile_map: TileMap, query_length: int, key_length: int, block_q: int, block_k: int
+    tile_map: TileMap,
+    query_length: int,
+    key_length: int,
+    block_q: int,
+    block_k: int,
+    whole: bool,
 ) -> list[list[QueryTile]]:
+    """
+    Args:
+        whole: each tile holds ``block_k`` keys, of which there is a multiple.
+    """
     found = []
-    for row in (tile_map.nonempty.int() + tile_map.full.int()).tolist():
+    kinds_of_all = tile_map.nonempty.int() + tile_map.full.int()
+    if whole:
+        kinds = kinds_of_all.unflatten(2, (-1, block_k // KEY_GROUP))
+        kinds = torch.where(kinds.amin(3) == 2, 2, kinds.amax(3).clamp(max=1))
+        kinds_of_all = kinds.repeat_interleave(block_k // KEY_GROUP, dim=2)
+    for row in kinds_of_all.tolist():
         tiles = []
         for start, kinds in zip(range(0, query_length, block_q), row, strict=True):
             rows = slice(start, min(start + block_q, query_length))

@@ -36,7 +36,7 @@ from hf_flash_two.kernels.params import (
 
 _SAYS = """
 query_start query_stop key_bounds dense bias alibi_slopes sinks
-query_offset window_left window_right scale block_q block_k deterministic
+query_offset window_left window_right scale block_q block_k deterministic batch_invariant
 """.split()
 _TERMS = [at for at, name in enumerate(AttentionParams._fields) if name not in _SAYS]
 """Every other field, those to come included, changes scores in a way that the op does not know."""
@@ -59,7 +59,7 @@ def declines(
         query.device.type, query.shape[3] == value.shape[3], has_terms, params.scale == 0,
         params.block_q is not None or params.block_k is not None,
         not by_name and choice.tiles_are_faster(query.dtype, is_few(query, key), key.numel()),
-        key.shape[2] == 0,
+        key.shape[2] == 0, params.batch_invariant,
     )  # fmt: skip
     if reason is None:
         plan = _plan(query, key, params)
@@ -73,13 +73,21 @@ def _is_on(field: Tensor | float | None) -> bool:
 
 @lru_cache
 def _declines(
-    device: str, one_dim: bool, terms: bool, scale_0: bool, sizes: bool, few: bool, empty: bool
+    device: str,
+    one_dim: bool,
+    terms: bool,
+    scale_0: bool,
+    sizes: bool,
+    few: bool,
+    empty: bool,
+    invariant: bool,
 ) -> str | None:
     if not hasattr(torch.ops.aten, _OP) or not hasattr(torch.ops.aten, _OP + "_backward"):
         return "this PyTorch has no fused op for CPUs"
     reasons = {
         f"it needs a CPU and the tensors are on {device}": device != "cpu",
         "it has no softcap, no dropout, and does not tell the largest scores": terms,
+        "it is not batch-invariant": invariant,
         "it needs keys and values of the same head_dim": not one_dim,
         "it has no scale of 0": scale_0,
         "it does not take q_bucket_size or k_bucket_size": sizes,

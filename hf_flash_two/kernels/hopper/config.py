@@ -51,6 +51,8 @@ def forward_declines(
         return "it reads no dense masks"
     if params.bias is not None:
         return "it has no bias"
+    if params.batch_invariant:
+        return "it is not batch-invariant"
     if params.max_logits:
         return "it does not tell the largest scores"
     if not (query.numel() and key.numel() and value.numel()):

@@ -165,6 +165,7 @@ class Flags(NamedTuple):
         SOFTCAP, DROPOUT: are on.
         PLAIN: scores are the scaled products and nothing else.
         RESCUE: tiles may hold hidden pairs, whose NaN and infinities must not matter.
+        UNIFORM: no tile is known to be fully visible: all are computed by the same instructions.
         PRECISION: of float32 products, "ieee" or "tf32".
     """
 
@@ -175,6 +176,7 @@ class Flags(NamedTuple):
     DROPOUT: bool
     PLAIN: bool
     RESCUE: bool
+    UNIFORM: bool
     PRECISION: str
 
 

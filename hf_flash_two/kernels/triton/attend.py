@@ -57,7 +57,9 @@ _MOST_MERGED = 2**13
 
 def attend_constants(tiles: Tiles, query: Tensor, value: Tensor, flags: Flags) -> dict[str, object]:
     """What `attend_kernel` is compiled for."""
-    rows = min(triton.next_power_of_2(tiles.pack_gqa * query.shape[2]), tiles.block_q)
+    rows = tiles.block_q
+    if not flags.UNIFORM:
+        rows = min(triton.next_power_of_2(tiles.pack_gqa * query.shape[2]), rows)
     return {
         "FLAGS": flags, "D": query.shape[3], "DV": value.shape[3],
         "BLOCK_Q": tiles.block_q, "BLOCK_K": tiles.block_k,
@@ -145,7 +147,7 @@ def attend_kernel(
 
     tile_start, tile_stop, full_start, full_stop = key_tiles(
         ranges_at, dense, tile, start + offset, stop + offset, key_length, left, right,
-        FLAGS, BLOCK_K,
+        FLAGS, BLOCK_K, FLAGS.UNIFORM,
     )  # fmt: skip
     whole = full_stop - full_start
     split_start, split_stop = 0, tile_stop - tile_start

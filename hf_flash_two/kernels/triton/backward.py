@@ -645,7 +645,7 @@ def _dq_kernel(
     start = tile * BLOCK_Q + offset
     stop = tl.minimum(tile * BLOCK_Q + BLOCK_Q, query_length) + offset
     tile_start, tile_stop, full_start, full_stop = key_tiles(
-        ranges_at, dense, tile, start, stop, key_length, left, right, FLAGS, BLOCK_K
+        ranges_at, dense, tile, start, stop, key_length, left, right, FLAGS, BLOCK_K, FLAGS.UNIFORM
     )
     whole = full_stop - full_start
     dq_sum = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)

@@ -200,10 +200,15 @@ def _columns_of(query: Tensor, value: Tensor) -> tuple[int, int]:
     return _product_columns(query.device.index, query.dtype, query.shape[3], value.shape[3])
 
 
-def forward_tiles(query: Tensor, value: Tensor, params: AttentionParams) -> Tiles:
+def forward_tiles(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tiles:
     columns = _columns_of(query, value)
     single = query.dtype == torch.float32
     block_q, block_k, warps, stages = _table_row(max(columns), single, _device(query), params)[0]
+    if params.batch_invariant:
+        group = query.shape[1] // key.shape[1]
+        # The largest power of two that divides it: few queries fill a tile too.
+        pack = min(group & -group, 16)
+        return Tiles(block_q, block_k, *columns, warps, stages, pack)
     block_q = min(_cap(block_q, params.block_q, 16), _padded(query.shape[2]))
     return Tiles(block_q, _cap(block_k, params.block_k, 16), *columns, warps, stages)
 
@@ -307,6 +312,8 @@ def backward_tiles(
         launches = [(*launch[:2], *sizes, *launch[2:]) for launch in launches]
 
     def capped(block_q, block_k, *rest):
+        if params.batch_invariant:
+            return Tiles(block_q, block_k, *rest)
         return Tiles(
             min(_cap(block_q, params.block_q, 16), _padded(query.shape[2])),
             _cap(block_k, params.block_k, 16),
@@ -323,6 +330,7 @@ def tma_tiles(tensor: Tensor, params: AttentionParams, rows: int, columns: int) 
         not _device(tensor).tma
         or tensor.element_size() != 2
         or params.dense is not None  # ptxas 12.8 crashes on both in one loop
+        or params.batch_invariant  # products may be made of other instructions
         or tensor.shape[2] < _TMA_LENGTH
         or not tma_fits(tensor)
     ):
@@ -392,6 +400,7 @@ def launch_flags(query: Tensor, key: Tensor, params: AttentionParams) -> Flags:
         SOFTCAP=params.softcap > 0,
         DROPOUT=params.dropout_p > 0,
         PLAIN=params.plain and params.scale > 0,
-        RESCUE=hides(query, key, params),
+        RESCUE=params.batch_invariant or hides(query, key, params),
+        UNIFORM=params.batch_invariant,
         PRECISION="tf32" if _tf32(query) else "ieee",
     )

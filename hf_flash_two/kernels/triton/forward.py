@@ -52,7 +52,7 @@ def forward(
     max_logits [B, Hq] in float32.
     """
     query, key, value = [x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value)]
-    if decodes(query, key, value):
+    if not params.batch_invariant and decodes(query, key, value):
         run = decode.prepare(query, key, value, params, with_lse=True, eager=False)
         return run(query, key, value, params)
     return with_plan(_plan, _attend, params, query, key, value)(query, key, value, params)
@@ -70,7 +70,7 @@ def prepare(
     """
     if query.dtype == torch.float32 or any(x.stride(3) != 1 for x in (query, key, value)):
         return None
-    if decodes(query, key, value):
+    if not params.batch_invariant and decodes(query, key, value):
         run = decode.prepare(query, key, value, params, with_lse=with_lse, eager=True)
         return Prepared(run)
     return Prepared(with_plan(_plan, _attend, params, query, key, value))
@@ -95,16 +95,20 @@ def _plan(params: AttentionParams, query: Tensor, key: Tensor, value: Tensor) ->
     batch, heads, query_length, head_dim = query.shape
     key_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
     shape = (batch, heads, query_length, key_length)
-    tiles = forward_tiles(query, value, params)
+    tiles = forward_tiles(query, key, value, params)
     out = output_layout(query, value_dim)
     tma_key = tma_value = Tma()
     if head_dim <= tiles.block_d:
         tma_key = tma_tiles(key, params, tiles.block_k, tiles.block_d)
         tma_value = tma_tiles(value, params, tiles.block_k, tiles.block_v)
-    row_tiles = triton.cdiv(query_length, tiles.block_q)
+    row_tiles = triton.cdiv(query_length * tiles.pack_gqa, tiles.block_q)
     attend = Launch(
         attend_kernel,
-        (row_tiles * batch * heads, triton.cdiv(value_dim, tiles.block_v), 1),
+        (
+            row_tiles * batch * heads // tiles.pack_gqa,
+            triton.cdiv(value_dim, tiles.block_v),
+            1,
+        ),
         {
             "q": Operand(None, *query.stride()[:3]),
             "k": Operand(None, *key.stride()[:3]),

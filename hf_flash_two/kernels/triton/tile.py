@@ -34,7 +34,7 @@ INTERVALS = tl.constexpr(2)
 @triton.jit
 def key_tiles(
     ranges_at, dense, tile, start, stop, key_length, left, right,
-    FLAGS: tl.constexpr, BLOCK_K: tl.constexpr,
+    FLAGS: tl.constexpr, BLOCK_K: tl.constexpr, UNIFORM: tl.constexpr = False,
 ):  # fmt: skip
     """Key tiles for queries at positions [start, stop), and those that need no masking.
 
@@ -60,7 +60,7 @@ def key_tiles(
     tile_stop = tl.maximum(tile_stop, tile_start)
     full_start = tl.maximum(full_start, tile_start)
     full_stop = tl.minimum(full_stop, tile_stop)
-    if dense.ptr is not None:
+    if UNIFORM or dense.ptr is not None:
         full_stop = full_start
     empty = full_stop <= full_start
     full_start = tl.where(empty, tile_start, full_start)
@@ -97,7 +97,7 @@ def query_tiles(
     full_start = tl.maximum(tl.cdiv(full_low, BLOCK_Q), tile_start)
     # The last, partial tile of queries counts as masked: its missing rows must not contribute.
     full_stop = tl.minimum(tl.maximum(full_high, 0) // BLOCK_Q, tile_stop)
-    if dense.ptr is not None:
+    if FLAGS.UNIFORM or dense.ptr is not None:
         full_stop = full_start
     empty = full_stop <= full_start
     full_start = tl.where(empty, tile_start, full_start)
