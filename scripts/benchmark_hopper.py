@@ -21,8 +21,9 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import random
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib.util import find_spec
@@ -268,7 +269,7 @@ def _has(module: str) -> bool:
         return False
 
 
-def measure(row: Row, repeats: int, with_fa3: bool) -> list[dict]:
+def measure(row: Row, repeats: int, with_fa3: bool, modes: Sequence[str] = MODES) -> list[dict]:
     """A result for each implementation and pass: ms, FLOP/s and peak memory, or why none."""
     tensors, made, results, wanted = row.tensors(), {}, [], None
     for name, make in implementations(row, with_fa3).items():
@@ -279,7 +280,7 @@ def measure(row: Row, repeats: int, with_fa3: bool) -> list[dict]:
             torch.cuda.synchronize()
         except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
             made.pop(name, None)
-            results += [_result(row, mode, name) | {"failed": failure(error)} for mode in MODES]
+            results += [_result(row, mode, name) | {"failed": failure(error)} for mode in modes]
             if name == "flash_two":
                 raise
             continue
@@ -288,17 +289,18 @@ def measure(row: Row, repeats: int, with_fa3: bool) -> list[dict]:
         wanted = shown if wanted is None else wanted
         _compare(row, name, shown, wanted)
         by = {call.direction: call.kernel for call in calls}
-        for mode in MODES:
+        for mode in modes:
             result = _result(row, mode, name)
             if mode in by:
                 result["kernel"] = by[mode]
             if mode == "backward" or not name.endswith(("-ordered", "-free")):
                 results.append(result | {"peak_mib": benchmark._cuda_peak(getattr(it, mode))})
-    for mode in MODES:
+    for mode in modes:
         timed = [r for r in results if r["mode"] == mode and "failed" not in r]
         times: dict[str, list[float]] = {r["attention"]: [] for r in timed}
         for _ in range(repeats):
-            for name, taken in times.items():
+            # In another order each time: what runs before sets the clock.
+            for name, taken in random.sample([*times.items()], len(times)):
                 taken.append(benchmark._seconds(getattr(made[name], mode), "cuda"))
         ours = statistics.median(times["flash_two"])
         for result in timed:
@@ -349,6 +351,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", help=f"parts of names: {[row.name for row in ROWS]}")
     parser.add_argument("--fa3", type=Path, metavar="DIR", help="where FlashAttention-3 lies")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--passes", nargs="+", choices=MODES, default=MODES)
     args = parser.parse_args()
     rows = [row for row in ROWS if not args.rows or any(part in row.name for part in args.rows)]
     if not rows:
@@ -365,7 +368,7 @@ def main() -> None:
     torch.manual_seed(0)
     results = []
     for row in rows:
-        found = measure(row, args.repeats, args.fa3 is not None)
+        found = measure(row, args.repeats, args.fa3 is not None, args.passes)
         show(found)
         results += found
         torch.cuda.empty_cache()
