@@ -7,7 +7,8 @@
 
 A run is a file docs/benchmarks/NAME.json, and stands on the page where the text says
 ``<!-- NAME -->``. Entering a run replaces the file. What scripts/benchmark.py,
-scripts/small_calls.py and scripts/bucket_sizes.py print can be entered.
+scripts/small_calls.py and scripts/bucket_sizes.py print can be entered, and the JSON that
+scripts/benchmark_parallel.py writes.
 """
 
 from __future__ import annotations
@@ -82,6 +83,9 @@ def read(output: str) -> dict:
     Raises:
         ValueError: this is no output of scripts/benchmark.py or scripts/bucket_sizes.py.
     """
+    if output.startswith("{"):
+        run = json.loads(output)
+        return run | {"torch": f"PyTorch {run['torch']}"}
     header = _HEADER.search(output) or _BUCKETS.search(output)
     if header is None:
         raise ValueError("expected the output of scripts/benchmark.py or scripts/bucket_sizes.py")
@@ -131,7 +135,8 @@ def page(folder: Path) -> str:
 def rendered(run: dict) -> str:
     """A line that says where and when, and the tables of the run's rows."""
     facts = [run["machine"], run.get("threads") and f"{run['threads']} threads", run["torch"]]
-    facts += [run.get("tokens") and f"{run['tokens']} tokens"]
+    tokens = run.get("tokens") or run.get("length")
+    facts += [tokens and f"{tokens} tokens"]
     facts += [run["date"], run.get("repeats") and f"medians of {run['repeats']}"]
     notes = [f" {note}." for note in run.get("notes", [])]
     if run.get("transcribed"):
@@ -247,6 +252,17 @@ def _small_calls(rows: list[dict]) -> Iterator[str]:
         yield _line(call, row["length"], *(row["us"][name] for name in (*names, "floor")))
 
 
+def _ways_to_spread(rows: list[dict]) -> Iterator[str]:
+    """Training steps over a sequence that several GPUs share."""
+    yield _line("row", "spread by", "ms", "scaling", "GiB each", "MiB sent per layer")
+    yield "|---|---|---:|---:|---:|---:|"
+    for row in rows:
+        scaling = f"{row['scaling']:.2f}" if "scaling" in row else ""
+        # What other code sends is not counted.
+        sent = f"{row['MiB sent per layer']:.0f}" if row["way"] in ("gather", "ulysses") else ""
+        yield _line(row["row"], row["way"], f"{row['ms']:.0f}", scaling, f"{row['GiB']:.1f}", sent)
+
+
 def _memory(rows: list[dict]) -> Iterator[str]:
     yield _line("MiB beyond inputs, output and gradients", "D", "peak")
     yield "|---|---:|---:|"
@@ -266,6 +282,7 @@ _TABLES: list[tuple[Callable[[dict], bool], Callable[[list[dict]], Iterator[str]
     (lambda row: "beyond_mib" in row, _memory),
     (lambda row: "q_bucket_size" in row, _buckets),
     (lambda row: "us" in row, _small_calls),
+    (lambda row: "way" in row, _ways_to_spread),
     (lambda row: "layers" in row, _models),
     (lambda row: row.get("device") == "cuda" and row["workload"] != "decode", _attention_in_tflops),
     (lambda row: row.get("device") == "cuda" and row["workload"] == "decode", _decode),

@@ -288,15 +288,35 @@ class _View(NamedTuple):
     Attributes:
         parts: runs of its queries, each with the run of the keys that come which it attends to, and
             its mask over these.
-        positions: int64 [keys], where these stand in the sequence; None: in its order.
+        positions: int64 [keys], where these stand in the sequence, ascending; None: all are there.
         route: how they come.
-        layout: of keys that come in the order of ranks and are to be put in that of the sequence.
+        layout: of keys that come in the order of ranks.
+        order: int64 [keys], which of those that come is the n-th; None: they ascend.
     """
 
     parts: tuple[tuple[slice, slice, AttentionMask], ...]
     positions: Tensor | None
     route: Route
     layout: Layout | None = None
+    order: Tensor | None = None
+
+    def put_in_order(self, keys: Tensor) -> Tensor:
+        """[keys, ...] that have come, in the order of the sequence.
+
+        Kernels skip what lies before and behind all keys that a tile of queries sees: the keys of
+        a document must not lie at two places.
+        """
+        if self.layout is not None:
+            return self.layout.join(keys, 0)
+        return keys if self.order is None else keys.index_select(0, self.order)
+
+    def as_they_came(self, keys: Tensor) -> Tensor:
+        """The opposite."""
+        if self.layout is not None:
+            return self.layout.split_all(keys, 0)
+        if self.order is None:
+            return keys
+        return torch.empty_like(keys).index_copy_(0, self.order, keys)
 
 
 def _over_keys(
@@ -399,12 +419,11 @@ def _make_view(mask: AttentionMask, shard: _Shard, device: torch.device) -> _Vie
     runs = [(x.to(torch.int64).contiguous() - offset) for x in mask.to_intervals(keys, device)]
     seen = [tuple(torch.searchsorted(each, run) for run in runs) for each in places]
     needs = None if is_symbolic() else _needs(seen, layout)
-    if needs is None:
-        route = shard.everything()
-        positions = None if layout.in_order else layout.order(keys, device)
-    else:
+    route, positions, order = shard.everything(), None, None
+    if needs is not None:
         route, wanted = _route(needs, shard)
-        positions = torch.cat([torch.arange(*run, device=device) for run in wanted])
+        positions, order = torch.cat([torch.arange(*x, device=device) for x in wanted]).sort()
+        order = None if wanted == sorted(wanted) else order
     start, stop = seen[shard.rank]
     dense = mask.dense
     if dense is not None and dense.shape[2] > 1:
@@ -417,7 +436,8 @@ def _make_view(mask: AttentionMask, shard: _Shard, device: torch.device) -> _Vie
     if replace(mask, dense=None).hides_nothing is False:
         part = AttentionMask.from_intervals(start, stop, query_offset=0)
     part = replace(part, dense=dense)
-    return _View(((slice(None), slice(None), part),), positions, route)
+    whole = None if layout.in_order or needs is not None else layout
+    return _View(((slice(None), slice(None), part),), positions, route, whole, order)
 
 
 def _needs(seen: list[tuple[Tensor, ...]], layout: Layout) -> list[list[Run]] | None:
@@ -524,9 +544,7 @@ class _Gathered(Function):
                     d_sinks[..., rows].add_(grads[4])
             assert both is not None
             both = both.to(key.dtype).permute(2, 0, 1, 3)
-            if view.layout is not None:
-                both = view.layout.split_all(both, 0)
-            returning.append(view.route.back(both))
+            returning.append(view.route.back(view.as_they_came(both)))
         tokens, sizes = key.shape[2], [key.shape[3], value.shape[3]]
         sums = [view.route.add(parts.wait(), tokens) for parts in returning]
         d_key, d_value = torch.cat(sums, 2).permute(1, 2, 0, 3).to(key.dtype).split(sizes, 3)
@@ -567,9 +585,7 @@ def _groups(
         both = coming.wait()
         if at + 1 < len(groups):
             coming = begin(groups[at + 1])
-        if view.layout is not None:
-            both = view.layout.join(both, 0)
-        keys, values = both.permute(1, 2, 0, 3).split(sizes, 3)
+        keys, values = view.put_in_order(both).permute(1, 2, 0, 3).split(sizes, 3)
         yield slice(heads.start * share, heads.stop * share), keys, values
 
 

@@ -9,8 +9,7 @@ turns in starting products, so that the softmax of one falls into the products o
 A program goes on to other tiles of queries until none is left. The producer chooses them, tells the
 consumers by a `_Message`, and copies the first tiles of the next while the last is finished.
 
-A head dim that is no power of two is computed in two parts, such as 128 and 64: ``q_desc`` copies
-the first and ``q_rest`` the second, if its size is not 0.
+Rows are scaled anew only where their largest score grew by much, as in FlashAttention-4.
 """
 
 # What stands in a kernel is Triton's language, which its types do not describe.
@@ -63,6 +62,7 @@ _ROWS = gl.constexpr(ROWS)
 _COLUMNS = gl.constexpr(64)
 _MESSAGES = gl.constexpr(4)
 _SLACK = gl.constexpr(8.0)
+"""Powers of two by which probabilities may exceed 1 before a row is scaled anew."""
 
 # Named barriers, behind those of Triton: for each stage, that its keys may be overwritten; for
 # each, that its values may; for each consumer, that it has its turn; then these.
