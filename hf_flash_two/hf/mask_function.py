@@ -149,6 +149,8 @@ def make_mask(
         mask = from_tiles(visible, q_length, batch_size * kv_length)
         if tree is not None and mask.dense is not None and kinds.isdisjoint(_FORWARD):
             mask = mask & tree.mask()  # whose intervals tell which tiles not to visit
+    if spread is not None:
+        mask = shard.without_filling(spread, mask, (q_length, kv_length), device)
     hand_written = config is not None and families.is_hand_written(config)
     family = getattr(config, "model_type", None)
     # Through the interface it is not left out: layers without one may take themselves for causal.

@@ -270,6 +270,26 @@ def whole_function(spread: Spread, function: Callable, attention_mask: Tensor | 
     )
 
 
+def without_filling(
+    spread: Spread, mask: AttentionMask, lengths: tuple[int, int], device: torch.device | str
+) -> AttentionMask:
+    """A mask of the whole sequence, where the tokens that fill it up see nothing.
+
+    Nobody looks at what they compute, but their scores would be among the largest of their heads.
+
+    Args:
+        lengths: queries and keys, filled up.
+    """
+    queries, keys = lengths
+    tokens = spread.lengths.get(queries // spread.ranks, queries)
+    if tokens == queries:
+        return mask
+    start = torch.full((keys,), mask.resolve_offset(*lengths), device=device)
+    return mask & AttentionMask.from_intervals(
+        start, start + tokens, query_offset=mask.query_offset
+    )
+
+
 # Attention over all ranks
 
 
@@ -332,21 +352,14 @@ def check_gathered(position_ids: Tensor | None) -> None:
         )
 
 
-def check_layer(
-    module: nn.Module, dropout: float, wants_weights: bool, watched: bool, wants_max_logits: bool
-) -> None:
+def check_layer(module: nn.Module, dropout: float, wants_weights: bool, watched: bool) -> None:
     """Refuse what a shard cannot give."""
     if dropout:
         raise NotImplementedError(
             f"context parallelism: {type(module).__name__} drops probabilities (dropout "
             f"{dropout}); set the config's attention dropout to 0"
         )
-    wanted = {
-        "output_attentions": wants_weights,
-        "watch_attention": watched,
-        "max_logits": wants_max_logits,
-    }
-    for what, is_wanted in wanted.items():
+    for what, is_wanted in (("output_attentions", wants_weights), ("watch_attention", watched)):
         if is_wanted:
             raise NotImplementedError(
                 f"{what}: not possible under context parallelism; leave it out"
