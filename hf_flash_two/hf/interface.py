@@ -124,7 +124,7 @@ def attention_forward(
     terms: dict[str, Any] = dict(scale=scaling, bias=bias, softcap=softcap, sinks=s_aux)
     watched, records = is_watched(module), records_of(module)
     return_lse = wants_weights or watched or row_sinks is not None
-    wanted = dict(return_lse=return_lse, return_max_logits=bool(records))
+    wanted: dict[str, Any] = dict(return_lse=return_lse, return_max_logits=len(records) > 0)
     if spread is None:
         here: dict[str, Any] = dict(dropout_p=dropout, deterministic=deterministic is not False)
         out = flash_attention(query, key, value, mask=mask, **here, **wanted, **terms)

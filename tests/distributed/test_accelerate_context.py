@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.distributed.tensor.experimental import context_parallel
 from transformers import DataCollatorWithFlattening, PreTrainedModel
 
+from hf_flash_two import MaxLogitsCallback, max_logits
 from hf_flash_two.hf import compat
 from hf_flash_two.parallel import accelerate as seam
 
@@ -301,6 +302,36 @@ def check_trainer_with_packed_boundaries() -> None:
     check_training("llama", flattened(return_flash_attn_kwargs=True), DOCUMENTS)
 
 
+def check_trainer_logs_the_largest_scores() -> None:
+    """Of whole rows that both ranks share, and over the rows of each without ``cp_size``."""
+    for options in (cp(), {}):
+        model, collator = build("llama", "flash_two"), Recording(padded)
+        with tempfile.TemporaryDirectory() as folder:
+            args = transformers.TrainingArguments(
+                folder,
+                per_device_train_batch_size=1,
+                **SETTINGS | {"learning_rate": 0.0},
+                **options,
+            )
+            trainer = transformers.Trainer(
+                model, args, train_dataset=DOCUMENTS, data_collator=collator
+            )
+            trainer.add_callback(MaxLogitsCallback(trainer))
+            trainer.train()
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        wanted = []
+        for at in range(STEPS):
+            with max_logits(model) as seen, torch.no_grad():
+                for batch in collator.batches[at * MICRO : (at + 1) * MICRO]:
+                    model(batch["input_ids"], attention_mask=batch["attention_mask"])
+            for largest in seen.values():
+                dist.all_reduce(largest, dist.ReduceOp.MAX)
+            wanted.append({f"max_logits/{name}": x.max().item() for name, x in seen.items()})
+        for log, want in zip(logs, wanted, strict=True):
+            want["max_logits"] = max(want.values())
+            assert {name: log[name] for name in want} == pytest.approx(want, rel=1e-5)
+
+
 def check_trl() -> None:
     """Rows that are packed before: newer versions of TRL refuse to pack themselves."""
     import datasets
@@ -364,6 +395,7 @@ if TRAINS:
         check_trainer_with_a_window,
         check_trainer_with_packed_positions,
         check_trainer_with_packed_boundaries,
+        check_trainer_logs_the_largest_scores,
     ]
     if importlib.util.find_spec("trl"):
         CHECKS += [check_trl, check_documentation]
