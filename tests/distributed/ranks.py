@@ -28,6 +28,7 @@ def run(checks: Sequence[Check], results: Path, device: str = "cpu") -> None:
     """In each of as many processes as `launch` wants: every check, and what it raised."""
     # Forks need not import anything again; a GPU that somebody has looked at cannot be forked.
     method, world = "fork" if device == "cpu" else "spawn", int(os.environ["WORLD_SIZE"])
+    gc.freeze()
     start_processes(_run_as, (checks, results, device), world, start_method=method)
 
 
