@@ -1,5 +1,7 @@
 """FlashAttention-2 for the attention models of Transformers, on any device of PyTorch."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from hf_flash_two.attention import flash_attention
@@ -20,6 +22,7 @@ __all__ = [
     "AttentionMask",
     "AttentionWeights",
     "FlashAttentionTwo",
+    "MaxLogitsCallback",
     "PrefixTreeCollator",
     "batch_invariant",
     "check_parity",
@@ -35,6 +38,19 @@ __all__ = [
     "watch_attention",
 ]
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from hf_flash_two.hf.max_logits_log import MaxLogitsCallback
+
+
+def __getattr__(name: str) -> Any:
+    # Transformers' trainers, which most programs do not need.
+    if name == "MaxLogitsCallback":
+        from hf_flash_two.hf.max_logits_log import MaxLogitsCallback
+
+        return MaxLogitsCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 register()
 if torch.distributed.is_available():

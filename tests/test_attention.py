@@ -29,7 +29,9 @@ from hf_flash_two import AttentionMask, flash_attention, kernels, op
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-HEADS = {"mha": (6, 6), "gqa": (6, 2), "mqa": (6, 1)}
+FEW = [*DTYPES[:3], pytest.param(torch.float16, marks=pytest.mark.long)]
+"""Of which an interpreted kernel computes float32 alone."""
+HEADS = {"mha": (3, 3), "gqa": (6, 2), "mqa": (3, 1)}
 LENGTHS = [(16, 16), (65, 65), (7, 129), (1, 100), (4, 4096), (300, 700)]
 
 
@@ -61,11 +63,12 @@ def test_masks_within_the_budget_of_the_dense_formula(
     dim: int,
 ) -> None:
     mask, visible = make(query_length, key_length)
-    mask = mask.to(device) if mask is not None else None
+    if make is dense:
+        mask = visible = visible[:, : HEADS[head][0]]
     tensors = inputs(
         query_length, key_length, heads=HEADS[head], head_dim=dim, dtype=dtype, device=device
     )
-    check(kernel, *tensors, mask=mask, visible=visible)
+    check(kernel, *tensors, mask=mask.to(device), visible=visible)
 
 
 @pytest.mark.parametrize(
@@ -82,15 +85,16 @@ def test_masks_within_the_budget_of_the_dense_formula(
 def test_head_dim(kernel: str, device: str, head_dim: int, value_dim: int, dtype) -> None:
     if dtype == torch.bfloat16 and head_dim == 1:
         pytest.skip("a product without a sum rounds once: no budget to compare with")
-    tensors = inputs(33, 70, head_dim=head_dim, value_dim=value_dim, dtype=dtype, device=device)
+    shapes = dict(heads=(2, 1), head_dim=head_dim, value_dim=value_dim)
+    tensors = inputs(33, 70, **shapes, dtype=dtype, device=device)
     mask, visible = causal(33, 70)
     check(kernel, *tensors, mask=mask, visible=visible)
 
 
 def bias_shapes() -> list:
     """Every way to broadcast; four of them, which tell the axes apart, where tiles are slow."""
-    few = {(1, 1, 1, 1), (BATCH, 6, 33, 70), (1, 6, 1, 70), (BATCH, 1, 33, 1)}
-    shapes = itertools.product((1, BATCH), (1, 6), (1, 33), (1, 70))
+    few = {(1, 1, 1, 1), (BATCH, 4, 33, 70), (1, 4, 1, 70), (BATCH, 1, 33, 1)}
+    shapes = itertools.product((1, BATCH), (1, 4), (1, 33), (1, 70))
     return [pytest.param(x, marks=() if x in few else pytest.mark.long) for x in shapes]
 
 
@@ -98,14 +102,18 @@ def bias_shapes() -> list:
 def test_bias_shape(kernel: str, device: str, shape: tuple[int, ...]) -> None:
     mask, visible = padded(33, 70)
     bias = torch.randn(shape, device=device)
-    check(kernel, *inputs(33, 70, device=device), mask=mask, visible=visible, bias=bias)
+    tensors = inputs(33, 70, heads=(4, 2), device=device)
+    check(kernel, *tensors, mask=mask, visible=visible, bias=bias)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("bias_dtype", [torch.float32, None], ids=["bias-float32", "bias-same"])
-def test_bias_dtype(kernel: str, device: str, dtype: torch.dtype, bias_dtype) -> None:
-    bias = torch.randn(6, 33, 70, dtype=bias_dtype or dtype, device=device)
-    check(kernel, *inputs(33, 70, dtype=dtype, device=device), bias=bias)
+@pytest.mark.parametrize(
+    ("dtype", "bias_dtype"),
+    [(x, y) for x in DTYPES for y in sorted({x, torch.float32}, key=str)],
+    ids=dtype_id,
+)
+def test_bias_dtype(kernel: str, device: str, dtype: torch.dtype, bias_dtype: torch.dtype) -> None:
+    bias = torch.randn(4, 33, 70, dtype=bias_dtype, device=device)
+    check(kernel, *inputs(33, 70, heads=(4, 2), dtype=dtype, device=device), bias=bias)
 
 
 def test_bias_of_few_dimensions(kernel: str, device: str) -> None:
@@ -128,13 +136,13 @@ def test_bias_strides(kernel: str, device: str) -> None:
         check(kernel, *tensors, bias=bias)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("dtype", FEW, ids=dtype_id)
 @pytest.mark.parametrize("per_batch", [False, True], ids=["H", "BxH"])
 @pytest.mark.parametrize("make", [full, causal, window], ids=lambda make: make.__name__)
 def test_alibi(kernel: str, device: str, make: Callable, per_batch: bool, dtype) -> None:
-    slopes = torch.rand(*([BATCH] if per_batch else []), 6, device=device) + 0.1
+    slopes = torch.rand(*([BATCH] if per_batch else []), 4, device=device) + 0.1
     mask, visible = make(33, 70)
-    tensors = inputs(33, 70, dtype=dtype, device=device)
+    tensors = inputs(33, 70, heads=(4, 2), dtype=dtype, device=device)
     check(kernel, *tensors, mask=mask, visible=visible, alibi_slopes=slopes)
 
 
@@ -148,23 +156,23 @@ def test_alibi_counts_from_the_query_offset(kernel: str, device: str) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("dtype", FEW, ids=dtype_id)
 @pytest.mark.parametrize("make", [full, causal, holed], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("softcap", [0.7, pytest.param(30.0, marks=pytest.mark.long)])
 def test_softcap(kernel: str, device: str, softcap: float, make: Callable, dtype) -> None:
     mask, visible = make(33, 70)
-    tensors = inputs(33, 70, dtype=dtype, device=device)
+    tensors = inputs(33, 70, heads=(4, 2), dtype=dtype, device=device)
     check(kernel, *tensors, mask=mask, visible=visible, softcap=softcap)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("shape", [(6,), (1, 6), (BATCH, 6)], ids=["H", "1xH", "BxH"])
+@pytest.mark.parametrize("dtype", FEW, ids=dtype_id)
+@pytest.mark.parametrize("shape", [(4,), (1, 4), (BATCH, 4)], ids=["H", "1xH", "BxH"])
 @pytest.mark.parametrize("make", [causal, holed], ids=lambda make: make.__name__)
 def test_sinks(kernel: str, device: str, make: Callable, shape: tuple, dtype) -> None:
     """Row 1 of the holed mask sees nothing but the sink: out 0, lse the sink."""
     sinks = 2 * torch.randn(shape).to(device)
     mask, visible = make(33, 70)
-    tensors = inputs(33, 70, dtype=dtype, device=device)
+    tensors = inputs(33, 70, heads=(4, 2), dtype=dtype, device=device)
     check(kernel, *tensors, mask=mask, visible=visible, sinks=sinks)
 
 
@@ -184,7 +192,7 @@ def test_extreme_sinks(kernel: str, device: str, sink: float) -> None:
 @pytest.mark.parametrize("scale", [0.5, 0.01, -1.0, 0.0])
 @pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "capped"])
 def test_scale(kernel: str, device: str, scale: float, softcap: float | None) -> None:
-    query, key, value = inputs(33, 70, device=device)
+    query, key, value = inputs(33, 70, heads=(2, 1), device=device)
     arguments = {"scale": scale, "softcap": softcap}
     out, lse = attend(kernel, query, key, value, **arguments)
     exact = dense_attention(query.double(), key.double(), value.double(), **arguments)
@@ -241,16 +249,17 @@ def test_everything_at_once(
     tensors = inputs(
         query_length, key_length, heads=HEADS[head], value_dim=24, dtype=dtype, device=device
     )
+    count = HEADS[head][0]
     check(
         kernel,
         *tensors,
         mask=mask & band,
         visible=visible & inside,
         scale=0.3,
-        bias=torch.randn(1, 6, query_length, key_length, dtype=dtype, device=device),
-        alibi_slopes=torch.rand(BATCH, 6, device=device) / 10,
+        bias=torch.randn(1, count, query_length, key_length, dtype=dtype, device=device),
+        alibi_slopes=torch.rand(BATCH, count, device=device) / 10,
         softcap=4.0,
-        sinks=torch.randn(6, device=device),
+        sinks=torch.randn(count, device=device),
         buckets=buckets,
     )
 
@@ -287,7 +296,7 @@ def test_long_sums_are_not_rounded_tile_by_tile(
 @pytest.mark.parametrize("wanted", ["out", "lse"])
 def test_gradient_of_one_result(kernel: str, device: str, wanted: str, dtype) -> None:
     """The other result's gradient is absent, not zeros somebody made."""
-    tensors = inputs(33, 70, dtype=dtype, device=device)
+    tensors = inputs(33, 70, heads=(2, 1), dtype=dtype, device=device)
     mask, visible = causal(33, 70)
     index = ("out", "lse").index(wanted)
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
@@ -309,8 +318,7 @@ def test_gradient_of_one_result(kernel: str, device: str, wanted: str, dtype) ->
             assert_within_budget(f"d{name}", a, e, s, inherited=1e-6)
 
 
-@pytest.mark.parametrize("wanted", ["query", "key", "value", "bias", "sinks"])
-def test_gradient_of_one_input(kernel: str, device: str, wanted: str) -> None:
+def test_gradient_of_one_input(kernel: str, device: str) -> None:
     """It equals the one computed with all the others, bit for bit."""
     made = inputs(33, 70, heads=(2, 1), device=device)
     tensors = dict(zip(("query", "key", "value"), made, strict=True))
@@ -323,8 +331,8 @@ def test_gradient_of_one_input(kernel: str, device: str, wanted: str) -> None:
         out, _ = attend(kernel, **leaves, mask=AttentionMask.causal())
         return torch.autograd.grad(out, [leaves[name] for name in names], upstream)
 
-    together = dict(zip(tensors, grads(list(tensors)), strict=True))
-    assert torch.equal(grads([wanted])[0], together[wanted])
+    for name, together in zip(tensors, grads(list(tensors)), strict=True):
+        assert torch.equal(grads([name])[0], together), name
 
 
 def test_no_gradient_no_graph(kernel: str, device: str) -> None:
@@ -384,9 +392,9 @@ STRIDES = {
 @pytest.mark.parametrize("stride", STRIDES)
 def test_strides(kernel: str, device: str, stride: str, dtype: torch.dtype) -> None:
     make = STRIDES[stride]
-    shapes = ((BATCH, 6, 33, 16), (BATCH, 2, 70, 16), (BATCH, 2, 70, 24))
+    shapes = ((BATCH, 4, 33, 16), (BATCH, 2, 70, 16), (BATCH, 2, 70, 24))
     tensors = [make(*shape).to(device, dtype) for shape in shapes]
-    d_out = make(BATCH, 6, 33, 24).to(device, dtype)
+    d_out = make(BATCH, 4, 33, 24).to(device, dtype)
     mask, visible = causal(33, 70)
     check(kernel, *tensors, mask=mask, visible=visible, d_out=d_out)
 
@@ -406,7 +414,7 @@ def test_more_queries_than_keys(
 ) -> None:
     """Bottom-right causal: the first queries stand before the first key and see nothing."""
     mask, visible = causal(query_length, key_length)
-    tensors = inputs(query_length, key_length, dtype=dtype, device=device)
+    tensors = inputs(query_length, key_length, heads=(2, 1), dtype=dtype, device=device)
     check(kernel, *tensors, mask=mask, visible=visible)
 
 
@@ -933,7 +941,7 @@ def test_a_mask_first_used_in_inference_mode_trains(kernel: str, device: str) ->
     """What it works out at its first use is kept for the others."""
     keep = torch.arange(65) >= torch.tensor([[3], [40]])
     mask = AttentionMask.causal() & AttentionMask.from_padding(keep.to(device))
-    tensors = inputs(65, 65, device=device)
+    tensors = inputs(65, 65, heads=(2, 1), device=device)
     with torch.inference_mode():
         attend(kernel, *tensors, mask=mask)
     causal = dense_mask(BATCH, 65, 65, lambda b, i, j: j <= i)

@@ -237,7 +237,7 @@ def test_a_kind_of_call_is_checked_once_and_again_when_it_changes() -> None:
 
 def test_what_is_known_of_a_kind_of_call_is_not_taken_for_another(kernel: str, device: str) -> None:
     """Calls of one shape whose masks and settings differ, and masks whose values do."""
-    query, key, value = inputs(9, 20, dtype=torch.float16, device=device)
+    query, key, value = inputs(9, 20, heads=(2, 1), dtype=torch.float16, device=device)
     keep = [torch.rand(2, 20, device=device) > 0.4 for _ in range(2)]
     masks = [
         None, AttentionMask.causal(), AttentionMask.causal(3), AttentionMask.causal(5),
@@ -262,7 +262,8 @@ def test_what_is_known_of_a_kind_of_call_is_not_taken_for_another(kernel: str, d
 
 def test_a_known_backward_takes_every_layout(kernel: str, device: str) -> None:
     """Gradients and saved tensors come in layouts of their own; each is as if it were the first."""
-    tensors = [x.requires_grad_() for x in inputs(9, 20, dtype=torch.float16, device=device)]
+    made = inputs(9, 20, heads=(2, 1), dtype=torch.float16, device=device)
+    tensors = [x.requires_grad_() for x in made]
     upstream = torch.randn_like(flash_attention(*tensors, kernel=kernel))
     rows = upstream[:, :, :1].expand_as(upstream)
     room = upstream.new_empty(upstream.numel() + 1)[1:].view_as(upstream)

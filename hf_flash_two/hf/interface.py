@@ -142,24 +142,21 @@ def attention_forward(
     wants_weights = _wants_weights(module, output_attentions)
     terms: dict[str, Any] = dict(scale=scaling, bias=bias, softcap=softcap, sinks=s_aux)
     watched, records = is_watched(module), records_of(module)
-    terms["return_lse"] = wants_weights or watched or row_sinks is not None
+    return_lse = wants_weights or watched or row_sinks is not None
+    wanted: dict[str, Any] = dict(return_lse=return_lse, return_max_logits=len(records) > 0)
     if spread is None:
         here: dict[str, Any] = dict(
             dropout_p=dropout,
             deterministic=deterministic is not False,
             batch_invariant=batch_invariant,
         )
-        if records:
-            here["return_max_logits"] = True
-        out = flash_attention(query, key, value, mask=mask, **here, **terms)
+        out = flash_attention(query, key, value, mask=mask, **here, **wanted, **terms)
     else:
-        shard.check_layer(
-            module, dropout, wants_weights, watched, bool(records), bool(batch_invariant)
-        )
-        out = attend_over_mesh(query, key, value, mask, spread, **terms)
+        shard.check_layer(module, dropout, wants_weights, watched, bool(batch_invariant))
+        out = attend_over_mesh(query, key, value, mask, spread, **wanted, **terms)
     if records:
         record(records, out[-1])
-        out = out[:-1] if terms["return_lse"] else out[0]
+        out = out[:-1] if return_lse else out[0]
     if not isinstance(out, tuple):
         return out.transpose(1, 2).contiguous(), None
     if watched:
@@ -168,7 +165,6 @@ def attention_forward(
                 f"watch_attention: {type(module).__name__} has a sink for each query, which is not "
                 "possible; use output_attentions=True"
             )
-        del terms["return_lse"]
         show_weights(module, query, key, value, lse=out[1], mask=mask, **terms)
     out, lse = out if row_sinks is None else _with_row_sinks(*out, row_sinks)
     weights = None

@@ -158,6 +158,8 @@ def make_mask(
         mask = from_tiles(visible, q_length, batch_size * kv_length)
         if tree is not None and mask.dense is not None and kinds.isdisjoint(_FORWARD):
             mask = mask & tree.mask()  # whose intervals tell which tiles not to visit
+    if spread is not None:
+        mask = shard.without_filling(spread, mask, (q_length, kv_length), device)
     if kv_offset:
         lead = None
     elif dropped:

@@ -29,12 +29,14 @@ def max_logits(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         {name of the layer in ``model``: float32 (float64) [Hq]}, a detached tensor on the layer's
         device: the largest over the batch and over all forwards within the block so far. Layers
         that have not run are not in it. ``clear()`` makes it start anew.
+        Under `context_parallel` and ``cp_size`` it is that of whole rows on each rank, and all
+        ranks of a row must record, or none. Tensor parallelism gives a rank its own heads.
 
     Raises:
         TypeError: ``model`` is no model.
         ValueError: no part of it uses flash_two.
         NotImplementedError: a layer has hand-written attention, which may compute with other heads
-            than the layer's; in a forward, it gets one shard of a row (`context_parallel`).
+            than the layer's.
     """
     check_model(model)
     modules = dict(model.named_modules())

@@ -270,6 +270,26 @@ def whole_function(spread: Spread, function: Callable, attention_mask: Tensor | 
     )
 
 
+def without_filling(
+    spread: Spread, mask: AttentionMask, lengths: tuple[int, int], device: torch.device | str
+) -> AttentionMask:
+    """A mask of the whole sequence, where the tokens that fill it up see nothing.
+
+    Nobody looks at what they compute, but their scores would be among the largest of their heads.
+
+    Args:
+        lengths: queries and keys, filled up.
+    """
+    queries, keys = lengths
+    tokens = spread.lengths.get(queries // spread.ranks, queries)
+    if tokens == queries:
+        return mask
+    start = torch.full((keys,), mask.resolve_offset(*lengths), device=device)
+    return mask & AttentionMask.from_intervals(
+        start, start + tokens, query_offset=mask.query_offset
+    )
+
+
 # Attention over all ranks
 
 
@@ -337,7 +357,6 @@ def check_layer(
     dropout: float,
     wants_weights: bool,
     watched: bool,
-    wants_max_logits: bool,
     batch_invariant: bool = False,
 ) -> None:
     """Refuse what a shard cannot give."""
@@ -349,7 +368,6 @@ def check_layer(
     wanted = {
         "output_attentions": wants_weights,
         "watch_attention": watched,
-        "max_logits": wants_max_logits,
         "batch_invariant": batch_invariant,
     }
     for what, is_wanted in wanted.items():

@@ -71,8 +71,8 @@ class Shard:
         spread: how sequences are spread over the ranks.
     """
 
-    def __init__(self, batch: dict[str, Any], spread: Spread, lengths: Mapping[int, int]) -> None:
-        self.batch, self.spread, self._lengths = batch, spread, lengths
+    def __init__(self, batch: dict[str, Any], spread: Spread) -> None:
+        self.batch, self.spread = batch, spread
 
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
         """The whole of what every rank has a shard of along ``dim``, without gradient or filling.
@@ -82,12 +82,13 @@ class Shard:
         Raises:
             ValueError: no sequence of the batch has so many tokens on a rank.
         """
-        if x.shape[dim] not in self._lengths:
+        lengths = self.spread.lengths
+        if x.shape[dim] not in lengths:
             raise ValueError(
-                f"gather: expected {' or '.join(map(str, self._lengths))} tokens along dimension "
-                f"{dim}, got {x.shape[dim]}"
+                f"gather: expected {' or '.join(map(str, lengths))} tokens along dimension {dim}, "
+                f"got {x.shape[dim]}"
             )
-        return self.spread.gather(x.detach(), dim).narrow(dim, 0, self._lengths[x.shape[dim]])
+        return self.spread.gather(x.detach(), dim).narrow(dim, 0, lengths[x.shape[dim]])
 
     def split(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's part of what each token of the whole rows has, filled up with 0.
@@ -95,10 +96,11 @@ class Shard:
         Raises:
             ValueError: no sequence of the batch has so many tokens.
         """
-        if x.shape[dim] not in self._lengths.values():
+        lengths = self.spread.lengths.values()
+        if x.shape[dim] not in lengths:
             raise ValueError(
-                f"split: expected {' or '.join(map(str, set(self._lengths.values())))} tokens "
-                f"along dimension {dim}, got {x.shape[dim]}"
+                f"split: expected {' or '.join(map(str, lengths))} tokens along dimension {dim}, "
+                f"got {x.shape[dim]}"
             )
         layout, x = self.spread.layout, x.movedim(dim, 0)
         missing = -x.shape[0] % layout.chunks
@@ -162,8 +164,11 @@ def context_parallel(
         chosen = _balanced(whole, ranks, length)
     else:
         chosen = Layout.named(layout, ranks)
+    # Sorted: of two that are filled up to the same, the longer.
+    known = sorted({x.shape[1] for name, x in whole.items() if name in _SHARDED})
+    lengths = {-(-n // chosen.chunks) * len(chosen.owners[0]): n for n in known}
     tokens = -(-length // chosen.chunks) * len(chosen.owners[0])
-    spread = Spread(mesh, chosen, exchange, tokens)
+    spread = Spread(mesh, chosen, exchange, tokens, lengths)
     _check_same(spread, whole)
     if length % chosen.chunks and "attention_mask" not in whole:
         whole["attention_mask"] = torch.ones_like(whole["position_ids"])
@@ -175,9 +180,8 @@ def context_parallel(
         name: chosen.split(x, spread.rank, 1) if name in _SHARDED else x
         for name, x in filled.items()
     }
-    lengths = {part[x].shape[1]: whole[x].shape[1] for x in whole if x in _SHARDED}
     with spread_over(spread):
-        yield Shard(part, spread, lengths)
+        yield Shard(part, spread)
 
 
 def _check(batch: Mapping[str, Any]) -> None:

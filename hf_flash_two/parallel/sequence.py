@@ -14,7 +14,8 @@ A mesh of two dimensions does both: heads over the inner ranks, keys among the o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import gcd
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.nn.functional import pad
 
 from hf_flash_two.attention import flash_attention, flash_attention_gradients
 from hf_flash_two.invariance import is_batch_invariant
@@ -53,6 +55,7 @@ class Spread:
         layout: of the sequence over all ranks of the mesh, the inner dimension counting fastest.
         exchange: "gather", "ulysses", or "auto": the one that sends less.
         tokens: what this rank holds of each row, if that is known beforehand.
+        lengths: of the sequences before they were filled up, by the tokens that a rank holds.
         decisions: what was chosen, and why, by how often; filled by each call.
     """
 
@@ -60,6 +63,7 @@ class Spread:
     layout: Layout
     exchange: str = "auto"
     tokens: int | None = None
+    lengths: Mapping[int, int] = field(default_factory=dict, compare=False, repr=False)
     decisions: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -105,6 +109,7 @@ def attend_over_mesh(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
+    return_max_logits: bool = False,
     **settings,
 ) -> Any:
     """This rank's rows of `flash_attention` over the whole sequence.
@@ -116,11 +121,13 @@ def attend_over_mesh(
         bias: this rank's rows, [B or 1, Hq or 1, Tq / W or 1, Tk or 1], all keys in the order of
             the sequence. Its gradient, like that of sinks, is this rank's part of the sum over all.
         alibi_slopes, sinks: of all heads, [Hq] or [B or 1, Hq].
+        return_max_logits: the same on all ranks.
         settings: other arguments of `flash_attention`. Dropout is not among them, since its bits
-            count the queries and keys of one call, nor is ``return_max_logits``.
+            count the queries and keys of one call.
 
     Returns:
-        out [B, Hq, Tq / W, Dv], and on request lse [B, Hq, Tq / W].
+        out [B, Hq, Tq / W, Dv], and on request lse [B, Hq, Tq / W] and max_logits [B, Hq] of all
+        rows and heads, the same on all ranks.
     """
     if is_batch_invariant():
         raise NotImplementedError(
@@ -133,15 +140,18 @@ def attend_over_mesh(
     # All ranks must refuse what one refuses, or the others wait for it.
     lengths = query.shape[2] * spread.ranks, key.shape[2] * spread.ranks
     mask.check(query.shape[0], query.shape[1], *lengths)
-    call = _Call(bias, alibi_slopes, sinks, settings)
+    call = _Call(bias, alibi_slopes, sinks, return_max_logits, settings)
     ranks, reason = _heads_over(spread, query, key, mask, bias)
     spread.note(reason)
     shard = _Shard(layout, spread.mesh, spread.rank, lengths)
     if ranks == 1:
-        out, lse = _over_keys(query, key, value, mask, shard, call)
+        out, lse, *largest = _over_keys(query, key, value, mask, shard, call)
     else:
-        out, lse = _over_heads(query, key, value, mask, shard, ranks, call)
-    return (out, lse) if return_lse else out
+        out, lse, *largest = _over_heads(query, key, value, mask, shard, ranks, call)
+    # Not by a reduction: those of collectives may lose NaN.
+    largest = [spread.of_all(x[None]).amax(0) for x in largest]
+    wanted = [out, *([lse] if return_lse else []), *largest]
+    return tuple(wanted) if len(wanted) > 1 else out
 
 
 @dataclass(frozen=True)
@@ -171,12 +181,14 @@ class _Call(NamedTuple):
     """What is per head, and the rest.
 
     Attributes:
+        max_logits: whether they are wanted.
         settings: other arguments of `flash_attention`.
     """
 
     bias: Tensor | None
     alibi_slopes: Tensor | None
     sinks: Tensor | None
+    max_logits: bool
     settings: dict[str, Any]
 
     def of_heads(self, heads: slice) -> _Call:
@@ -246,13 +258,13 @@ def _over_heads(
     shard: _Shard,
     ranks: int,
     call: _Call,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     inner = shard.mesh.ndim - 1
     group, index = shard.mesh.get_group(inner), shard.mesh.get_local_rank(inner)
     # The ranks among which heads are spread are one rank to those that exchange keys.
     outer = replace(shard, layout=shard.layout.merged(ranks), rank=shard.rank // ranks)
     within = _within(shard.layout, outer.rank, ranks)
-    copies = ranks // gcd(key.shape[1], ranks)
+    copies, count = ranks // gcd(key.shape[1], ranks), query.shape[1]
     query = to_heads(query, within, group)
     key, value = (
         to_heads(x.repeat_interleave(copies, 1) if copies > 1 else x, within, group)
@@ -263,13 +275,17 @@ def _over_heads(
     if mask.dense is not None and mask.dense.shape[1] > 1:
         mask = replace(mask, dense=mask.dense[:, heads])
     if outer.layout.ranks == 1:
-        out, lse = flash_attention(
+        out, lse, *largest = flash_attention(
             query, key, value, mask=mask, bias=call.bias, alibi_slopes=call.alibi_slopes,
-            sinks=call.sinks, return_lse=True, **call.settings,
+            sinks=call.sinks, return_lse=True, return_max_logits=call.max_logits, **call.settings,
         )  # fmt: skip
     else:
-        out, lse = _over_keys(query, key, value, mask, outer, call)
-    return to_tokens(out, within, group), to_tokens(lse[..., None], within, group)[..., 0]
+        out, lse, *largest = _over_keys(query, key, value, mask, outer, call)
+    # Nothing is known here of other ranks' heads.
+    around = heads.start, count - heads.stop
+    largest = [pad(x, around, value=-math.inf) for x in largest]
+    lse = to_tokens(lse[..., None], within, group)[..., 0]
+    return to_tokens(out, within, group), lse, *largest
 
 
 def _within(layout: Layout, group: int, ranks: int) -> Layout:
@@ -326,7 +342,7 @@ def _over_keys(
     mask: AttentionMask,
     shard: _Shard,
     call: _Call,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     view = _view(mask, shard, query.device, by_position=call.alibi_slopes is not None)
     bias = call.bias
     if bias is not None and bias.shape[3] > 1 and view.positions is not None:
@@ -335,8 +351,10 @@ def _over_keys(
     # One dtype for all: rotary embeddings may upcast queries and keys.
     query, key = query.to(value.dtype), key.to(value.dtype)
     if torch.compiler.is_compiling() and shard.mesh.ndim == 1:
-        return _traced(query, key, value, bias, call.sinks, view, settings, shard.mesh)
-    return _Gathered.apply(query, key, value, bias, call.sinks, view, settings)  # pyright: ignore[reportReturnType]
+        return _traced(query, key, value, bias, call, view, settings, shard.mesh)
+    return _Gathered.apply(  # pyright: ignore[reportReturnType]
+        query, key, value, bias, call.sinks, view, settings, call.max_logits
+    )
 
 
 def _traced(
@@ -344,11 +362,11 @@ def _traced(
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
-    sinks: Tensor | None,
+    call: _Call,
     view: _View,
     settings: dict[str, Any],
     mesh: DeviceMesh,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """`_Gathered` for the compiler, which before PyTorch 2.11 does not trace its backward.
 
     All heads at once, and what is gathered is kept for the backward.
@@ -360,15 +378,31 @@ def _traced(
         both = view.layout.join(both, 2)
     keys, values = both.split([key.shape[3], value.shape[3]], 3)
     whole = slice(None)
+    return _attend(query, keys, values, bias, call.sinks, whole, view, settings, call.max_logits)
+
+
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    heads: slice,
+    view: _View,
+    settings: dict[str, Any],
+    max_logits: bool,
+) -> tuple[Tensor, ...]:
+    """out, lse and, if wanted, max_logits of some heads, whose keys and values have come."""
     parts = [
         flash_attention(
-            query[:, :, rows], keys[:, :, seen], values[:, :, seen], mask=mask,
-            bias=_part(bias, whole, rows, seen), sinks=sinks, return_lse=True, **settings,
+            query[:, heads, rows], keys[:, :, seen], values[:, :, seen], mask=mask,
+            bias=_part(bias, heads, rows, seen), sinks=_of_heads(sinks, heads), return_lse=True,
+            return_max_logits=max_logits, **_settings_of(settings, heads),
         )
         for rows, seen, mask in view.parts
     ]  # fmt: skip
-    out, lse = (torch.cat(x, 2) for x in zip(*parts, strict=True))
-    return out, lse
+    out, lse, *largest = zip(*parts, strict=True)
+    return torch.cat(out, 2), torch.cat(lse, 2), *(torch.stack(x).amax(0) for x in largest)
 
 
 def _view(mask: AttentionMask, shard: _Shard, device: torch.device, by_position: bool) -> _View:
@@ -483,30 +517,24 @@ class _Gathered(Function):
     """Attention to keys that are gathered, some heads at a time, forward and backward."""
 
     @staticmethod
-    def forward(ctx, query, key, value, bias, sinks, view, settings):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx, query, key, value, bias, sinks, view, settings, max_logits):  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.set_materialize_grads(False)
-        results = []
-        for rows, keys, values in _groups(query, key, value, view):
-            parts = [
-                flash_attention(
-                    query[:, rows, part], keys[:, :, seen], values[:, :, seen], mask=mask,
-                    bias=_part(bias, rows, part, seen), sinks=_of_heads(sinks, rows),
-                    return_lse=True, **_settings_of(settings, rows),
-                )
-                for part, seen, mask in view.parts
-            ]  # fmt: skip
-            results.append([torch.cat(x, 2) for x in zip(*parts, strict=True)])
-        out, lse = (torch.cat(x, 1) for x in zip(*results, strict=True))
+        results = [
+            _attend(query, keys, values, bias, sinks, heads, view, settings, max_logits)
+            for heads, keys, values in _groups(query, key, value, view)
+        ]
+        out, lse, *largest = (torch.cat(x, 1) for x in zip(*results, strict=True))
         ctx.save_for_backward(query, key, value, bias, sinks, out, lse)
+        ctx.mark_non_differentiable(*largest)
         ctx.call = view, settings
-        return out, lse
+        return out, lse, *largest
 
     @staticmethod
-    def backward(ctx, d_out, d_lse):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, d_out, d_lse, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = ctx.saved_tensors  # checkpointing gives them once
         with torch.no_grad():
             grads = _Gathered._gradients(ctx, d_out, d_lse, *saved)
-        return (*_Once.apply(grads, d_out, d_lse, *saved), None, None)  # pyright: ignore[reportGeneralTypeIssues]
+        return (*_Once.apply(grads, d_out, d_lse, *saved), None, None, None)  # pyright: ignore[reportGeneralTypeIssues]
 
     @staticmethod
     def _gradients(

@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
-import os
-import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,13 +21,17 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import AcceleratorState
-from documentation import run, snippets
+from documentation import run as run_snippet
+from documentation import snippets
 from models import DECODERS, tokens
 from packaging.version import Version
+from ranks import assert_passed, launch, run
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.experimental import context_parallel
 from transformers import DataCollatorWithFlattening, PreTrainedModel
 
+from hf_flash_two import MaxLogitsCallback, max_logits
 from hf_flash_two.hf import compat
 from hf_flash_two.parallel import accelerate as seam
 
@@ -122,23 +122,23 @@ def positions(ids: Tensor) -> Tensor:
     return torch.arange(ids.shape[1]).repeat(ids.shape[0], 1)
 
 
-def check_plain_loop() -> None:
+def check_plain_loop(mesh: DeviceMesh) -> None:
     """PyTorch lays out lengths that 2 W divides head to tail, others contiguously."""
     check_step("llama", 64)
     if ANY_LENGTH:
         check_step("llama", 62)
 
 
-def check_window() -> None:
+def check_window(mesh: DeviceMesh) -> None:
     """Newer versions of Accelerate refuse it of other attention."""
     check_step("mistral", 64)
 
 
-def check_left_padding() -> None:
+def check_left_padding(mesh: DeviceMesh) -> None:
     check_step("llama", 64, left=23)
 
 
-def check_other_attention_is_prepared_as_before() -> None:
+def check_other_attention_is_prepared_as_before(mesh: DeviceMesh) -> None:
     model = build("llama", "sdpa")
     prepared = start().prepare(model, torch.optim.SGD(model.parameters()))
     assert len(prepared) == 2
@@ -148,7 +148,7 @@ def check_other_attention_is_prepared_as_before() -> None:
     assert not any(layer.self_attn._forward_pre_hooks for layer in flash.model.layers)
 
 
-def check_lost_masks_are_refused() -> None:
+def check_lost_masks_are_refused(mesh: DeviceMesh) -> None:
     """The model was prepared as one under sdpa."""
     model, accelerator = build("llama", "sdpa"), start()
     prepared = accelerator.prepare(model)
@@ -161,7 +161,7 @@ def check_lost_masks_are_refused() -> None:
         prepared(ids)
 
 
-def check_unknown_sharding_is_refused() -> None:
+def check_unknown_sharding_is_refused(mesh: DeviceMesh) -> None:
     model, accelerator = build("llama", "flash_two"), start()
     accelerator.prepare(model)
     odd, even = tokens(1, 33), tokens(1, 32)
@@ -283,25 +283,55 @@ def flattened(**options) -> Callable:
 DOCUMENTS = [document(length, at) for at, length in enumerate(sum(ROWS, ()))]
 
 
-def check_trainer() -> None:
+def check_trainer(mesh: DeviceMesh) -> None:
     """Labels differ in number from rank to rank, and rows are padded on the left."""
     check_training("llama", padded, DOCUMENTS)
 
 
-def check_trainer_with_a_window() -> None:
+def check_trainer_with_a_window(mesh: DeviceMesh) -> None:
     check_training("mistral", padded, DOCUMENTS)
 
 
-def check_trainer_with_packed_positions() -> None:
+def check_trainer_with_packed_positions(mesh: DeviceMesh) -> None:
     check_training("llama", flattened(), DOCUMENTS)
     check_training("mistral", flattened(), DOCUMENTS)
 
 
-def check_trainer_with_packed_boundaries() -> None:
+def check_trainer_with_packed_boundaries(mesh: DeviceMesh) -> None:
     check_training("llama", flattened(return_flash_attn_kwargs=True), DOCUMENTS)
 
 
-def check_trl() -> None:
+def check_trainer_logs_the_largest_scores(mesh: DeviceMesh) -> None:
+    """Of whole rows that both ranks share, and over the rows of each without ``cp_size``."""
+    for options in (cp(), {}):
+        model, collator = build("llama", "flash_two"), Recording(padded)
+        with tempfile.TemporaryDirectory() as folder:
+            args = transformers.TrainingArguments(
+                folder,
+                per_device_train_batch_size=1,
+                **SETTINGS | {"learning_rate": 0.0},
+                **options,
+            )
+            trainer = transformers.Trainer(
+                model, args, train_dataset=DOCUMENTS, data_collator=collator
+            )
+            trainer.add_callback(MaxLogitsCallback(trainer))
+            trainer.train()
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        wanted = []
+        for at in range(STEPS):
+            with max_logits(model) as seen, torch.no_grad():
+                for batch in collator.batches[at * MICRO : (at + 1) * MICRO]:
+                    model(batch["input_ids"], attention_mask=batch["attention_mask"])
+            for largest in seen.values():
+                dist.all_reduce(largest, dist.ReduceOp.MAX)
+            wanted.append({f"max_logits/{name}": x.max().item() for name, x in seen.items()})
+        for log, want in zip(logs, wanted, strict=True):
+            want["max_logits"] = max(want.values())
+            assert {name: log[name] for name in want} == pytest.approx(want, rel=1e-5)
+
+
+def check_trl(mesh: DeviceMesh) -> None:
     """Rows that are packed before: newer versions of TRL refuse to pack themselves."""
     import datasets
     import trl
@@ -334,7 +364,7 @@ ON_CPU = {
 }
 
 
-def check_documentation() -> None:
+def check_documentation(mesh: DeviceMesh) -> None:
     """Its snippets run as they stand, with a tiny model."""
     tokenizer = transformers.ByT5Tokenizer()
     with contextlib.chdir(sys.argv[1]):
@@ -347,7 +377,7 @@ def check_documentation() -> None:
             for given, here in ON_CPU.items():
                 code = code.replace(given, here)
             AcceleratorState._reset_state()
-            run(code)
+            run_snippet(code)
 
 
 CHECKS = [
@@ -364,54 +394,21 @@ if TRAINS:
         check_trainer_with_a_window,
         check_trainer_with_packed_positions,
         check_trainer_with_packed_boundaries,
+        check_trainer_logs_the_largest_scores,
     ]
     if importlib.util.find_spec("trl"):
         CHECKS += [check_trl, check_documentation]
 
 
-def main(results: Path) -> None:
-    """In each process: every check, and what it raised."""
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    # It knows accelerators alone, and their FSDP.
-    ParallelismConfig._validate_accelerator = lambda self, accelerator: None
-    dist.init_process_group("gloo")
-    raised = {}
-    for check in CHECKS:
-        try:
-            check()
-            raised[check.__name__] = None
-        except (Exception, pytest.fail.Exception):
-            raised[check.__name__] = traceback.format_exc()
-        dist.barrier()
-    (results / f"{dist.get_rank()}.json").write_text(json.dumps(raised))
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
     results = tmp_path_factory.mktemp("accelerate")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    paths = [str(TESTS), str(TESTS / "hf"), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
-    finished = subprocess.run(
-        [*launcher, f"--nproc-per-node={RANKS}", __file__, str(results)],
-        capture_output=True,
-        text=True,
-        env=os.environ
-        | {
-            "PYTHONPATH": os.pathsep.join(paths),
-            "ACCELERATE_ALLOW_CP_STANDALONE": "true",
-        },
-        timeout=300,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return [json.loads((results / f"{rank}.json").read_text()) for rank in range(RANKS)]
+    return launch(__file__, RANKS, results, ACCELERATE_ALLOW_CP_STANDALONE="true")
 
 
 @pytest.mark.parametrize("name", [check.__name__ for check in CHECKS])
 def test_processes(outcomes: list[dict[str, str | None]], name: str) -> None:
-    for rank, raised in enumerate(outcomes):
-        assert raised[name] is None, f"rank {rank}:\n{raised[name]}"
+    assert_passed(outcomes, name)
 
 
 @pytest.mark.parametrize("prepare", [None, lambda self, model: model], ids=["missing", "changed"])
@@ -437,4 +434,7 @@ def test_a_trainer_that_changed_is_left_alone(monkeypatch) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    transformers.logging.set_verbosity_error()
+    # It knows accelerators alone, and their FSDP.
+    ParallelismConfig._validate_accelerator = lambda self, accelerator: None
+    run(CHECKS, Path(sys.argv[1]))

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from hf_flash_two import PrefixTreeCollator, context_parallel, watch_attention
+from hf_flash_two import PrefixTreeCollator, context_parallel, max_logits, watch_attention
 
 VOCABULARY, TOKENS = 64, 64
 SIZES = dict(
@@ -161,12 +161,36 @@ def check_layouts_and_exchanges(mesh: DeviceMesh) -> None:
 
 
 def check_two_dimensions(mesh: DeviceMesh) -> None:
-    grid = init_device_mesh("cpu", (2, 2))
+    grid, model = init_device_mesh("cpu", (2, 2)), causal_model("Llama")
     with context_parallel(grid, batches()["left"]) as shard, torch.no_grad():
-        logits = shard.gather(causal_model("Llama")(**shard.batch).logits)
-    with torch.no_grad():
-        whole = causal_model("Llama")(**batches()["left"]).logits
+        with max_logits(model) as got:
+            logits = shard.gather(model(**shard.batch).logits)
+    with torch.no_grad(), max_logits(model) as want:
+        whole = model(**batches()["left"]).logits
     torch.testing.assert_close(logits[1], whole[1], atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(got, want)
+
+
+def check_max_logits(mesh: DeviceMesh) -> None:
+    """Those of whole rows on each rank, filled up or not, also where forwards are recomputed."""
+    given = batches()
+    for name, kind, exchange, reentrant in (
+        ("Llama", "odd", "gather", True), ("Llama", "packed", "ulysses", False),
+        ("GptOss", "left", "ulysses", True), ("Gemma2", "odd", "auto", False),
+    ):  # fmt: skip
+        model, batch = causal_model(name), given[kind]
+        with max_logits(model) as want, torch.no_grad():
+            model(**batch)
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        try:
+            with max_logits(model) as got:
+                with context_parallel(mesh, batch, exchange=exchange) as shard:
+                    model(**shard.batch).loss.backward()
+        finally:
+            model.gradient_checkpointing_disable()
+        assert len(want) == 2
+        torch.testing.assert_close(got, want)
+        model.zero_grad()
 
 
 def check_logits(
@@ -391,6 +415,7 @@ CHECKS = (
     check_encoder_and_decoder,
     check_hand_written_attention,
     check_checkpointing,
+    check_max_logits,
     check_sharded_parameters,
     check_refusals,
     check_a_number_of_labels_is_that_of_the_whole_batch,

@@ -113,6 +113,33 @@ def check_terms(mesh: DeviceMesh) -> None:
             check_equal(Spread(mesh, layout, "ulysses"), padded, heads=(4, 1), term=term)
 
 
+def check_max_logits(mesh: DeviceMesh) -> None:
+    """Of all rows and heads on each rank, NaN included; gradients are those without them."""
+    ranks, heads = mesh.size(), (2 * mesh.size(), 2)
+    spreads = [Spread(mesh, x, y) for x in layouts(ranks) for y in ("gather", "ulysses")]
+    if ranks == 4:
+        grid = init_device_mesh("cpu", (2, 2))
+        spreads = [Spread(grid, layout) for layout in layouts(ranks)]
+    padded, terms = masks()["padded"], TERMS["several"](heads[0])
+    terms["alibi_slopes"] = torch.rand(heads[0])
+    for at, spread in enumerate(spreads):
+        torch.manual_seed(at)
+        whole = [torch.randn(BATCH, n, TOKENS, 16) for n in (heads[0], heads[1], heads[1])]
+        if at == 0:
+            whole[1][0, 0, 5] = torch.nan
+        parts = [spread.layout.split(x, spread.rank, 2) for x in whole]
+        for mask in (CAUSAL, AttentionMask.causal(window=7), padded):
+            asked = dict(mask=mask, return_max_logits=True, **terms)
+            _, want = flash_attention(*whole, **asked)
+            assert want.isnan().any() == (at == 0 and mask is not padded)
+            leaves = [x.clone().requires_grad_() for x in parts]
+            out, got = attend_over_mesh(*leaves, spread=spread, **asked)
+            torch.testing.assert_close(got, want, equal_nan=True)
+            without = attend_over_mesh(*leaves, spread=spread, mask=mask, **terms)
+            pair = [torch.autograd.grad(x.sin().sum(), leaves) for x in (out, without)]
+            torch.testing.assert_close(*pair, equal_nan=True)
+
+
 def check_two_dimensions(mesh: DeviceMesh) -> None:
     """Heads within pairs of ranks, keys among the pairs."""
     grid = init_device_mesh("cpu", (mesh.size() // 2, 2))
@@ -214,6 +241,7 @@ CHECKS = (
     check_masks_by_keys,
     check_masks_by_heads,
     check_terms,
+    check_max_logits,
     check_other_keys,
     check_some_heads_at_a_time,
     check_only_what_a_window_reaches_is_sent,
@@ -222,7 +250,7 @@ CHECKS = (
     check_refusals,
     check_what_was_chosen_and_why,
 )
-OF_FOUR = (check_masks_by_keys, check_terms, check_two_dimensions)
+OF_FOUR = (check_masks_by_keys, check_terms, check_max_logits, check_two_dimensions)
 
 
 @pytest.mark.parametrize(

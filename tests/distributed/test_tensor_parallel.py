@@ -36,6 +36,8 @@ from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 
+from hf_flash_two import max_logits
+
 WORLD = 2
 LENGTH = 20
 FAMILY = {family.name: family for family in [*DECODERS, *SEQUENCE_MODELS]}
@@ -147,6 +149,22 @@ def hand_written(mesh: DeviceMesh) -> None:
     check(load(alone, {mlp + "dense_h_to_4h": "colwise", mlp + "dense_4h_to_h": "rowwise"}), alone)
 
 
+def largest_scores(mesh: DeviceMesh) -> None:
+    """Of a rank's own heads; where these are DTensors, of all."""
+    alone = LLAMA.build("flash_two")
+    with max_logits(alone) as want:
+        alone(**inputs(), use_cache=False)
+    with max_logits(model := load(alone)) as got:
+        model(**inputs(), use_cache=False)
+    own = {name: x.chunk(WORLD)[mesh.get_local_rank()] for name, x in want.items()}
+    torch.testing.assert_close(got, own)
+    split = {name: ColwiseParallel(use_local_output=False) for name in QUERIES + KEYS}
+    model = parallelize_module(alone, mesh, split | {OUT: RowwiseParallel()})
+    with implicit_replication(), max_logits(model) as got:
+        model(**inputs(), use_cache=False)
+    torch.testing.assert_close({name: x.full_tensor() for name, x in got.items()}, want)
+
+
 def generation(mesh: DeviceMesh) -> None:
     alone = LLAMA.build("eager")
     asked = {"inputs": tokens(2, 9), "max_new_tokens": 6, "do_sample": False}
@@ -256,6 +274,7 @@ CHECKS = [
     plan_that_leaves_attention_whole,
     sinks,
     hand_written,
+    largest_scores,
     generation,
     whole_keys_are_refused,
     whole_sinks_are_refused,

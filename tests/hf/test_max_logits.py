@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers.masking_utils import eager_mask
 
 from hf_flash_two import max_logits
-from hf_flash_two.hf import shard
 from hf_flash_two.hf.max_logits import records_of
 
 FAMILIES = {family.name: family for family in DECODERS}
@@ -140,8 +139,6 @@ def test_refusals() -> None:
             pass
     with pytest.raises(TypeError, match="model: expected a loaded model"), max_logits("a name"):
         pass
-    with pytest.raises(NotImplementedError, match="max_logits: .*context parallelism"):
-        shard.check_layer(nn.Identity(), 0.0, False, False, wants_max_logits=True)
     config = transformers.GPTNeoConfig(
         vocab_size=89, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global"], 2]]
     )

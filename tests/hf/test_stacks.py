@@ -23,6 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from hf_flash_two import max_logits
 from hf_flash_two.hf import interface
 
 datasets = pytest.importorskip("datasets", reason="the extra test installs it, with TRL")
@@ -368,6 +369,28 @@ def test_documentation(code: str, documented, kernel_calls) -> None:
     # Inductor would compile C++ for a minute.
     run(code.replace("torch_compile=True", "torch_compile=True, torch_compile_backend='eager'"))
     assert kernel_calls
+
+
+def test_clipping_as_documented(documented) -> None:
+    """Each head's scores follow its factor, whatever heads share its keys."""
+    (code,) = (snippet.values[0] for snippet in SNIPPETS if "def clip(" in snippet.values[0])
+    names = run(code)
+    model, ids = names["model"], tokens(2, 21)
+    layer = model.model.layers[0].self_attn
+    layer.q_proj.weight.data[: layer.head_dim] *= 4  # of two heads that share keys, one is large
+
+    def largest() -> dict[str, torch.Tensor]:
+        with max_logits(model) as seen, torch.no_grad():
+            model(ids)
+        return seen
+
+    before = largest()
+    name, scores = next(iter(before.items()))
+    names["LIMIT"] = scores.median().item()
+    names["clip"](model, before)
+    after = largest()[name]
+    torch.testing.assert_close(after, scores.clamp(max=names["LIMIT"]))
+    assert (after < scores).any() and (after == scores).any()
 
 
 def test_left_padding_as_documented(documented, tmp_path) -> None:

@@ -289,7 +289,7 @@ def test_large_scores(make: Callable, dims: tuple[int, int], size: float) -> Non
 @pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("make", SOME)
 def test_gradients_in_any_order(ran: Callable, make: Callable, dims: tuple[int, int]) -> None:
-    """Equal to those in a fixed order but for rounding: keys meet their queries in another order."""
+    """Equal to those in a fixed order but for rounding: queries come in another order."""
     mask, _ = make(700, 700)
     tensors = [x.requires_grad_() for x in drawn(700, 700, dims)]
     found = []

@@ -59,7 +59,6 @@ from hf_flash_two.kernels.triton.args import PerHead
 
 _LOG2E = gl.constexpr(LOG2E)
 _ROWS = gl.constexpr(ROWS)
-_COLUMNS = gl.constexpr(64)
 _MESSAGES = gl.constexpr(4)
 _SLACK = gl.constexpr(8.0)
 """Powers of two by which probabilities may exceed 1 before a row is scaled anew."""
