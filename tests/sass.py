@@ -67,16 +67,20 @@ def _steps(sass: str) -> list[_Step]:
 def _step(at: int, text: str, count: int, labels: dict[str, int]) -> _Step:
     predicate, operation, operands = re.match(r"(@\S+)?\s*(\S+)\s*(.*)", text).groups()  # pyright: ignore[reportOptionalMemberAccess]
     name = operation.split(".")[0]
+    wide = ".WIDE" in operation
     size = 2 if ".64" in operation and name.startswith("U") else 1
     reads: set[int] = set()
     writes: set[int] = set()
-    for place, operand in enumerate(operands.split(",")):
+    parts = operands.split(",")
+    for place, operand in enumerate(parts):
         # Two descriptors side by side, or the second alone if the first factor is in registers.
         described = "gdesc" in operand
         skipped = 2 if described and re.match(r"R\d+, R\d+, gdesc", operands) else 0
         for register in map(int, re.findall(r"UR(\d+)", operand)):
             into = writes if place == 0 and name in _WRITERS else reads
-            into.update(range(register + skipped, register + (4 if described else size)))
+            # A product of 32 bits each has 64, and so has what is added to it.
+            double = 2 if wide and place in (0, len(parts) - 1) else size
+            into.update(range(register + skipped, register + (4 if described else double)))
     following = [at + 1] if at + 1 < count else []
     if name in ("BRA", "EXIT"):
         conditional = predicate is not None or re.search(r"\bU?P\d", operands) is not None

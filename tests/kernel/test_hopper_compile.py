@@ -201,7 +201,7 @@ MASKS = {
 LENGTH = 1024
 DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (64, 128))
 MOST_SPILLED = {
-    "attend_kernel": dict.fromkeys(("full", "causal", "window", "padded"), 300),
+    "attend_kernel": dict.fromkeys(("full", "causal", "window", "padded"), 400),
     "attend_again_kernel": dict.fromkeys(("full", "causal", "window", "padded"), 300),
     "gradients_kernel": dict.fromkeys(("full", "causal", "window", "padded"), 1800),
     "wide_kernel": dict.fromkeys(("full", "causal", "window", "padded"), 1100),

@@ -25,7 +25,7 @@ from hf_flash_two.kernels.triton.args import Dropout, HeadTerms, PerHead, PerPai
 from hf_flash_two.kernels.triton.tile import BAND, INTERVALS, NO_MASK
 
 __all__ = [
-    "BAND", "INTERVALS", "NO_MASK", "any_of", "arrive", "exponent_factor", "keep_bits",
+    "BAND", "INTERVALS", "NO_MASK", "arrive", "exponent_factor", "keep_bits",
     "modified", "nth_tile", "sync", "tiles_of_rows", "uniform",
 ]  # fmt: skip
 
@@ -137,18 +137,3 @@ def _bar(INSTRUCTION: gl.constexpr, number, THREADS: gl.constexpr, WARPS: gl.con
     gl.inline_asm_elementwise(
         TEXT, "=r,r", [lane * 0 + number], dtype=gl.int32, is_pure=False, pack=1
     )
-
-
-@jit
-def any_of(flag, number, THREADS: gl.constexpr, WARPS: gl.constexpr):
-    """Whether ``flag`` is not 0 in any of ``THREADS`` threads, which wait for each other."""
-    lane = gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-    TEXT: gl.constexpr = (
-        "{ .reg .pred mine, some; setp.ne.b32 mine, $1, 0; "
-        f"bar.red.or.pred some, $2, {THREADS}, mine; selp.b32 $0, 1, 0, some; }}"
-    )
-    some = gl.inline_asm_elementwise(
-        TEXT, "=r,r,r", [lane * 0 + flag, lane * 0 + number],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-    return gl.max(some, 0) != 0
