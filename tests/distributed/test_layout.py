@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from hf_flash_two import AttentionMask
+from hf_flash_two.parallel import sequence
 from hf_flash_two.parallel.layout import Layout
 
 LAYOUTS = {
@@ -50,3 +54,25 @@ def test_a_shard_has_whole_chunks() -> None:
         Layout.head_tail(2).check("queries", 5)
     with pytest.raises(ValueError, match="of 3 equal parts, got 5 keys"):
         Layout.balanced(2, [1.0] * 6).check("keys", 5)
+
+
+@pytest.mark.parametrize("window", [None, 3], ids=["all keys", "some keys"])
+@pytest.mark.parametrize("rank", range(2))
+def test_keys_that_come_rank_by_rank_are_put_in_order(
+    monkeypatch: pytest.MonkeyPatch, rank: int, window: int | None
+) -> None:
+    """Those of a document then lie side by side: kernels visit nothing between them."""
+    monkeypatch.setattr(sequence._Shard, "group", property(lambda shard: None))
+    layout, length = Layout(((0, 2, 5, 7), (1, 3, 4, 6))), 64
+    mask = AttentionMask.from_documents(torch.tensor([0, 20, 64]), causal=True)
+    if window is not None:
+        mask = mask & AttentionMask.causal(window=window)
+    shard: Any = sequence._Shard(layout, None, rank, (length, length))  # pyright: ignore[reportArgumentType]
+    view = sequence._make_view(mask, shard, torch.device("cpu"))
+    assert (view.positions is None) == (window is None)
+    wanted = torch.arange(length) if view.positions is None else view.positions
+    assert torch.equal(wanted, wanted.sort().values)
+    came = view.as_they_came(wanted)
+    owner = torch.tensor([0, 1, 0, 1, 1, 0, 1, 0])[came // 8]
+    assert torch.equal(owner, owner.sort().values)
+    assert torch.equal(view.put_in_order(came), wanted)
