@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -28,11 +28,12 @@ def run(checks: Sequence[Check], results: Path, device: str = "cpu") -> None:
     """In each of as many processes as `launch` wants: every check, and what it raised."""
     # Forks need not import anything again; a GPU that somebody has looked at cannot be forked.
     method, world = "fork" if device == "cpu" else "spawn", int(os.environ["WORLD_SIZE"])
+    named = {check.__name__: check for check in checks}
     gc.freeze()
-    start_processes(_run_as, (checks, results, device), world, start_method=method)
+    start_processes(_run_as, (named, results, device), world, start_method=method)
 
 
-def _run_as(rank: int, checks: Sequence[Check], results: Path, device: str) -> None:
+def _run_as(rank: int, checks: Mapping[str, Check], results: Path, device: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     if device == "cuda":
@@ -45,12 +46,12 @@ def _run_as(rank: int, checks: Sequence[Check], results: Path, device: str) -> N
     )
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     raised = {}
-    for check in checks:
+    for name, check in checks.items():
         try:
             check(mesh)
-            raised[check.__name__] = None
+            raised[name] = None
         except (Exception, pytest.fail.Exception):
-            raised[check.__name__] = traceback.format_exc()
+            raised[name] = traceback.format_exc()
         dist.barrier()
     (results / f"{rank}.json").write_text(json.dumps(raised))
     # A model with DDP that outlives its process group can wait for Gloo's threads for ever.
