@@ -35,6 +35,8 @@ _NOT_TOLD = (
     "length is a multiple of it (pad_to_multiple_of)"
 )
 
+_SDPA = torch.nn.functional.scaled_dot_product_attention
+
 # One for all threads: the backward on a GPU, which may run layers again, has a thread of its own.
 _running: list[Spread] = []
 
@@ -47,8 +49,10 @@ def current() -> Spread | None:
     """
     if _running:
         return _running[-1]
-    # PyTorch's context_parallel replaces this function by one of its own.
-    if "distributed" in (torch.nn.functional.scaled_dot_product_attention.__module__ or ""):
+    # PyTorch's context_parallel replaces this function by one of its own. The compiler of PyTorch
+    # 2.13 does not read the module of the usual one.
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    if sdpa is not _SDPA and "distributed" in (sdpa.__module__ or ""):
         raise NotImplementedError(_NOT_TOLD)
     return None
 
