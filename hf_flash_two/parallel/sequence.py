@@ -453,9 +453,10 @@ def _make_view(mask: AttentionMask, shard: _Shard, device: torch.device) -> _Vie
     runs = [(x.to(torch.int64).contiguous() - offset) for x in mask.to_intervals(keys, device)]
     seen = [tuple(torch.searchsorted(each, run) for run in runs) for each in places]
     needs = None if is_symbolic() else _needs(seen, layout)
-    route, positions, order = shard.everything(), None, None
+    route, by_rank = shard.everything(), None if layout.in_order else layout
+    positions = order = None
     if needs is not None:
-        route, wanted = _route(needs, shard)
+        (route, wanted), by_rank = _route(needs, shard), None
         positions, order = torch.cat([torch.arange(*x, device=device) for x in wanted]).sort()
         order = None if wanted == sorted(wanted) else order
     start, stop = seen[shard.rank]
@@ -470,8 +471,7 @@ def _make_view(mask: AttentionMask, shard: _Shard, device: torch.device) -> _Vie
     if replace(mask, dense=None).hides_nothing is False:
         part = AttentionMask.from_intervals(start, stop, query_offset=0)
     part = replace(part, dense=dense)
-    whole = None if layout.in_order or needs is not None else layout
-    return _View(((slice(None), slice(None), part),), positions, route, whole, order)
+    return _View(((slice(None), slice(None), part),), positions, route, by_rank, order)
 
 
 def _needs(seen: list[tuple[Tensor, ...]], layout: Layout) -> list[list[Run]] | None:
