@@ -203,8 +203,8 @@ DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (64,
 MOST_SPILLED = {
     "attend_kernel": dict.fromkeys(("full", "causal", "window", "padded"), 400),
     "attend_again_kernel": dict.fromkeys(("full", "causal", "window", "padded"), 300),
-    "gradients_kernel": dict.fromkeys(("full", "causal", "window", "padded"), 1800),
-    "wide_kernel": dict.fromkeys(("full", "causal", "window", "padded"), 1100),
+    "gradients_kernel": dict.fromkeys(("full", "causal", "window", "padded"), 200),
+    "wide_kernel": dict.fromkeys(("full", "causal", "window", "padded"), 300),
 }
 """Bytes that all parts of a kernel spill, stores and loads together; others spill nothing.
 

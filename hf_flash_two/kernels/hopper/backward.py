@@ -199,7 +199,7 @@ def _plan(
         (heads, query_length, row_count),
         {
             "PLAIN": plain, "DV": value_dim, "BLOCK_V": block_v, "BLOCK_D": block_d,
-            "BLOCK_Q": block_q, "ROWS": rows.ROWS, "ORDERED": ordered, "CLEAR": tiles.setup.CLEAR,
+            "BLOCK_Q": block_q, "ROWS": rows.ROWS, "ORDERED": ordered,
         },
         small,
     )  # fmt: skip

@@ -266,12 +266,9 @@ def backward_tiles(
         SOFTCAP=params.softcap > 0,
         PLAIN=params.plain and params.scale > 0,
         RESCUE=masked,
-        # At head dim 128 the loop then lacks registers: 439 TFLOP/s for 546.
-        CLEAR=masked and narrow,
         ALIBI=params.alibi_slopes is not None,
         DROPOUT=params.dropout_p > 0,
         MASKED=masked or key_length % block_k > 0,
-        TAIL=left or intervals or turned > 0,
         ORDERED=ordered,
         DOWN=down,
         DV_FIRST=not masked and not narrow,

@@ -42,8 +42,6 @@ from hf_flash_two.kernels.hopper.parts import (
     Descriptors,
     Memory,
     arrive_at,
-    clear_keys,
-    clear_rows,
     gradient_scale,
     head_of,
     in_order_of_registers,
@@ -63,7 +61,7 @@ _STAGES = gl.constexpr(2)
 
 @jit
 def _step(
-    HALF: gl.constexpr, MASKED: gl.constexpr, SETUP: gl.constexpr, done, tile, keys, head,
+    HALF: gl.constexpr, SETUP: gl.constexpr, done, tile, keys, head,
     k, v, sizes, scores, memory, bars, dk, dv,
 ):  # fmt: skip
     """One tile of queries: adds to dK and dV, and hands on half a tile of dQ."""
@@ -79,15 +77,6 @@ def _step(
     ds_tile, rows = memory.ds.index(stage), memory.rows.index(stage)
     no_scores = gl.zeros((64, BLOCK_Q), gl.float32, S)
     mbarrier.wait(bars.q_full.index(stage), phase)
-    if MASKED and SETUP.CLEAR:
-        if gl.max(rows.slice(0, BLOCK_Q).load(ROW), 0) == float("inf"):
-            HALF_Q: gl.constexpr = BLOCK_Q // 2
-            lse_half = rows.slice(HALF * HALF_Q, HALF_Q)
-            mbarrier.wait(bars.do_full.index(stage), phase)
-            clear_rows(q.slice(HALF * HALF_Q, HALF_Q, dim=0), lse_half)
-            clear_rows(do.slice(HALF * HALF_Q, HALF_Q, dim=0), lse_half)
-            fence_async_shared()
-            asm("bar.sync 8, 256;", 4)
     s_async = warpgroup_mma(k, q.permute((1, 0)), no_scores, use_acc=False, is_async=True)
     if not SETUP.LATE_LSE:
         lse = rows.slice(0, BLOCK_Q).load(ROW)
@@ -96,7 +85,7 @@ def _step(
     s = warpgroup_mma_wait(1, deps=(s_async,))
     if SETUP.LATE_LSE:
         lse = rows.slice(0, BLOCK_Q).load(ROW)
-    p, d_cap = probabilities(s, lse, tile, keys, head, sizes, scores, MASKED, SETUP)
+    p, d_cap = probabilities(s, lse, tile, keys, head, sizes, scores, SETUP)
     if not SETUP.LATE_DELTA:
         delta = rows.slice(BLOCK_Q, BLOCK_Q).load(ROW)
     p_half = gl.convert_layout(weights(p, scores, SETUP).to(DTYPE), A)
@@ -161,32 +150,14 @@ def _consumer(
     keys = keys_of(place, col, sizes, SETUP)
     mbarrier.wait(bars.k_full, 0)
     mbarrier.wait(bars.v_full, 0)
-    if SETUP.CLEAR:
-        first = place.tile * SETUP.BLOCK_K + HALF * 64
-        clear_keys(k, place, first, sizes, SETUP)
-        clear_keys(v, place, first, sizes, SETUP)
-        fence_async_shared()
-        asm("bar.sync 8, 256;", 4)
     for member in range(sizes.heads.group):
         head = head_of(place, member, sizes, scores, SETUP)
         before = member * place.count
-        if SETUP.MASKED:
-            for step in range(0, place.before):
-                dk, dv = _step(
-                    HALF, True, SETUP, before + step, place.start + step * place.step, keys, head,
-                    k, v, sizes, scores, memory, bars, dk, dv,
-                )  # fmt: skip
-        for step in range(place.before, place.before + place.whole):
+        for step in range(place.count):
             dk, dv = _step(
-                HALF, False, SETUP, before + step, place.start + step * place.step, keys, head,
+                HALF, SETUP, before + step, place.start + step * place.step, keys, head,
                 k, v, sizes, scores, memory, bars, dk, dv,
             )  # fmt: skip
-        if SETUP.TAIL:
-            for step in range(place.before + place.whole, place.count):
-                dk, dv = _step(
-                    HALF, True, SETUP, before + step, place.start + step * place.step, keys, head,
-                    k, v, sizes, scores, memory, bars, dk, dv,
-                )  # fmt: skip
     if SETUP.RESCUE:
         marked = gl.max((dv != dv).to(gl.int32), 1)
         marked = gl.convert_layout(marked, gl.SliceLayout(1, DK))

@@ -224,38 +224,6 @@ def keys_of(place, col, sizes, SETUP: gl.constexpr):
     return Keys(col, seen_from, seen_until)
 
 
-@triton.constexpr_function
-def _by_rows(columns):
-    """A layout of four warps in which each thread has 16 bytes of a row."""
-    threads = min(columns // 8, 32)
-    return gl.BlockedLayout([1, 8], [32 // threads, threads], [4, 1], [1, 0])
-
-
-@jit
-def clear_keys(tile, place, first, sizes, SETUP: gl.constexpr):
-    """Zeros where keys that nobody sees stand: 0 times what they hold may be NaN."""
-    ROWS: gl.constexpr = tile.type.shape[0]
-    BY_ROWS: gl.constexpr = _by_rows(tile.type.shape[1])
-    col = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, BY_ROWS))
-    keys = keys_of(place, col, sizes, SETUP)
-    seen_until = sizes.query_length
-    if SETUP.LEFT or SETUP.MASK == INTERVALS:
-        seen_until = gl.minimum(keys.seen_until, sizes.query_length)
-    unseen = gl.maximum(keys.seen_from, 0) >= seen_until
-    if gl.max(unseen.to(gl.int32), 0) != 0:
-        x = tile.load(BY_ROWS)
-        tile.store(gl.where(unseen[:, None], gl.zeros_like(x), x))
-
-
-@jit
-def clear_rows(tile, lse):
-    """Zeros where rows that see nothing stand, whose ``lse`` in shared memory is infinite."""
-    BY_ROWS: gl.constexpr = _by_rows(tile.type.shape[1])
-    unseeing = lse.load(gl.SliceLayout(1, BY_ROWS)) == float("inf")
-    x = tile.load(BY_ROWS)
-    tile.store(gl.where(unseeing[:, None], gl.zeros_like(x), x))
-
-
 @jit
 def head_of(place, member, sizes, scores, SETUP: gl.constexpr):
     """The query head that is one ``member`` of the group."""
@@ -287,10 +255,56 @@ def _modify(s, lse, tile, keys, head, sizes, scores, SETUP: gl.constexpr):
     return (s - lse[None, :]) * _LOG2E, d_cap
 
 
+@triton.constexpr_function
+def _hiding(count, ends):
+    """PTX that makes numbers of hidden pairs -infinity, unless a warp sees all.
+
+    A thread has two neighbours of every eight queries, of two keys. The arguments behind its
+    ``count`` numbers say, counted from its first query, which sees a key first, and, if it ends
+    anywhere, which no longer does.
+    """
+    tests, steps = [], []
+    for key in (0, 2):
+        tests.append(f"setp.gt.or.s32 some, ${2 * count + key}, 0, some;")
+        if ends:
+            tests.append(f"setp.le.or.s32 some, ${3 * count + key}, {2 * count - 7}, some;")
+    for i in range(count):
+        query, key = i // 4 * 8 + i % 2, i & 2
+        steps.append(f"setp.gt.s32 hidden, ${2 * count + key}, {query};")
+        if ends:
+            steps.append(f"setp.le.or.s32 hidden, ${3 * count + key}, {query}, hidden;")
+        steps.append(f"selp.f32 ${i}, 0fFF800000, ${i}, hidden;")
+    return (
+        "{ .reg .pred some, hidden; setp.ne.s32 some, 0, 0; " + " ".join(tests) +
+        " vote.sync.any.pred some, some, -1; @!some bra DONE; " + " ".join(steps) + " DONE: }"
+    )  # fmt: skip
+
+
+@triton.constexpr_function
+def _hiding_registers(count):
+    """Its registers: results in the places of the first ``count`` arguments."""
+    return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["r"] * (2 * count))
+
+
 @jit
-def probabilities(
-    s, lse, tile, keys, head, sizes, scores, MASKED: gl.constexpr, SETUP: gl.constexpr
-):  # fmt: skip
+def _seen(s, tile, keys, SETUP: gl.constexpr):
+    """Scores, those of hidden pairs -infinity. Mostly a warp sees all, and goes on at once.
+
+    One loop with this needs fewer registers than two, of tiles with a mask and of tiles without.
+    """
+    COUNT: gl.constexpr = s.shape[0] * s.shape[1] // 128
+    TEXT: gl.constexpr = _hiding(COUNT, SETUP.LEFT or SETUP.MASK == INTERVALS)
+    REGISTERS: gl.constexpr = _hiding_registers(COUNT)
+    column = gl.arange(0, SETUP.BLOCK_Q, layout=gl.SliceLayout(0, s.type.layout))
+    first = ((column & 6) + tile * SETUP.BLOCK_Q)[None, :]
+    seen_from, seen_until = keys.seen_from[:, None] - first, keys.seen_until[:, None] - first
+    return gl.inline_asm_elementwise(
+        TEXT, REGISTERS, [s, seen_from, seen_until], dtype=gl.float32, is_pure=True, pack=COUNT
+    )
+
+
+@jit
+def probabilities(s, lse, tile, keys, head, sizes, scores, SETUP: gl.constexpr):
     """P^T of one tile, and d(capped score) / d(scaled score).
 
     With dropout, what is dropped has a minus: one register for both.
@@ -298,21 +312,18 @@ def probabilities(
     Args:
         s: [keys, queries], the products. lse: [queries].
     """
-    row = tile * SETUP.BLOCK_Q + gl.arange(
-        0, SETUP.BLOCK_Q, layout=gl.SliceLayout(0, s.type.layout)
-    )
     d_cap = s
     if SETUP.PLAIN:
         s = s * scores.scale - lse[None, :]
     else:
         s, d_cap = _modify(s, lse, tile, keys, head, sizes, scores, SETUP)
-    if MASKED:
-        seen = row[None, :] >= keys.seen_from[:, None]
-        if SETUP.LEFT or SETUP.MASK == INTERVALS:
-            seen = seen & (row[None, :] < keys.seen_until[:, None])
-        s = gl.where(seen, s, float("-inf"))
+    if SETUP.MASKED:
+        s = _seen(s, tile, keys, SETUP)
     p = gl.exp2(s)
     if SETUP.DROPOUT:
+        row = tile * SETUP.BLOCK_Q + gl.arange(
+            0, SETUP.BLOCK_Q, layout=gl.SliceLayout(0, s.type.layout)
+        )
         kept = keep_bits(
             scores.dropout.seed_ptr, scores.dropout.threshold, head.batch, head.number,
             row[None, :], keys.col[:, None],

@@ -39,7 +39,6 @@ def prepare_kernel(
     heads, query_length, rows_size,
     PLAIN: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, ORDERED: tl.constexpr,
-    CLEAR: tl.constexpr,
 ):  # fmt: skip
     """`triton.args.Rows` of one tile of queries; and zeros.
 
@@ -71,11 +70,7 @@ def prepare_kernel(
         delta -= tl.load(d_lse_at, inside, 0.0)
     lse = tl.load(lse_ptr + (batch * heads + head) * query_length + row, inside, float("-inf"))
     delta = tl.where(lse == float("-inf"), 0.0, delta)
-    unseeing = (lse == float("-inf")) & inside
     lse = tl.where(lse == float("-inf"), 0.0, lse * (_LOG2E / unit(PLAIN)))
-    if CLEAR:
-        # It makes all probabilities of a row that sees nothing 0, and is how the row is known.
-        lse = tl.where(unseeing, float("inf"), lse)
     at = rows_ptr + program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     tl.store(at, lse)
     tl.store(at + rows_size, delta)

@@ -32,11 +32,8 @@ class Setup(NamedTuple):
 
     Attributes:
         MASK, LEFT, RIGHT, SOFTCAP, PLAIN, DROPOUT, RESCUE: see `triton.args.Flags`.
-        CLEAR: what keys hold that nobody sees, and rows that see nothing, is cleared. Else NaN
-            there marks whole tiles, which are then computed anew.
         ALIBI: slopes are given.
         MASKED: some tile may hold hidden pairs or end behind the last key.
-        TAIL: such tiles may also be among the last that a program visits.
         ORDERED: dQ is summed in a fixed order.
         DOWN: the last tile of keys adds first.
         DV_FIRST: dV's product is issued before dS is computed.
@@ -50,11 +47,9 @@ class Setup(NamedTuple):
     SOFTCAP: bool
     PLAIN: bool
     RESCUE: bool
-    CLEAR: bool
     ALIBI: bool
     DROPOUT: bool
     MASKED: bool
-    TAIL: bool
     ORDERED: bool
     DOWN: bool
     DV_FIRST: bool
@@ -117,8 +112,7 @@ class Place(NamedTuple):
         up: the first tile of keys adds first; queries then go from the last to the first.
         start: the first tile of queries in the order in which they are visited.
         step: 1 or -1.
-        before, whole, count: tiles of queries: the first that need a mask, those that need none,
-            all.
+        count: how many they are.
     """
 
     batch: Any
@@ -127,8 +121,6 @@ class Place(NamedTuple):
     up: Any
     start: Any
     step: Any
-    before: Any
-    whole: Any
     count: Any
 
 
@@ -139,44 +131,32 @@ def log2(size):
 
 @jit
 def span_of(tile, sizes, bounds_at, SETUP: gl.constexpr):
-    """Query tiles that see a tile of keys: [start, stop), and those without hidden pairs in it.
+    """Query tiles that see a tile of keys: [start, stop).
 
     A tile of keys and one of queries meet if their whole rectangle meets the mask, inside of the
     tensors or not: `rank_of` turns the question round and must get the same answer.
     """
     SHIFT: gl.constexpr = log2(SETUP.BLOCK_Q)
     count = gl.cdiv(sizes.query_length, SETUP.BLOCK_Q)
-    start, stop, full_start, full_stop = 0, count, 0, count
+    start, stop = 0, count
     # Rows of queries that stand at the first and the last key.
     first = tile * SETUP.BLOCK_K - sizes.offset
     last = first + SETUP.BLOCK_K - 1
     if SETUP.MASK == BAND:
         if SETUP.RIGHT:
             start = gl.maximum((first - sizes.right) >> SHIFT, 0)
-            full_start = (last - sizes.right + SETUP.BLOCK_Q - 1) >> SHIFT
         if SETUP.LEFT:
             stop = gl.minimum(((last + sizes.left) >> SHIFT) + 1, count)
-            full_stop = (first + sizes.left + 1) >> SHIFT
     if SETUP.MASK == INTERVALS:
-        min_start, max_start, min_stop, max_stop = _bounds(bounds_at, tile, sizes, SETUP)
-        start = gl.minimum(gl.maximum(min_start - sizes.offset, 0) >> SHIFT, count)
-        full_start = (max_start - sizes.offset + SETUP.BLOCK_Q - 1) >> SHIFT
-        stop = gl.minimum((max_stop - sizes.offset + SETUP.BLOCK_Q - 1) >> SHIFT, count)
-        full_stop = (min_stop - sizes.offset) >> SHIFT
-    stop = gl.maximum(stop, start)
-    if SETUP.MASKED:
-        full_start = gl.minimum(gl.maximum(full_start, start), stop)
-        full_stop = gl.minimum(full_stop, stop)
-        # Beyond the last key, scores are 0, which may be far above those of the others.
-        none = (full_stop <= full_start) | (tile * SETUP.BLOCK_K + SETUP.BLOCK_K > sizes.key_length)
-        full_start = gl.where(none, stop, full_start)
-        full_stop = gl.where(none, stop, full_stop)
-    return start, stop, full_start, full_stop
+        first_start, last_stop = _bounds(bounds_at, tile, sizes, SETUP)
+        start = gl.minimum(gl.maximum(first_start - sizes.offset, 0) >> SHIFT, count)
+        stop = gl.minimum((last_stop - sizes.offset + SETUP.BLOCK_Q - 1) >> SHIFT, count)
+    return start, gl.maximum(stop, start)
 
 
 @jit
 def _bounds(bounds_at, tile, sizes, SETUP: gl.constexpr):
-    """`AttentionMask.key_bounds` of a tile of keys, or of several side by side."""
+    """The first start and the last stop of a tile of keys, or of several side by side."""
     groups = gl.cdiv(sizes.key_length, _KEY_GROUP)
     one = bounds_at + tile * (SETUP.BLOCK_K // _KEY_GROUP) * 4
     # A tile's second group may lie behind the last: the first again.
@@ -185,8 +165,6 @@ def _bounds(bounds_at, tile, sizes, SETUP: gl.constexpr):
         two += gl.where(tile * 2 + 1 < groups, 4, 0)
     return (
         gl.minimum(gl.load(one), gl.load(two)),
-        gl.maximum(gl.load(one + 1), gl.load(two + 1)),
-        gl.minimum(gl.load(one + 2), gl.load(two + 2)),
         gl.maximum(gl.load(one + 3), gl.load(two + 3)),
     )
 
@@ -217,13 +195,10 @@ def place_of(sizes, SETUP: gl.constexpr):
         tile = gl.where(up, tile, key_tiles - 1 - tile)
     per_batch = sizes.heads.count // sizes.heads.group
     batch = head // per_batch
-    start, stop, full_start, full_stop = span_of(
-        tile, sizes, _bounds_of(batch, sizes, SETUP), SETUP
-    )
+    start, stop = span_of(tile, sizes, _bounds_of(batch, sizes, SETUP), SETUP)
     return Place(
         batch, head - batch * per_batch, tile, up,
-        gl.where(up, stop - 1, start), gl.where(up, -1, 1),
-        gl.where(up, stop - full_stop, full_start - start), full_stop - full_start, stop - start,
+        gl.where(up, stop - 1, start), gl.where(up, -1, 1), stop - start,
     )  # fmt: skip
 
 
@@ -256,7 +231,7 @@ def rank_of(place, query_tile, sizes, SETUP: gl.constexpr):
 def sees(tile, batch, query_tile, last, sizes, SETUP: gl.constexpr):
     """Which of several tiles of keys, up to the last, a tile of queries sees."""
     bounds_at = _bounds_of(batch, sizes, SETUP)
-    start, stop, _, _ = span_of(gl.minimum(tile, last), sizes, bounds_at, SETUP)
+    start, stop = span_of(gl.minimum(tile, last), sizes, bounds_at, SETUP)
     return (tile <= last) & (start <= query_tile) & (query_tile < stop)
 
 

@@ -79,7 +79,7 @@ def _hand_on(HALF: gl.constexpr, dq, use, memory, bars):
 
 @jit
 def _step(
-    HALF: gl.constexpr, MASKED: gl.constexpr, SETUP: gl.constexpr, done, tile, keys, head,
+    HALF: gl.constexpr, SETUP: gl.constexpr, done, tile, keys, head,
     sizes, scores, memory, bars, dk, dv,
 ):  # fmt: skip
     """One tile of queries: adds to half of dK and dV, and hands on half a tile of dQ."""
@@ -99,7 +99,7 @@ def _step(
         s = warpgroup_mma(memory.k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
         lse = rows.slice(0, 64).load(ROW)
         s = warpgroup_mma_wait(0, deps=(s,))
-        p, d_cap = probabilities(s, lse, tile, keys, head, sizes, scores, MASKED, SETUP)
+        p, d_cap = probabilities(s, lse, tile, keys, head, sizes, scores, SETUP)
         p_half = weights(p, scores, SETUP).to(DTYPE)
         if SETUP.SOFTCAP:
             p = p * d_cap
@@ -177,30 +177,11 @@ def _consumer(
     for member in range(sizes.heads.group):
         head = head_of(place, member, sizes, scores, SETUP)
         before = member * place.count
-        # The consumer of dP knows no mask.
-        if SETUP.MASKED and HALF == 0:
-            for step in range(0, place.before):
-                dk, dv = _step(
-                    HALF, True, SETUP, before + step, place.start + step * place.step, keys, head,
-                    sizes, scores, memory, bars, dk, dv,
-                )  # fmt: skip
-            for step in range(place.before, place.before + place.whole):
-                dk, dv = _step(
-                    HALF, False, SETUP, before + step, place.start + step * place.step, keys, head,
-                    sizes, scores, memory, bars, dk, dv,
-                )  # fmt: skip
-            if SETUP.TAIL:
-                for step in range(place.before + place.whole, place.count):
-                    dk, dv = _step(
-                        HALF, True, SETUP, before + step, place.start + step * place.step,
-                        keys, head, sizes, scores, memory, bars, dk, dv,
-                    )  # fmt: skip
-        else:
-            for step in range(0, place.count):
-                dk, dv = _step(
-                    HALF, False, SETUP, before + step, place.start + step * place.step, keys, head,
-                    sizes, scores, memory, bars, dk, dv,
-                )  # fmt: skip
+        for step in range(place.count):
+            dk, dv = _step(
+                HALF, SETUP, before + step, place.start + step * place.step, keys, head,
+                sizes, scores, memory, bars, dk, dv,
+            )  # fmt: skip
     if SETUP.RESCUE:
         marked = gl.max((dv != dv).to(gl.int32), 1)
         marked = gl.convert_layout(marked, gl.SliceLayout(1, DK))
