@@ -70,7 +70,7 @@ _NAMED = gl.constexpr(5)
 
 @jit
 def _queries_number(FLAGS: gl.constexpr):
-    """Of the barrier that the queries may be overwritten."""
+    """Of the barriers that the queries of a turn may be overwritten."""
     return _NAMED + 2 * FLAGS.STAGES + FLAGS.CONSUMERS
 
 
@@ -108,13 +108,13 @@ def attend_kernel(
     DV: gl.constexpr = v_desc.block_type.shape[3]
     DTYPE: gl.constexpr = q_desc.dtype
     LINEAR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q_s = allocate(DTYPE, FLAGS.CONSUMERS, _ROWS, D)
+    q_s = allocate(DTYPE, FLAGS.SLOTS * FLAGS.CONSUMERS, _ROWS, D)
     k_s = allocate(DTYPE, FLAGS.STAGES, BLOCK_K, D)
     v_s = allocate(DTYPE, FLAGS.STAGES, BLOCK_K, DV)
     # What a call has none of is another thing at compile time, and unused.
     q_more, k_more, v_more = q_s, k_s, v_s
     if FLAGS.D_REST > 0:
-        q_more = allocate(DTYPE, FLAGS.CONSUMERS, _ROWS, FLAGS.D_REST)
+        q_more = allocate(DTYPE, FLAGS.SLOTS * FLAGS.CONSUMERS, _ROWS, FLAGS.D_REST)
         k_more = allocate(DTYPE, FLAGS.STAGES, BLOCK_K, FLAGS.D_REST)
     else:
         q_rest, k_rest = q_desc, k_desc
@@ -143,7 +143,7 @@ def attend_kernel(
         tickets_ptr = lse_ptr
     message_s = gl.allocate_shared_memory(gl.int32, [_MESSAGES, 32], LINEAR)
     message_full = allocate_barriers(_MESSAGES, 1)
-    q_full = allocate_barriers(FLAGS.CONSUMERS, 1)
+    q_full = allocate_barriers(FLAGS.SLOTS * FLAGS.CONSUMERS, 1)
     k_full = allocate_barriers(FLAGS.STAGES, 1)
     v_full = allocate_barriers(FLAGS.STAGES, 1)
     flags: gl.constexpr = FLAGS
@@ -222,19 +222,28 @@ def _message(message_s, number):
 
 
 @jit
+def _slot_of(number, FLAGS: gl.constexpr, W: gl.constexpr):
+    """Of a tile's queries: whose turn it is, a consumer's place, the phase of its barrier."""
+    turn, phase = number * 0, number & 1
+    if FLAGS.SLOTS == 2:
+        turn, phase = number & 1, number >> 1 & 1
+    return turn, turn * FLAGS.CONSUMERS + W, phase
+
+
+@jit
 def _copy_queries(
-    q_desc, q_rest, q_s, q_more, q_full, batch, head, tile, FLAGS: gl.constexpr
+    q_desc, q_rest, q_s, q_more, q_full, slot, batch, head, tile, FLAGS: gl.constexpr
 ):  # fmt: skip
-    """The rows of all consumers."""
+    """The rows of all consumers, the first of which has this slot."""
     D: gl.constexpr = q_desc.block_type.shape[4]
     CONSUMERS: gl.constexpr = FLAGS.CONSUMERS
     for w in gl.static_range(CONSUMERS):
         first_row = (tile * CONSUMERS + w) * _ROWS
-        full = q_full.index(w)
+        full = q_full.index(slot + w)
         mbarrier.expect(full, 2 * _ROWS * (D + FLAGS.D_REST))
-        copy_rows(q_desc, batch, head, first_row, 0, full, q_s.index(w))
+        copy_rows(q_desc, batch, head, first_row, 0, full, q_s.index(slot + w))
         if FLAGS.D_REST > 0:
-            copy_rows(q_rest, batch, head, first_row, D, full, q_more.index(w))
+            copy_rows(q_rest, batch, head, first_row, D, full, q_more.index(slot + w))
 
 
 @jit
@@ -295,9 +304,10 @@ def _producer(
             if FLAGS.D_REST > 0:
                 copy(k_rest, batch, key_head, key_row, D, full, k_more.index(stage))
             if n == 0:
-                if number > 0:
-                    sync(_queries_number(FLAGS), THREADS, 1)
-                _copy_queries(q_desc, q_rest, q_s, q_more, q_full, batch, head, tile, FLAGS)
+                turn, slot, _ = _slot_of(number, FLAGS, 0)
+                if number >= FLAGS.SLOTS:
+                    sync(_queries_number(FLAGS) + turn, THREADS, 1)
+                _copy_queries(q_desc, q_rest, q_s, q_more, q_full, slot, batch, head, tile, FLAGS)
             if copied >= STAGES:
                 sync(_NAMED + STAGES + stage, THREADS, 1)
             full = v_full.index(stage)
@@ -560,11 +570,12 @@ def _attend(
     acc_more = 0.0
     if V_REST > 0:
         acc_more = gl.zeros((_ROWS, V_REST), gl.float32, REST)
-    q = q_s.index(W)
-    q_last = q_more.index(W)
+    turn, slot, q_phase = _slot_of(number, FLAGS, W)
+    q = q_s.index(slot)
+    q_last = q_more.index(slot)
 
     stage, phase = _place_of(copied, FLAGS)
-    mbarrier.wait(q_full.index(W), number & 1)
+    mbarrier.wait(q_full.index(slot), q_phase)
     mbarrier.wait(k_full.index(stage), phase)
     q_held = 0.0
     if FLAGS.HELD > 0:
@@ -602,7 +613,7 @@ def _attend(
     stage, phase = _place_of(copied + total - 1, FLAGS)
     p = _unpacked(packed, DTYPE, LEFT_FACTOR)
     if FLAGS.OWN_OUT:
-        arrive(_queries_number(FLAGS), THREADS, 4)
+        arrive(_queries_number(FLAGS) + turn, THREADS, 4)
     mbarrier.wait(v_full.index(stage), phase)
     acc = warpgroup_mma(p, v_s.index(stage), acc, is_async=True)
     if V_REST > 0:
@@ -656,7 +667,7 @@ def _attend(
         store_rows(out_rest, batch, first_head, first_row, DV, to_more)
     if not FLAGS.OWN_OUT:
         tma_store_read(0)
-        arrive(_queries_number(FLAGS), THREADS, 4)
+        arrive(_queries_number(FLAGS) + turn, THREADS, 4)
 
 
 @jit

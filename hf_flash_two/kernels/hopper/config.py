@@ -141,6 +141,7 @@ class ForwardFlags(NamedTuple):
         PACK_GQA: heads of a group that share a tile.
         PERSISTENT: programs compute more than one tile of queries.
         OWN_OUT: the output does not take the queries' place in shared memory.
+        SLOTS: tiles of queries in shared memory: with two, the next is there when one ends.
         HELD: columns of a consumer's queries that it keeps in registers.
         LAZY: rows are scaled anew only where their largest score grew by much.
         D_REST, V_REST: the second part of the head dims, see `parts`.
@@ -162,6 +163,7 @@ class ForwardFlags(NamedTuple):
     PACK_GQA: int
     PERSISTENT: bool
     OWN_OUT: bool
+    SLOTS: int
     HELD: int
     LAZY: bool
     D_REST: int
@@ -192,6 +194,7 @@ def forward_flags(
         PACK_GQA=tiles.pack_gqa,
         PERSISTENT=persistent,
         OWN_OUT=max(tiles.block_d, tiles.block_v) <= 128 or not fits,
+        SLOTS=2 if max(tiles.block_d, tiles.block_v) <= 128 and persistent else 1,
         # Shared memory is read less: keys of 64 rows and queries would take all it can give.
         HELD=128 if tiles.block_d == 256 else 0,
         LAZY=tiles.block_v > 64 or hides(query, key, params),
