@@ -1,7 +1,8 @@
-"""The backward of the Hopper kernels: three launches, and a fourth for each new mask of intervals.
+"""The backward of the Hopper kernels: its launches.
 
-dK, dV and dQ are computed in one kernel (`gradients`), between two small ones (`rows`). Besides
-the results it takes a float32 dQ, two float32 for each row, and an int32 for each tile of queries.
+Up to head dim 128, dK, dV and dQ are computed in one kernel (`gradients`), between two small ones
+(`rows`); besides the results that takes a float32 dQ and an int32 for each tile of queries. Above,
+`wide_keys` computes dK and dV and `wide_queries` dQ. All take two float32 for each row.
 """
 
 from __future__ import annotations
@@ -13,10 +14,19 @@ import torch
 import triton
 from torch import Tensor
 
-from hf_flash_two.kernels.hopper import gradients, rows, wide
-from hf_flash_two.kernels.hopper.config import BackwardTiles, backward_tiles
+from hf_flash_two.kernels.hopper import rows
+from hf_flash_two.kernels.hopper.config import (
+    BackwardTiles,
+    backward_tiles,
+    forward_flags,
+    heads_together,
+)
 from hf_flash_two.kernels.hopper.gluon import gl, shared_layout
+from hf_flash_two.kernels.hopper.gradients import gradients_kernel
+from hf_flash_two.kernels.hopper.runs import key_runs, runs_tma
 from hf_flash_two.kernels.hopper.schedule import ROW_MULTIPLE
+from hf_flash_two.kernels.hopper.wide_keys import wide_keys_kernel
+from hf_flash_two.kernels.hopper.wide_queries import wide_queries_kernel
 from hf_flash_two.kernels.params import LOG2E, AttentionParams, Layout, output_layout
 from hf_flash_two.kernels.triton.args import (
     Heads,
@@ -31,6 +41,7 @@ from hf_flash_two.kernels.triton.args import (
 from hf_flash_two.kernels.triton.backward import gradient_of_sinks, replace_marked
 from hf_flash_two.kernels.triton.config import Tiles, tma_fits, tma_of
 from hf_flash_two.kernels.triton.launch import Launch, on_device, planned
+from hf_flash_two.kernels.triton.ranges import key_ranges
 
 
 def backward(
@@ -94,23 +105,38 @@ def _differentiate(
     with on_device(query):
         dq, dk, dv = [query.new_empty_strided(*layout) for layout in plan.gradients]
         of_rows = lse.new_empty(plan.rows_shape)
-        dq_sum = lse.new_empty(plan.dq_sum_size)
-        counter = torch.empty(plan.counters, dtype=torch.int32, device=lse.device)
-        plan.prepare(out, d_out, lse, d_lse, of_rows, counter, dq_sum)
-        marked_rows = marked_keys = turns = None
+        marked_rows = marked_keys = None
         if plan.tiles.setup.RESCUE:
             marked_rows = query.new_empty(query.shape[:3], dtype=torch.int8)
             # Two consumers mark each key of a wide head.
-            empty = key.new_zeros if plan.tiles.block_d > 128 else key.new_empty
+            empty = key.new_zeros if plan.of_queries is not None else key.new_empty
             marked_keys = empty(key.shape[:3], dtype=torch.int8)
-        if params.deterministic:
-            turns = rows.order(params, query.shape[2], key.shape[2], plan.tiles.setup)
-        plan.gradients_of(
-            query, key, value, d_out, of_rows, dq_sum, dk, dv,
-            intervals_of(params, params.key_bounds), turns, params.alibi_slopes,
-            params.seed, counter, marked_keys,
-        )  # fmt: skip
-        plan.convert(dq_sum, counter, marked_rows, dq)
+        of_keys = intervals_of(params, params.key_bounds)
+        tiles = plan.tiles.of_queries
+        if tiles is not None and plan.of_queries is not None:
+            plan.prepare(out, d_out, lse, d_lse, of_rows, None, None)
+            plan.of_keys(
+                query, key, value, d_out, of_rows, dk, dv,
+                of_keys, params.alibi_slopes, params.seed, marked_keys,
+            )  # fmt: skip
+            ranges = key_ranges(params, tiles, query.shape[2], key.shape[2])
+            plan.of_queries(
+                query, d_out, key, value, dq, key_runs(params, tiles.block_k), of_rows, ranges,
+                marked_rows, params.alibi_slopes, params.seed,
+            )  # fmt: skip
+        elif plan.convert is not None:
+            turns = None
+            if params.deterministic:
+                turns = rows.order(params, query.shape[2], key.shape[2], plan.tiles.setup)
+            dq_sum = lse.new_empty(plan.dq_sum_size)
+            counter = torch.empty(plan.counters, dtype=torch.int32, device=lse.device)
+            zeroed = None if params.deterministic else dq_sum
+            plan.prepare(out, d_out, lse, d_lse, of_rows, counter, zeroed)
+            plan.of_keys(
+                query, key, value, d_out, of_rows, dq_sum, dk, dv,
+                of_keys, turns, params.alibi_slopes, params.seed, counter, marked_keys,
+            )  # fmt: skip
+            plan.convert(dq_sum, counter, marked_rows, dq)
         if marked_rows is not None and marked_keys is not None:
             replace_marked(
                 (marked_rows, marked_keys), Rows(of_rows[0], of_rows[1], None),
@@ -121,14 +147,20 @@ def _differentiate(
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
+    """``of_keys`` computes dK and dV; and adds to dQ, which ``convert`` completes, or
+
+    ``of_queries`` computes it.
+    """
+
     tiles: BackwardTiles
     gradients: tuple[Layout, Layout, Layout]
     rows_shape: tuple[int, int, int, int]
     dq_sum_size: int
     counters: int
     prepare: Launch
-    gradients_of: Launch
-    convert: Launch
+    of_keys: Launch
+    convert: Launch | None
+    of_queries: Launch | None
 
 
 def _plan(
@@ -143,14 +175,14 @@ def _plan(
 ) -> _Plan:
     batch, heads, query_length, head_dim = query.shape
     key_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
-    tiles, ordered = backward_tiles(query, key, value, params), params.deterministic
+    tiles = backward_tiles(query, key, value, params)
     block_d, block_v = tiles.block_d, tiles.block_v
     block_q, block_k = tiles.setup.BLOCK_Q, tiles.setup.BLOCK_K
     key_tiles = triton.cdiv(key_length, block_k)
     padded = triton.cdiv(query_length, ROW_MULTIPLE) * ROW_MULTIPLE
     row_count = batch * heads * padded
-    of_query, of_key, of_value = [output_layout(x, x.shape[3]) for x in (query, key, value)]
-    d_key, d_value = [query.new_empty_strided(*x, device="meta") for x in (of_key, of_value)]
+    layouts = [output_layout(x, x.shape[3]) for x in (query, key, value)]
+    d_query, d_key, d_value = [query.new_empty_strided(*x, device="meta") for x in layouts]
 
     def tma(x: Tensor, block_rows: int, columns: int) -> Tma:
         return tma_of(x, block_rows, columns, shared_layout((1, 1, block_rows, columns), x.dtype))
@@ -181,9 +213,9 @@ def _plan(
         min(tiles.turned, batch * key_heads),
         params.scale * (LOG2E if plain else 1.0), params.softcap or 1.0,
     )  # fmt: skip
-    kernel = wide.wide_kernel if block_d > 128 else gradients.gradients_kernel
-    main = Launch(
-        kernel, (key_tiles * batch * key_heads,), templates, scalars,
+    of_keys = Launch(
+        wide_keys_kernel if tiles.of_queries else gradients_kernel,
+        (key_tiles * batch * key_heads,), templates, scalars,
         {"SETUP": tiles.setup}, Tiles(block_q, block_k, block_d, block_v, 4, 1),
         maxnreg=168,
     )  # fmt: skip
@@ -199,22 +231,47 @@ def _plan(
         (heads, query_length, row_count),
         {
             "PLAIN": plain, "DV": value_dim, "BLOCK_V": block_v, "BLOCK_D": block_d,
-            "BLOCK_Q": block_q, "ROWS": rows.ROWS, "ORDERED": ordered,
+            "BLOCK_Q": block_q, "ROWS": rows.ROWS,
         },
         small,
     )  # fmt: skip
-    convert = Launch(
-        rows.convert_kernel,
-        (triton.cdiv(query_length, rows.ROWS) * batch * heads,),
-        {"dq": Operand(None, *of_query[1][:3])},
-        (heads, query_length, params.scale),
-        {
-            "D": head_dim, "BLOCK_D": block_d, "BLOCK_Q": block_q, "ROWS": rows.ROWS,
-            "ORDERED": ordered,
-        },
-        small,
-    )  # fmt: skip
+    convert = of_queries = None
+    if tiles.of_queries is None:
+        convert = Launch(
+            rows.convert_kernel,
+            (triton.cdiv(query_length, rows.ROWS) * batch * heads,),
+            {"dq": Operand(None, *d_query.stride()[:3])},
+            (heads, query_length, params.scale),
+            {
+                "D": head_dim, "BLOCK_D": block_d, "BLOCK_Q": block_q, "ROWS": rows.ROWS,
+                "ORDERED": params.deterministic,
+            },
+            small,
+        )  # fmt: skip
+    else:
+        flags = forward_flags(query, key, params, tiles.of_queries, False)
+        row_tiles = triton.cdiv(query_length, tiles.of_queries.block_q)
+        together = heads_together(key, value, heads // key_heads)
+        of_queries = Launch(
+            wide_queries_kernel,
+            (row_tiles * batch * heads,),
+            templates
+            | {
+                "dq_desc": tma(d_query, block_q, block_d),
+                "run_desc": runs_tma(params, key_length, block_k),
+            },
+            (
+                row_count, params.scale, params.softcap or 1.0, heads, heads // key_heads,
+                query_length, key_length, params.query_offset,
+                params.window_left or 0, params.window_right or 0,
+                row_tiles, batch * heads, min(together, batch * heads),
+            ),
+            {"FLAGS": flags},
+            tiles.of_queries,
+            maxnreg=168,
+        )  # fmt: skip
+    of_query, of_key, of_value = layouts
     return _Plan(
         tiles, (of_query, of_key, of_value), (2, batch, heads, padded), row_count * block_d,
-        row_count // block_q, prepare, main, convert,
+        row_count // block_q, prepare, of_keys, convert, of_queries,
     )  # fmt: skip

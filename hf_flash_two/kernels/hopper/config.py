@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_flash_two.kernels.hidden import band_hides, hides
+from hf_flash_two.kernels.hidden import hides
 from hf_flash_two.kernels.hopper.schedule import Setup
 from hf_flash_two.kernels.hopper.tile import BAND, INTERVALS, NO_MASK
 from hf_flash_two.kernels.params import AttentionParams
@@ -231,7 +231,8 @@ class BackwardTiles:
 
     Attributes:
         block_d, block_v: the padded head dims.
-        together, turned: see `gradients.Sizes`.
+        together, turned: see `schedule.Sizes`.
+        of_queries: where dQ has a kernel of its own, that one's.
     """
 
     setup: Setup
@@ -239,13 +240,13 @@ class BackwardTiles:
     block_v: int
     together: int
     turned: int
+    of_queries: Tiles | None
 
 
 def backward_tiles(
     query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
 ) -> BackwardTiles:
     """Tiles of the backward, and the order in which its programs start."""
-    query_length, key_length = query.shape[2], key.shape[2]
     left, right = params.window_left is not None, params.window_right is not None
     intervals = params.query_start is not None
     widest = max(query.shape[3], value.shape[3])
@@ -253,8 +254,8 @@ def backward_tiles(
     narrow, wide = width == 64, width == 256
     block_q, block_k = 128 if narrow else 64, 64 if wide else 128
     value_width = 128 if wide and value.shape[3] <= 128 else width
-    masked = intervals or band_hides(query_length, key_length, params)
-    ordered = params.deterministic
+    masked = hides(query, key, params)
+    ordered = params.deterministic and not wide
     down = ordered and (intervals or right)
     grouped = query.shape[1] > key.shape[1]
     together, turned = 1, 0
@@ -271,7 +272,7 @@ def backward_tiles(
         RESCUE=masked,
         ALIBI=params.alibi_slopes is not None,
         DROPOUT=params.dropout_p > 0,
-        MASKED=masked or key_length % block_k > 0,
+        MASKED=masked or key.shape[2] % block_k > 0,
         ORDERED=ordered,
         DOWN=down,
         DV_FIRST=not masked and not narrow,
@@ -280,4 +281,5 @@ def backward_tiles(
         BLOCK_Q=block_q,
         BLOCK_K=block_k,
     )
-    return BackwardTiles(setup, width, value_width, together, turned)
+    of_queries = Tiles(2 * ROWS, block_k, width, value_width, 4, 2) if wide else None
+    return BackwardTiles(setup, width, value_width, together, turned, of_queries)

@@ -17,13 +17,13 @@ from hf_flash_two.kernels.hopper.config import (
     heads_together,
     parts,
 )
-from hf_flash_two.kernels.hopper.gluon import gl, shared_layout
+from hf_flash_two.kernels.hopper.gluon import shared_layout
+from hf_flash_two.kernels.hopper.runs import key_runs, runs_tma
 from hf_flash_two.kernels.params import AttentionParams, Layout, Prepared, output_layout
 from hf_flash_two.kernels.triton.args import PerHead, Tma, broadcast_strides, dropout_of
 from hf_flash_two.kernels.triton.config import Tiles, device_of
 from hf_flash_two.kernels.triton.launch import Launch, with_plan
 from hf_flash_two.kernels.triton.ranges import key_ranges
-from hf_flash_two.tensor_cache import derive
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def _attend(
     out = query.new_empty_strided(*plan.out)
     lse = query.new_empty(plan.out[0][:3], dtype=torch.float32)
     ranges = key_ranges(params, plan.tiles, query.shape[2], key.shape[2])
-    runs = _key_runs(params, plan.tiles.block_k)
+    runs = key_runs(params, plan.tiles.block_k)
     tickets = query.new_zeros(plan.tickets, dtype=torch.int32) if plan.tickets else None
     plan.attend(
         query, query, key, key, value, value, out, out, runs, lse, ranges,
@@ -104,19 +104,13 @@ def _plan(params: AttentionParams, query: Tensor, key: Tensor, value: Tensor) ->
         block = (1, 1, tiles.block_k, columns) if columns else ()
         return _tma(tuple(tensor.shape), tensor.stride()[:3], block, tensor.dtype)
 
-    runs = Tma()
-    if params.query_start is not None:
-        count = triton.cdiv(key_length, tiles.block_k) * params.query_start.shape[0]
-        width = 2 * tiles.block_k
-        layout = gl.NVMMASharedLayout(0, 32, 2)
-        runs = Tma((count, width), (width, 1), (1, width), layout)
     queries = (tuple(query.shape), query.stride())
     templates = {
         "q_desc": rows(queries, d),
         "q_rest": rows(queries, flags.D_REST),
         "k_desc": keys(key, d),
         "k_rest": keys(key, flags.D_REST),
-        "run_desc": runs,
+        "run_desc": runs_tma(params, key_length, tiles.block_k),
         "slopes": PerHead(None, *broadcast_strides(params.alibi_slopes, batch, heads)),
     }
     scalars = (
@@ -165,25 +159,3 @@ def _tma(
     # An axis of one element is never stepped along, but its stride is checked.
     steps = [step if length > 1 else 16 for length, step in zip(shape, strides, strict=False)]
     return Tma(shape, (*steps, 1), block, shared_layout(block, dtype))
-
-
-def _key_runs(params: AttentionParams, block_k: int) -> Tensor | None:
-    """The intervals tile by tile, as `attend_kernel` takes them; None if there are none.
-
-    Worked out once for each mask, which all layers share.
-    """
-    start, stop = params.query_start, params.query_stop
-    if start is None or stop is None:
-        return None
-
-    def build() -> Tensor:
-        missing = -start.shape[1] % block_k
-        # What FAR is from -FAR takes the sign's bit.
-        length = (stop.long() - start).clamp_min(0).to(torch.int32)
-        sides = (
-            torch.nn.functional.pad(side, (0, missing)).view(-1, 1, block_k)
-            for side in (start, length)
-        )
-        return torch.cat(tuple(sides), 1).view(-1, 2 * block_k)
-
-    return derive(("key runs", block_k), build, start, stop)

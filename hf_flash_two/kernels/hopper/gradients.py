@@ -32,7 +32,9 @@ from hf_flash_two.kernels.hopper.gluon import (
     gl,
     jit,
     mbarrier,
+    tma_add,
     tma_store,
+    tma_store_done,
     tma_store_read,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -49,20 +51,78 @@ from hf_flash_two.kernels.hopper.parts import (
     probabilities,
     producer,
     score_gradient,
-    store_dq,
     tile_of,
     weights,
 )
-from hf_flash_two.kernels.hopper.schedule import Pointers, Scores, Sizes, place_of
+from hf_flash_two.kernels.hopper.schedule import (
+    Scores,
+    Sizes,
+    await_turn,
+    end_turn,
+    first_row_of,
+    place_of,
+    rank_of,
+)
 from hf_flash_two.kernels.triton.args import Dropout, Heads, Intervals, PerHead
 
 _STAGES = gl.constexpr(2)
 
 
 @jit
+def _add(desc, at, source, first):
+    """Adds a piece of dQ; the first that comes is stored."""
+    if first:
+        tma_store(desc, [at, 0], source)
+    else:
+        tma_add(desc, [at, 0], source)
+
+
+@jit
+def _end_turn_of(tile, counter_ptr):
+    """Lets the next add to a tile of dQ, if there is one: all of this one's is in memory."""
+    if tile >= 0:
+        tma_store_done(0, 1)
+        end_turn(counter_ptr + tile)
+
+
+@jit
+def _store_dq(SETUP: gl.constexpr, sizes, order_ptr, counter_ptr, dq_desc, dq_s, dq_empty):
+    """The warp that adds dQ to its sum, in two halves."""
+    place = place_of(sizes, SETUP)
+    half_0 = tile_of(dq_desc, dq_s.index(0))
+    half_1 = tile_of(dq_desc, dq_s.index(1))
+    previous = -1
+    for member in range(sizes.heads.group):
+        _, first_row = first_row_of(place, member, sizes, SETUP)
+        for step in range(place.count):
+            query_tile = place.start + step * place.step
+            tile = first_row + query_tile
+            first = False
+            if SETUP.ORDERED:
+                rank = rank_of(place, query_tile, order_ptr, sizes, SETUP)
+                await_turn(counter_ptr + tile, rank)
+                first = rank == 0
+                # The turn before ends here: what it added has reached memory while this one was
+                # waited for.
+                _end_turn_of(previous, counter_ptr)
+                previous = tile
+            asm("bar.sync 10, 160;", 1)
+            _add(dq_desc, tile * 32, half_0, first)
+            asm("bar.sync 12, 160;", 1)
+            _add(dq_desc, tile * 32 + 16, half_1, first)
+            tma_store_read(1)
+            mbarrier.arrive(dq_empty.index(0), count=1)
+            tma_store_read(0)
+            mbarrier.arrive(dq_empty.index(1), count=1)
+    if SETUP.ORDERED:
+        _end_turn_of(previous, counter_ptr)
+    tma_store_done(0, 1)
+
+
+@jit
 def _step(
     HALF: gl.constexpr, SETUP: gl.constexpr, done, tile, keys, head,
-    k, v, sizes, scores, memory, bars, dk, dv,
+    k, v, sizes, scores, memory, bars, dq_empty, dk, dv,
 ):  # fmt: skip
     """One tile of queries: adds to dK and dV, and hands on half a tile of dQ."""
     BLOCK_Q: gl.constexpr = SETUP.BLOCK_Q
@@ -118,7 +178,7 @@ def _step(
     dk_async = warpgroup_mma(ds_half, q, dk, is_async=True)
     dq = warpgroup_mma_wait(1, deps=(dq_async,))
     dq = in_order_of_registers(dq)
-    mbarrier.wait(bars.dq_empty.index(HALF), (done & 1) ^ 1)
+    mbarrier.wait(dq_empty.index(HALF), (done & 1) ^ 1)
     memory.dq.index(HALF).store(dq)
     fence_async_shared()
     if HALF == 0:
@@ -132,7 +192,8 @@ def _step(
 
 @jit
 def _consumer(
-    HALF: gl.constexpr, SETUP: gl.constexpr, sizes, scores, pointers, descs, memory, bars
+    HALF: gl.constexpr, SETUP: gl.constexpr,
+    sizes, scores, marked_ptr, descs, memory, bars, dq_empty,
 ):  # fmt: skip
     BLOCK_Q: gl.constexpr = SETUP.BLOCK_Q
     D: gl.constexpr = memory.k.type.shape[1]
@@ -156,7 +217,7 @@ def _consumer(
         for step in range(place.count):
             dk, dv = _step(
                 HALF, SETUP, before + step, place.start + step * place.step, keys, head,
-                k, v, sizes, scores, memory, bars, dk, dv,
+                k, v, sizes, scores, memory, bars, dq_empty, dk, dv,
             )  # fmt: skip
     if SETUP.RESCUE:
         marked = gl.max((dv != dv).to(gl.int32), 1)
@@ -166,7 +227,7 @@ def _consumer(
         key += gl.arange(0, 64, layout=gl.SliceLayout(1, DK))
         head = place.batch * (sizes.heads.count // sizes.heads.group) + place.key_head
         gl.store(
-            pointers.marked + head.to(gl.int64) * sizes.key_length + key, marked.to(gl.int8),
+            marked_ptr + head.to(gl.int64) * sizes.key_length + key, marked.to(gl.int8),
             key < sizes.key_length,
         )  # fmt: skip
     # Both are done with all of K: K and V become what dK and dV are stored from.
@@ -204,7 +265,9 @@ def gradients_kernel(
         q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc: of [B, H, T, D] tensors.
         rows_desc: of [2, B * Hq * padded Tq / BLOCK_Q, BLOCK_Q].
         dq_desc: of [pieces * 16, 256], float32.
-        counter_ptr, marked_ptr: see `Pointers`.
+        order_ptr: of intervals, see `rows.order`.
+        counter_ptr: int32, one of each tile of dQ, zeros.
+        marked_ptr: int8 [B, Hk, Tk], see `triton.backward.replace_marked`.
     """
     BLOCK_Q: gl.constexpr = SETUP.BLOCK_Q
     BLOCK_K: gl.constexpr = SETUP.BLOCK_K
@@ -226,22 +289,22 @@ def gradients_kernel(
     )
     bars = Barriers(
         allocate_barriers(1, 1).index(0), allocate_barriers(1, 1).index(0),
-        allocate_barriers(_STAGES, 1), allocate_barriers(_STAGES, 1), allocate_barriers(2, 1),
+        allocate_barriers(_STAGES, 1), allocate_barriers(_STAGES, 1),
     )  # fmt: skip
-    descs = Descriptors(q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc)
+    dq_empty = allocate_barriers(2, 1)
+    descs = Descriptors(q_desc, k_desc, v_desc, do_desc, rows_desc, dk_desc, dv_desc)
     sizes = Sizes(
         heads, key_heads, together, turned, query_length, key_length, offset, left, right,
-        of_keys, order_ptr, interval_stride_b,
+        of_keys, interval_stride_b,
     )  # fmt: skip
     scores = Scores(scale, softcap, slopes, dropout)
-    pointers = Pointers(counter_ptr, marked_ptr)
     # Written out each: a sum of tuples forgets names, one given a name forgets constants.
     gl.warp_specialize(
         [
-            (_consumer, (0, SETUP, sizes, scores, pointers, descs, memory, bars)),
-            (_consumer, (1, SETUP, sizes, scores, pointers, descs, memory, bars)),
-            (producer, (SETUP, sizes, scores, pointers, descs, memory, bars)),
-            (store_dq, (SETUP, sizes, scores, pointers, descs, memory, bars)),
+            (_consumer, (0, SETUP, sizes, scores, marked_ptr, descs, memory, bars, dq_empty)),
+            (_consumer, (1, SETUP, sizes, scores, marked_ptr, descs, memory, bars, dq_empty)),
+            (producer, (SETUP, sizes, descs, memory, bars)),
+            (_store_dq, (SETUP, sizes, order_ptr, counter_ptr, dq_desc, memory.dq, dq_empty)),
         ],
         [4, 1, 1],
         [240, 24, 24],

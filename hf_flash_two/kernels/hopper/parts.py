@@ -1,4 +1,4 @@
-"""What the backward's two kernels share: copies, the sum of dQ, probabilities."""
+"""What the kernels of the backward share: copies, probabilities."""
 
 # What stands in a kernel is Triton's language, which its types do not describe.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
@@ -12,24 +12,13 @@ from typing import Any, NamedTuple
 import triton
 
 from hf_flash_two.kernels.hopper.gluon import (
-    asm,
     gl,
     jit,
     mbarrier,
     reinterpret,
-    tma_add,
     tma_load,
-    tma_store,
-    tma_store_done,
-    tma_store_read,
 )
-from hf_flash_two.kernels.hopper.schedule import (
-    await_turn,
-    end_turn,
-    first_row_of,
-    place_of,
-    rank_of,
-)
+from hf_flash_two.kernels.hopper.schedule import first_row_of, place_of
 from hf_flash_two.kernels.hopper.tile import keep_bits
 from hf_flash_two.kernels.params import LOG2E
 from hf_flash_two.kernels.triton.tile import INTERVALS
@@ -40,14 +29,13 @@ _FAR = gl.constexpr(FAR)
 
 
 class Descriptors(NamedTuple):
-    """TMA's, of tiles of Q, K, V, dO, `Rows`, the sum of dQ, dK and dV."""
+    """TMA's, of tiles of Q, K, V, dO, `Rows`, dK and dV."""
 
     q: Any
     k: Any
     v: Any
     do: Any
     rows: Any
-    dq: Any
     dk: Any
     dv: Any
 
@@ -69,7 +57,6 @@ class Barriers(NamedTuple):
     v_full: Any
     q_full: Any
     do_full: Any
-    dq_empty: Any
 
 
 @jit
@@ -106,7 +93,7 @@ def load(desc, at, full, memory):
 
 
 @jit
-def producer(SETUP: gl.constexpr, sizes, scores, pointers, descs, memory, bars):
+def producer(SETUP: gl.constexpr, sizes, descs, memory, bars):
     """The warp that copies tiles into shared memory: K and V once, then those of the queries."""
     Q_STAGES: gl.constexpr = memory.q.type.shape[0]
     DO_STAGES: gl.constexpr = memory.do.type.shape[0]
@@ -135,59 +122,6 @@ def producer(SETUP: gl.constexpr, sizes, scores, pointers, descs, memory, bars):
             if done >= DO_STAGES:
                 wait_at(14, stage, 1)
             load(descs.do, at, bars.do_full.index(stage), memory.do.index(stage))
-
-
-@jit
-def _add(desc, at, source, first):
-    """Adds a piece of dQ; the first that comes is stored."""
-    if first:
-        tma_store(desc, [at, 0], source)
-    else:
-        tma_add(desc, [at, 0], source)
-
-
-@jit
-def _end_turn_of(tile, pointers):
-    """Lets the next add to a tile of dQ, if there is one: all of this one's is in memory."""
-    if tile >= 0:
-        tma_store_done(0, 1)
-        end_turn(pointers.counter + tile)
-
-
-@jit
-def store_dq(SETUP: gl.constexpr, sizes, scores, pointers, descs, memory, bars):
-    """The warp that adds dQ to its sum, each half in pieces of 64 x 64."""
-    PIECES: gl.constexpr = SETUP.BLOCK_Q * descs.q.block_type.shape[3] // 8192
-    place = place_of(sizes, SETUP)
-    half_0 = tile_of(descs.dq, memory.dq.index(0))
-    half_1 = tile_of(descs.dq, memory.dq.index(1))
-    previous = -1
-    for member in range(sizes.heads.group):
-        _, first_row = first_row_of(place, member, sizes, SETUP)
-        for step in range(place.count):
-            tile = first_row + place.start + step * place.step
-            first = False
-            if SETUP.ORDERED:
-                rank = rank_of(place, place.start + step * place.step, sizes, SETUP)
-                await_turn(pointers.counter + tile, rank)
-                first = rank == 0
-                # The turn before ends here: what it added has reached memory while this one was
-                # waited for.
-                _end_turn_of(previous, pointers)
-                previous = tile
-            for piece in gl.static_range(PIECES):
-                at = (tile * 2 * PIECES + piece) * 16
-                asm("bar.sync 10, 160;", 1)
-                _add(descs.dq, at, half_0, first)
-                asm("bar.sync 12, 160;", 1)
-                _add(descs.dq, at + PIECES * 16, half_1, first)
-                tma_store_read(1)
-                mbarrier.arrive(bars.dq_empty.index(0), count=1)
-                tma_store_read(0)
-                mbarrier.arrive(bars.dq_empty.index(1), count=1)
-    if SETUP.ORDERED:
-        _end_turn_of(previous, pointers)
-    tma_store_done(0, 1)
 
 
 class Keys(NamedTuple):

@@ -38,7 +38,7 @@ def prepare_kernel(
     out: Operand, do: Operand, lse_ptr, d_lse: Operand, rows_ptr, counter_ptr, dq_sum_ptr,
     heads, query_length, rows_size,
     PLAIN: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, ORDERED: tl.constexpr,
+    BLOCK_Q: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """`triton.args.Rows` of one tile of queries; and zeros.
 
@@ -48,6 +48,7 @@ def prepare_kernel(
         out, do: [B, Hq, Tq, Dv]. lse_ptr: [B, Hq, Tq]. d_lse: [B, Hq, Tq] or None.
         rows_ptr: [2, B, Hq, padded Tq], lse and delta.
         counter_ptr: [B, Hq, padded Tq / BLOCK_Q]. dq_sum_ptr: [B, Hq, padded Tq, BLOCK_D].
+            None where neither is needed, or dQ need not begin at 0.
         rows_size: B * Hq * padded Tq.
     """
     program = tl.program_id(0)
@@ -74,9 +75,10 @@ def prepare_kernel(
     at = rows_ptr + program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     tl.store(at, lse)
     tl.store(at + rows_size, delta)
-    if program % (BLOCK_Q // ROWS) == 0:
-        tl.store(counter_ptr + program // (BLOCK_Q // ROWS), 0)
-    if not ORDERED:
+    if counter_ptr is not None:
+        if program % (BLOCK_Q // ROWS) == 0:
+            tl.store(counter_ptr + program // (BLOCK_Q // ROWS), 0)
+    if dq_sum_ptr is not None:
         dq_at = dq_sum_ptr + program.to(tl.int64) * (ROWS * BLOCK_D)
         tl.store(dq_at + tl.arange(0, ROWS * BLOCK_D), tl.zeros([ROWS * BLOCK_D], tl.float32))
 
@@ -170,7 +172,7 @@ def order_kernel(
     query_tile = program - batch * count
     sizes = Sizes(
         Heads(1, 1), 1, 1, 0, query_length, key_length, offset, 0, 0,
-        Intervals(None, None, bounds_ptr), None, interval_stride_b,
+        Intervals(None, None, bounds_ptr), interval_stride_b,
     )  # fmt: skip
     tiles = gl.cdiv(key_length, SETUP.BLOCK_K)
     lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))

@@ -68,7 +68,6 @@ class Sizes(NamedTuple):
         together: how many key heads have their tiles of keys side by side in the grid.
         turned: how many of the last key heads add their first tile of keys first.
         left, right: the band.
-        order_ptr: of intervals, see `rows.order`.
         interval_stride_b: Tk, or 0 where one row of intervals serves all.
     """
 
@@ -82,15 +81,7 @@ class Sizes(NamedTuple):
     left: Any
     right: Any
     of_keys: Any
-    order_ptr: Any
     interval_stride_b: Any
-
-
-class Pointers(NamedTuple):
-    """int32, one of each tile of dQ, 0; int8 [B, Hk, Tk], see `triton.backward.replace_marked`."""
-
-    counter: Any
-    marked: Any
 
 
 class Scores(NamedTuple):
@@ -203,11 +194,14 @@ def place_of(sizes, SETUP: gl.constexpr):
 
 
 @jit
-def rank_of(place, query_tile, sizes, SETUP: gl.constexpr):
-    """How many tiles of keys add to a tile of dQ before this program's."""
+def rank_of(place, query_tile, order_ptr, sizes, SETUP: gl.constexpr):
+    """How many tiles of keys add to a tile of dQ before this program's.
+
+    ``order_ptr``: of intervals, see `rows.order`.
+    """
     if SETUP.MASK == INTERVALS:
         tiles = gl.cdiv(sizes.query_length, SETUP.BLOCK_Q)
-        at = sizes.order_ptr + query_tile * 2
+        at = order_ptr + query_tile * 2
         at += gl.where(sizes.interval_stride_b != 0, place.batch * tiles * 2, 0)
         last, gaps = gl.load(at), gl.load(at + 1)
         rank = last - place.tile

@@ -135,20 +135,25 @@ def masked_scores(
     col = key_tile * BLOCK_K + gl.arange(0, BLOCK_K, layout=COL)
     s, _ = modified(s, position[:, None], col[None, :], scale, softcap, slope, FLAGS)
     if MASKED:
-        if FLAGS.MASK == INTERVALS:
-            start = run.slice(0, BLOCK_K).load(COL)
-            length = run.slice(BLOCK_K, BLOCK_K).load(COL)
-            # One comparison: before its start, the distance from it is a huge number.
-            s = _kept_if("lt.u32", s, position[:, None] - start[None, :], length[None, :])
-        else:
-            s = _in_band(
-                s,
-                position - key_tile * BLOCK_K,
-                key_length - key_tile * BLOCK_K,
-                left,
-                right,
-                FLAGS,
-            )
+        s = visible_scores(s, position, key_tile, key_length, left, right, run, FLAGS)
+    return s
+
+
+@jit
+def visible_scores(
+    s, position, key_tile, key_length, left, right, run, FLAGS: gl.constexpr
+):  # fmt: skip
+    """Scores, those of hidden pairs -infinity. ``run``: the tile's, of `copy_runs`."""
+    BLOCK_K: gl.constexpr = s.shape[1]
+    COL: gl.constexpr = gl.SliceLayout(0, s.type.layout)
+    if FLAGS.MASK == INTERVALS:
+        start = run.slice(0, BLOCK_K).load(COL)
+        length = run.slice(BLOCK_K, BLOCK_K).load(COL)
+        # One comparison: before its start, the distance from it is a huge number.
+        s = _kept_if("lt.u32", s, position[:, None] - start[None, :], length[None, :])
+    else:
+        first = key_tile * BLOCK_K
+        s = _in_band(s, position - first, key_length - first, left, right, FLAGS)
     return s
 
 

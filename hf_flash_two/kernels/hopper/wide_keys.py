@@ -1,12 +1,12 @@
-"""The backward of Hopper GPUs for head dims above 128: as `gradients`, in tiles of 64 x 64.
+"""The backward of Hopper GPUs for head dims above 128: dK and dV, in tiles of 64 keys.
 
-dK and dV of 64 keys and 256 columns fill the registers of two consumers, so that each has half of
-the columns, of all keys; and of dQ too. What they need of scores is computed once: consumer 0
-computes P^T, consumer 1 dP^T and dS^T. P^T goes from one to the other in float32, each thread to
-the one in the same place, and to both as an operand; dS^T to both.
+They fill the registers of two consumers, so that each has half of the columns, of all keys. What
+both need of scores is computed once: consumer 0 computes P^T, consumer 1 dP^T and dS^T. P^T goes
+from one to the other in float32, each thread to the one in the same place, and to both as an
+operand; dS^T to both. `wide_queries` computes dQ.
 
 Named barriers: 5, 6: a stage of Q is free; 14, 15: one of dO; 8: P is there; 11: nobody reads P
-any more; 9, 13: the same of dS; 10, 12: a piece of a half of dQ is ready; 7: the two consumers.
+any more; 9, 13: the same of dS; 7: the two consumers.
 """
 
 # What stands in a kernel is Triton's language, which its types do not describe.
@@ -41,18 +41,17 @@ from hf_flash_two.kernels.hopper.parts import (
     probabilities,
     producer,
     score_gradient,
-    store_dq,
     tile_of,
     weights,
 )
-from hf_flash_two.kernels.hopper.schedule import Pointers, Scores, Sizes, place_of
+from hf_flash_two.kernels.hopper.schedule import Scores, Sizes, place_of
 from hf_flash_two.kernels.triton.args import Dropout, Heads, Intervals, PerHead
 
-_Q_STAGES = gl.constexpr(2)
+_STAGES = gl.constexpr(2)
 
 
 class Memory(NamedTuple):
-    """Shared memory: tiles, of Q and of its `Rows` two; P as it is exchanged; dQ in two halves."""
+    """Shared memory: tiles, those but K's and V's in two stages; P as it is exchanged."""
 
     k: Any
     v: Any
@@ -62,19 +61,6 @@ class Memory(NamedTuple):
     p: Any
     ds: Any
     exchanged: Any
-    dq: Any
-
-
-@jit
-def _hand_on(HALF: gl.constexpr, dq, use, memory, bars):
-    """Gives the store warp a piece of dQ, the ``use``-th."""
-    mbarrier.wait(bars.dq_empty.index(HALF), (use & 1) ^ 1)
-    memory.dq.index(HALF).store(in_order_of_registers(dq))
-    fence_async_shared()
-    if HALF == 0:
-        asm("bar.arrive 10, 160;", 4)
-    else:
-        asm("bar.arrive 12, 160;", 4)
 
 
 @jit
@@ -82,19 +68,17 @@ def _step(
     HALF: gl.constexpr, SETUP: gl.constexpr, done, tile, keys, head,
     sizes, scores, memory, bars, dk, dv,
 ):  # fmt: skip
-    """One tile of queries: adds to half of dK and dV, and hands on half a tile of dQ."""
+    """One tile of queries: adds to half of dK and dV."""
     D: gl.constexpr = memory.k.type.shape[1]
     DV: gl.constexpr = memory.v.type.shape[1]
     DTYPE: gl.constexpr = memory.q.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     ROW: gl.constexpr = gl.SliceLayout(0, S)
-    DO_STAGES: gl.constexpr = memory.do.type.shape[0]
-    stage = done % _Q_STAGES
-    do_stage = done % DO_STAGES
-    q, do, rows = memory.q.index(stage), memory.do.index(do_stage), memory.rows.index(stage)
+    stage = done % _STAGES
+    q, do, rows = memory.q.index(stage), memory.do.index(stage), memory.rows.index(stage)
     do_half = do.slice(HALF * (DV // 2), DV // 2, dim=1)
     zeros = gl.zeros((64, 64), gl.float32, S)
-    mbarrier.wait(bars.q_full.index(stage), (done // _Q_STAGES) & 1)
+    mbarrier.wait(bars.q_full.index(stage), (done // _STAGES) & 1)
     if HALF == 0:
         s = warpgroup_mma(memory.k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
         lse = rows.slice(0, 64).load(ROW)
@@ -108,11 +92,11 @@ def _step(
         memory.p.store(p_half)
         fence_async_shared()
         asm("bar.sync 8, 256;", 4)
-        mbarrier.wait(bars.do_full.index(do_stage), (done // DO_STAGES) & 1)
+        mbarrier.wait(bars.do_full.index(stage), (done // _STAGES) & 1)
         dv_async = warpgroup_mma(memory.p, do_half, dv, is_async=True)
         asm("bar.sync 9, 256;", 4)
     else:
-        mbarrier.wait(bars.do_full.index(do_stage), (done // DO_STAGES) & 1)
+        mbarrier.wait(bars.do_full.index(stage), (done // _STAGES) & 1)
         dp = warpgroup_mma(memory.v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
         delta = rows.slice(64, 64).load(ROW)
         dp = warpgroup_mma_wait(0, deps=(dp,))
@@ -131,20 +115,11 @@ def _step(
             dv_async = warpgroup_mma(memory.p, do_half, dv, is_async=True)
         fence_async_shared()
         asm("bar.sync 9, 256;", 4)
-    ds_rows = memory.ds.permute((1, 0))
-    k_0 = memory.k.slice(HALF * (D // 2), 64, dim=1)
-    k_1 = memory.k.slice(HALF * (D // 2) + 64, 64, dim=1)
-    dq_0 = warpgroup_mma(ds_rows, k_0, zeros, use_acc=False, is_async=True)
-    dq_1 = warpgroup_mma(ds_rows, k_1, zeros, use_acc=False, is_async=True)
-    dv = warpgroup_mma_wait(2, deps=(dv_async,))
-    arrive_at(14, do_stage, 4)
+    dk_async = warpgroup_mma(memory.ds, q.slice(HALF * (D // 2), D // 2, dim=1), dk, is_async=True)
+    dv = warpgroup_mma_wait(1, deps=(dv_async,))
+    arrive_at(14, stage, 4)
     if HALF == 1:
         asm("bar.arrive 11, 256;", 4)
-    dk_async = warpgroup_mma(memory.ds, q.slice(HALF * (D // 2), D // 2, dim=1), dk, is_async=True)
-    dq_0 = warpgroup_mma_wait(2, deps=(dq_0,))
-    _hand_on(HALF, dq_0, 0, memory, bars)
-    dq_1 = warpgroup_mma_wait(1, deps=(dq_1,))
-    _hand_on(HALF, dq_1, 1, memory, bars)
     dk = warpgroup_mma_wait(0, deps=(dk_async,))
     if HALF == 0:
         asm("bar.arrive 13, 256;", 4)
@@ -154,7 +129,7 @@ def _step(
 
 @jit
 def _consumer(
-    HALF: gl.constexpr, SETUP: gl.constexpr, sizes, scores, pointers, descs, memory, bars
+    HALF: gl.constexpr, SETUP: gl.constexpr, sizes, scores, marked_ptr, descs, memory, bars
 ):  # fmt: skip
     D: gl.constexpr = memory.k.type.shape[1]
     DV: gl.constexpr = memory.v.type.shape[1]
@@ -190,7 +165,7 @@ def _consumer(
         head = place.batch * (sizes.heads.count // sizes.heads.group) + place.key_head
         # Either half of the columns may hold NaN: both say so, and none says that there is none.
         gl.store(
-            pointers.marked + head.to(gl.int64) * sizes.key_length + key, marked.to(gl.int8),
+            marked_ptr + head.to(gl.int64) * sizes.key_length + key, marked.to(gl.int8),
             (key < sizes.key_length) & (marked != 0),
         )  # fmt: skip
     # Both are done with all of K: K and V become what dK and dV are stored from.
@@ -215,14 +190,14 @@ def _consumer(
         "together", "turned",
     ]
 )  # fmt: skip
-def wide_kernel(
-    q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc,
-    of_keys: Intervals, order_ptr, slopes: PerHead, dropout: Dropout, counter_ptr, marked_ptr,
+def wide_keys_kernel(
+    q_desc, k_desc, v_desc, do_desc, rows_desc, dk_desc, dv_desc,
+    of_keys: Intervals, slopes: PerHead, dropout: Dropout, marked_ptr,
     heads: Heads, query_length, key_length, offset, left, right, interval_stride_b,
     key_heads, together, turned, scale, softcap,
     SETUP: gl.constexpr,
 ):  # fmt: skip
-    """dK, dV of one tile of keys, and what it adds to dQ: see `gradients.gradients_kernel`.
+    """dK, dV of one tile of keys: see `gradients.gradients_kernel`.
 
     ``marked_ptr`` holds zeros.
     """
@@ -230,7 +205,6 @@ def wide_kernel(
     gl.static_assert(SETUP.BLOCK_K == 64)
     D: gl.constexpr = k_desc.block_type.shape[3]
     DV: gl.constexpr = v_desc.block_type.shape[3]
-    DO_STAGES: gl.constexpr = 1 if DV == 256 else 2
     DTYPE: gl.constexpr = q_desc.dtype
     K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], DTYPE)
     V: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DV], DTYPE)
@@ -239,33 +213,30 @@ def wide_kernel(
     memory = Memory(
         gl.allocate_shared_memory(DTYPE, [64, D], K),
         gl.allocate_shared_memory(DTYPE, [64, DV], V),
-        gl.allocate_shared_memory(DTYPE, [_Q_STAGES, 64, D], K),
-        gl.allocate_shared_memory(DTYPE, [DO_STAGES, 64, DV], V),
-        gl.allocate_shared_memory(gl.float32, [_Q_STAGES, 128], LINEAR),
+        gl.allocate_shared_memory(DTYPE, [_STAGES, 64, D], K),
+        gl.allocate_shared_memory(DTYPE, [_STAGES, 64, DV], V),
+        gl.allocate_shared_memory(gl.float32, [_STAGES, 128], LINEAR),
         gl.allocate_shared_memory(DTYPE, [64, 64], P),
         gl.allocate_shared_memory(DTYPE, [64, 64], P),
         gl.allocate_shared_memory(gl.float32, [4096], LINEAR),
-        gl.allocate_shared_memory(gl.float32, [2, 4096], LINEAR),
     )
     bars = Barriers(
         allocate_barriers(1, 1).index(0), allocate_barriers(1, 1).index(0),
-        allocate_barriers(_Q_STAGES, 1), allocate_barriers(DO_STAGES, 1), allocate_barriers(2, 1),
+        allocate_barriers(_STAGES, 1), allocate_barriers(_STAGES, 1),
     )  # fmt: skip
-    descs = Descriptors(q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc)
+    descs = Descriptors(q_desc, k_desc, v_desc, do_desc, rows_desc, dk_desc, dv_desc)
     sizes = Sizes(
         heads, key_heads, together, turned, query_length, key_length, offset, left, right,
-        of_keys, order_ptr, interval_stride_b,
+        of_keys, interval_stride_b,
     )  # fmt: skip
     scores = Scores(scale, softcap, slopes, dropout)
-    pointers = Pointers(counter_ptr, marked_ptr)
     # Written out each: a sum of tuples forgets names, one given a name forgets constants.
     gl.warp_specialize(
         [
-            (_consumer, (0, SETUP, sizes, scores, pointers, descs, memory, bars)),
-            (_consumer, (1, SETUP, sizes, scores, pointers, descs, memory, bars)),
-            (producer, (SETUP, sizes, scores, pointers, descs, memory, bars)),
-            (store_dq, (SETUP, sizes, scores, pointers, descs, memory, bars)),
+            (_consumer, (0, SETUP, sizes, scores, marked_ptr, descs, memory, bars)),
+            (_consumer, (1, SETUP, sizes, scores, marked_ptr, descs, memory, bars)),
+            (producer, (SETUP, sizes, descs, memory, bars)),
         ],
-        [4, 1, 1],
-        [240, 24, 24],
+        [4, 1],
+        [240, 24],
     )
