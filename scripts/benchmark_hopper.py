@@ -109,6 +109,7 @@ def plain_rows() -> Iterator[Row]:
         heads = 2048 // head_dim
         yield Row(workload, length, head_dim, TOKENS // length, heads, heads)
     yield Row("causal", TOKENS, 256, 1, 8, 8)
+    yield Row("causal", 2048, 256, 8, 8, 8)
 
 
 ROWS = (

@@ -203,8 +203,9 @@ DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (64,
 MOST_SPILLED = {
     "attend_kernel": dict.fromkeys(("full", "causal", "window", "padded"), 400),
     "attend_again_kernel": dict.fromkeys(("full", "causal", "window", "padded"), 300),
-    "gradients_kernel": dict.fromkeys(("full", "causal", "window", "padded"), 200),
-    "wide_kernel": dict.fromkeys(("full", "causal", "window", "padded"), 300),
+    "gradients_kernel": dict.fromkeys(("full", "causal", "window", "padded"), 400),
+    "wide_keys_kernel": dict.fromkeys(("full", "causal", "window", "padded"), 100),
+    "wide_queries_kernel": dict.fromkeys(("full", "causal", "window", "padded"), 100),
 }
 """Bytes that all parts of a kernel spill, stores and loads together; others spill nothing.
 

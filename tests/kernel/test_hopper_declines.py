@@ -173,15 +173,14 @@ PADDED = {"mask": AttentionMask.from_padding(torch.ones(2, 4096))}
 TAKEN = {
     "short": (1024, {}, (False, False)),
     "2k": (2048, {}, (True, True)),
-    "2k D64": (2048, {"dims": (64, 64)}, (True, False)),
+    "2k D64": (2048, {"dims": (64, 64)}, (True, True)),
     "2k window": (2048, WINDOW, (True, False)),
     "16k": (16384, {}, (True, True)),
     "D64": (4096, {"dims": (64, 64)}, (True, True)),
     "D96": (4096, {"dims": (96, 96)}, (True, False)),
     "D192": (4096, {"dims": (192, 192)}, (True, True)),
     "D192-128": (4096, {"dims": (192, 128)}, (True, False)),
-    "D256": (4096, {"dims": (256, 256)}, (True, False)),
-    "D256 in any order": (4096, {"dims": (256, 256), "deterministic": False}, (True, True)),
+    "D256": (4096, {"dims": (256, 256)}, (True, True)),
     "window": (4096, WINDOW, (True, True)),
     "padded": (4096, PADDED, (True, True)),
 }

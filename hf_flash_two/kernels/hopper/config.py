@@ -30,9 +30,9 @@ ROWS = 64
 """Queries of a consumer."""
 _TIMED = 2048, 4096
 """From so many queries on forward and backward were faster than the portable ones wherever timed,
-the backward of full and causal attention at head dim 128 from as many as the forward."""
-_TIMED_WIDTHS = {True: (64, 128, 192), False: (64, 128, 192, 256)}
-"""Head dims at which the backward was; in a fixed order, in any order."""
+the backward of full and causal attention from as many as the forward."""
+_TIMED_WIDTHS = (64, 128, 192, 256)
+"""Head dims at which the backward was."""
 _CACHED = 2**25
 """Bytes of keys and values that programs at work together share in the L2 cache."""
 
@@ -76,11 +76,10 @@ def forward_is_slow(query: Tensor) -> str | None:
 def backward_is_slow(query: Tensor, value: Tensor, params: AttentionParams) -> str | None:
     """Why "auto" does not take the backward although it computes the call, or None."""
     known = "its backward is known to be faster"
-    widths = _TIMED_WIDTHS[params.deterministic]
-    if query.shape[3] != value.shape[3] or query.shape[3] not in widths:
-        return f"{known} for head dims of {widths}"
+    if query.shape[3] != value.shape[3] or query.shape[3] not in _TIMED_WIDTHS:
+        return f"{known} for head dims of {_TIMED_WIDTHS}"
     masked = params.query_start is not None or params.window_left is not None
-    least = _TIMED[masked or query.shape[3] != 128]
+    least = _TIMED[masked]
     return f"{known} from {least} queries on" if query.shape[2] < least else None
 
 
@@ -197,7 +196,7 @@ def forward_flags(
         SLOTS=2 if max(tiles.block_d, tiles.block_v) <= 128 and persistent else 1,
         # Shared memory is read less: keys of 64 rows and queries would take all it can give.
         HELD=128 if tiles.block_d == 256 else 0,
-        LAZY=tiles.block_v > 64 or hides(query, key, params),
+        LAZY=tiles.block_v > 64,
         D_REST=of_query[1],
         V_REST=of_value[1],
     )
