@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import operator
@@ -678,14 +679,18 @@ def test_what_is_not_finite_reaches_only_who_sees_it(
             assert torch.equal(found["out"][..., others], clean["out"][..., others])
 
 
-@pytest.mark.parametrize("name", ["causal", "padded"])
-def test_what_another_kernel_marks_is_computed_anew(device: str, name: str) -> None:
-    """Whole tiles with a marked row, and no others."""
+@pytest.mark.parametrize(("name", "processors"), [("causal", 1), ("padded", 3)])
+def test_what_another_kernel_marks_is_computed_anew(
+    monkeypatch: pytest.MonkeyPatch, device: str, name: str, processors: int
+) -> None:
+    """Whole tiles with a marked row, and no others, where programs share many tiles."""
     length, mask = 100, masks(100, device) | {"causal": AttentionMask.causal()}
     query, key, value = inputs(length, length, heads=(4, 2), device=device)
+    few = dataclasses.replace(config.device_of(query.device.index), processors=processors)
+    monkeypatch.setattr(config, "device_of", lambda index: few)
     params = AttentionParams(
         *mask[name].intervals or (None, None), mask[name].key_bounds(), None, None, None, None,
-        None, 0, mask[name].window_left, mask[name].window_right, 0.25, 0.0, 0.0, 32, 32,
+        None, 0, mask[name].window_left, mask[name].window_right, 0.25, 0.0, 0.0, 16, 16,
     )  # fmt: skip
     out, lse = forward.forward(query, key, value, params)
     d_out = torch.randn_like(out)
@@ -695,19 +700,22 @@ def test_what_another_kernel_marks_is_computed_anew(device: str, name: str) -> N
     padded[0, ..., :length] = torch.where(lse.isinf(), 0, lse / math.log(2))
     padded[1, ..., :length] = (out * d_out).sum(-1)
     marked = [torch.zeros(x.shape[:3], dtype=torch.int8, device=device) for x in (query, key)]
-    marked[0][1, 0, 40], marked[1][0, 1, 99] = 1, 1
-    found = [torch.full_like(x, math.nan) for x in expected]
+    rows, keys = [(0, 0, 15), (1, 0, 40), (1, 0, 48), (1, 3, 99)], [(0, 1, 99), (1, 1, 0)]
+    for flags, places in zip(marked, (rows, keys), strict=True):
+        for place in places:
+            flags[place] = 1
+    found = [torch.randn_like(x) for x in expected]
+    wanted = [x.clone() for x in found]
     backward.replace_marked(tuple(marked), args.Rows(*padded, None), *call, *found)
     tiles = config.backward_tiles(query, key, value, params)
-    rows, keys = (
-        slice(at // n * n, at // n * n + n)
-        for at, n in ((40, tiles.dq.block_q), (99, tiles.dkdv.block_k))
-    )
-    places = [(1, 0, rows), (0, 1, keys), (0, 1, keys)]
-    for want, got, (batch, head, rows) in zip(expected, found, places, strict=True):
-        torch.testing.assert_close(got[batch, head, rows], want[batch, head, rows])
-        got[batch, head, rows] = math.nan
-        assert got.isnan().all()
+    of_keys = keys, tiles.dkdv.block_k
+    passes = [(rows, tiles.dq.block_q), of_keys, of_keys]
+    for want, got, right, (places, block) in zip(wanted, found, expected, passes, strict=True):
+        for batch, head, at in places:
+            tile = batch, head, slice(at // block * block, at // block * block + block)
+            torch.testing.assert_close(got[tile], right[tile])
+            want[tile] = got[tile]
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize(("query_length", "key_length"), [(70, 150), (2, 300)])

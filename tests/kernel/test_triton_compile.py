@@ -29,6 +29,7 @@ from hf_flash_two.kernels.triton import (  # noqa: E402
     launch,
     ranges,
 )
+from hf_flash_two.kernels.triton.args import Rows  # noqa: E402
 
 
 def gpu(kib: int, *engines: str) -> config.Device:
@@ -383,6 +384,30 @@ def test_warps_wait_for_each_other_before_a_tile_is_overwritten(
     for kernel, _, args, kwargs in many:
         ptx = compile_launch(kernel, args, kwargs, compiler).asm["ptx"]
         assert not unguarded(ptx), kernel.__name__
+
+
+def test_programs_that_look_for_marks_are_few(monkeypatch, launches) -> None:
+    """One a processor; each computes tile after tile, and as many warps wait for each other."""
+    compiler, device = TARGETS["hopper"]
+    pretend(monkeypatch, device)
+    batch, length = 8, 512
+    query, key, value = (
+        torch.empty(batch, heads, length, 256, dtype=torch.bfloat16) for heads in (8, 8, 8)
+    )
+    mask = AttentionMask.causal() & AttentionMask.from_padding(torch.ones(batch, length))
+    marked = torch.empty(batch, 8, length, dtype=torch.int8)
+    rows = torch.empty(2, batch, 8, length)
+    backward.replace_marked(
+        (marked, marked), Rows(*rows, None), query, None, query, key, value, query, rows[0],
+        params(mask, length), query, key, value,
+    )  # fmt: skip
+    passes = [launch for launch in launches if launch[0].__name__ != "_ranges_kernel"]
+    assert len(passes) == 3
+    for kernel, grid, given, kwargs in passes:
+        assert grid == (device.processors, 1, 1)
+        compiled = compile_launch(kernel, given, kwargs, compiler)
+        assert compiled.metadata.shared <= device.shared_memory
+        assert kwargs["num_warps"] == 4 or not unguarded(compiled.asm["ptx"]), kernel.__name__
 
 
 def test_a_missing_barrier_is_found() -> None:

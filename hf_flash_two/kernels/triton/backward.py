@@ -50,6 +50,7 @@ from hf_flash_two.kernels.triton.config import (
     Tiles,
     backward_tiles,
     launch_flags,
+    sharing_programs,
     tma_run,
     tma_tiles,
 )
@@ -83,6 +84,8 @@ _KEY_GROUP = tl.constexpr(KEY_GROUP)
 # `Rows` are padded to multiples of this, so that no tile needs a bounds check.
 _ROW_MULTIPLE = 128
 _ROW_MULTIPLE_ = tl.constexpr(_ROW_MULTIPLE)
+# In so many tiles at once a program looks for marks: each look waits for memory.
+_AT_ONCE = tl.constexpr(32)
 
 
 def backward(
@@ -240,7 +243,7 @@ class _Plan:
 
 def _plan_of_marked(*given: Any) -> _Plan:
     """A plan of its own: a `Launch` takes the same kinds of arguments in every call."""
-    return _plan(*given)
+    return _plan(*given, marked=True)
 
 
 def _plan(
@@ -252,6 +255,7 @@ def _plan(
     out: Tensor,
     lse: Tensor,
     d_lse: Tensor | None,
+    marked: bool = False,
 ) -> _Plan:
     batch, heads, query_length, head_dim = query.shape
     key_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
@@ -303,19 +307,25 @@ def _plan(
         numbers = (*scalars, *own_scalars)
         return Launch(kernel, grid, templates | descriptors, numbers, constants, block)
 
+    def launch_pass(kernel, tile_count: int, parts: int, block: Tiles) -> Launch:
+        if not marked:
+            return launch(kernel, (tile_count, parts), block, None)
+        # Mostly nothing is marked, and each program more takes its time to start.
+        return launch(kernel, (sharing_programs(query, tile_count), parts), block, tile_count)
+
     parts = max(
         triton.cdiv(head_dim, tiles.dkdv.block_d), triton.cdiv(value_dim, tiles.dkdv.block_v)
     )
     dkdv, dv = (
         block
-        and launch(
-            _dkdv_kernel, (triton.cdiv(key_length, block.block_k) * batch * key_heads, parts), block
+        and launch_pass(
+            _dkdv_kernel, triton.cdiv(key_length, block.block_k) * batch * key_heads, parts, block
         )
         for block in (tiles.dkdv, tiles.dv)
     )
     parts = triton.cdiv(head_dim, block.block_d)
-    dq = launch(
-        _dq_kernel, (triton.cdiv(query_length, block.block_q) * batch * heads, parts), block
+    dq = launch_pass(
+        _dq_kernel, triton.cdiv(query_length, block.block_q) * batch * heads, parts, block
     )
     dbias = None
     if params.bias is not None:
@@ -380,22 +390,39 @@ def _clear_rows(rows, rows_at, length, tile, BLOCK_Q: tl.constexpr):
 
 
 _PER_LENGTH = ["query_length", "key_length", "offset", "left", "right", "interval_stride_b"]
+_PER_TILE = [*_PER_LENGTH, "tile_count"]
 
 
-@triton.jit(do_not_specialize=_PER_LENGTH)
+@triton.jit
+def _marks(marked_ptr, number, count, length, ROWS: tl.constexpr):
+    """int32, 1 where a tile holds a marked row.
+
+    Args:
+        marked_ptr: int8 [B, H, length].
+        number: of the tiles of all heads; from ``count`` on there are none.
+    """
+    tiles = tl.cdiv(length, ROWS)
+    row = (number % tiles * ROWS)[:, None] + tl.arange(0, ROWS)[None, :]
+    at = (number // tiles).to(tl.int64)[:, None] * length + row
+    inside = (number < count)[:, None] & (row < length)
+    return tl.max(tl.load(marked_ptr + at, inside, 0).to(tl.int32), 1)
+
+
+@triton.jit(do_not_specialize=_PER_TILE)
 def _dkdv_kernel(
     q: Operand, k: Operand, v: Operand, do: Operand, rows: Rows,
     q_desc, do_desc, lse_desc, delta_desc,
     of_keys: Intervals, dense: PerPair, terms: ScoreTerms, dropout: Dropout, marked_ptr,
     dk: Operand, dv: Operand,
-    heads: Heads, query_length, key_length, offset, left, right, interval_stride_b,
+    heads: Heads, query_length, key_length, offset, left, right, interval_stride_b, tile_count,
     FLAGS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one tile of keys, summed over the query heads of the group; or one of them.
+    """dK and dV, summed over the query heads of the group; or one of them.
 
-    The grid is key tiles x batch rows x key heads, parts of a row of k or v.
+    The grid is key tiles x batch rows x key heads, parts of a row of k or v. With marks,
+    programs of the first axis share the ``tile_count`` tiles, and may be fewer.
 
     Args:
         q: [B, Hq, Tq, D]. k: [B, Hk, Tk, D]. v: [B, Hk, Tk, Dv]. do: [B, Hq, Tq, Dv].
@@ -403,20 +430,49 @@ def _dkdv_kernel(
         marked_ptr: None, or int8 [B, Hk, Tk]; tiles without a marked key stay as they are.
         q_desc, do_desc, lse_desc, delta_desc: TMA descriptors of q, do and `Rows`, or None.
     """
+    tiles = tl.cdiv(key_length, BLOCK_K)
+    first, step = tl.program_id(0), tl.num_programs(0)
+    if marked_ptr is None:
+        _dkdv_tile(
+            first % tiles, first // tiles,
+            q, k, v, do, rows, q_desc, do_desc, lse_desc, delta_desc, of_keys, dense, terms,
+            dropout, dk, dv, heads, query_length, key_length, offset, left, right,
+            interval_stride_b, FLAGS, D, DV, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_V, STAGES,
+        )  # fmt: skip
+    else:
+        # Mostly none is marked: what each tile needs stays inside of the loops.
+        nth = tl.arange(0, _AT_ONCE)
+        for start in tl.range(first, tile_count, step * _AT_ONCE, disable_licm=True):
+            marks = _marks(marked_ptr, start + nth * step, tile_count, key_length, BLOCK_K)
+            for _ in tl.range(tl.sum(marks, 0), disable_licm=True):
+                at = tl.min(tl.where(marks != 0, nth, _AT_ONCE), 0)
+                marks = tl.where(nth == at, 0, marks)
+                number = start + at * step
+                _dkdv_tile(
+                    number % tiles, number // tiles,
+                    q, k, v, do, rows, q_desc, do_desc, lse_desc, delta_desc, of_keys, dense, terms,
+                    dropout, dk, dv, heads, query_length, key_length, offset, left, right,
+                    interval_stride_b, FLAGS, D, DV, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_V, STAGES,
+                )  # fmt: skip
+
+
+@triton.jit
+def _dkdv_tile(
+    tile, head_of_all,
+    q, k, v, do, rows, q_desc, do_desc, lse_desc, delta_desc, of_keys, dense, terms, dropout,
+    dk, dv, heads, query_length, key_length, offset, left, right, interval_stride_b,
+    FLAGS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one tile of keys; the key heads of all batch rows are counted through."""
     PRECISION: tl.constexpr = FLAGS.PRECISION
     IN_PARTS: tl.constexpr = (D > BLOCK_D) or (DV > BLOCK_V)
-    program = tl.program_id(0)
-    key_tiles_all = tl.cdiv(key_length, BLOCK_K)
-    tile = program % key_tiles_all
     key_heads = heads.count // heads.group
-    batch = (program // key_tiles_all // key_heads).to(tl.int64)
-    key_head = (program // key_tiles_all % key_heads).to(tl.int64)
+    batch = (head_of_all // key_heads).to(tl.int64)
+    key_head = (head_of_all % key_heads).to(tl.int64)
     col = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     col_inside = col < key_length
-    if marked_ptr is not None:
-        at = (batch * key_heads + key_head) * key_length + col
-        if tl.max(tl.load(marked_ptr + at, col_inside, 0).to(tl.int32), 0) == 0:
-            return
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     d_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     k_at = head_ptr(k, batch, key_head) + col.to(tl.int64) * k.stride_t
@@ -571,21 +627,22 @@ def _dkdv_kernel(
         )
 
 
-@triton.jit(do_not_specialize=_PER_LENGTH)
+@triton.jit(do_not_specialize=_PER_TILE)
 def _dq_kernel(
     q: Operand, k: Operand, v: Operand, do: Operand, rows: Rows,
     out: Operand, lse_ptr, d_lse: Operand,
     k_desc, v_desc, start_desc, stop_desc,
     of_keys: Intervals, dense: PerPair, terms: ScoreTerms, dropout: Dropout, marked_ptr,
     dq: Operand,
-    heads: Heads, query_length, key_length, offset, left, right, interval_stride_b,
+    heads: Heads, query_length, key_length, offset, left, right, interval_stride_b, tile_count,
     FLAGS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one tile of queries, and what `Rows` says of them.
+    """dQ, and what `Rows` says of the queries.
 
-    The grid is query tiles x batch rows x query heads, parts of a row of q.
+    The grid is query tiles x batch rows x query heads, parts of a row of q. With marks,
+    programs of the first axis share the ``tile_count`` tiles, and may be fewer.
 
     Args:
         q: [B, Hq, Tq, D]. k: [B, Hk, Tk, D]. v: [B, Hk, Tk, Dv]. out, do: [B, Hq, Tq, Dv].
@@ -594,20 +651,52 @@ def _dq_kernel(
         k_desc, v_desc, start_desc, stop_desc: TMA descriptors of k, v and the intervals, or None.
         marked_ptr: None, or int8 [B, Hq, Tq]; tiles without a marked row stay as they are.
     """
+    tiles = tl.cdiv(query_length, BLOCK_Q)
+    first, step = tl.program_id(0), tl.num_programs(0)
+    if marked_ptr is None:
+        _dq_tile(
+            tiles - 1 - first % tiles, first // tiles,
+            q, k, v, do, rows, out, lse_ptr, d_lse, k_desc, v_desc, start_desc, stop_desc, of_keys,
+            dense, terms, dropout, dq, heads, query_length, key_length, offset, left, right,
+            interval_stride_b, FLAGS, D, DV, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_V, STAGES,
+        )  # fmt: skip
+    else:
+        # Mostly none is marked: what each tile needs stays inside of the loops.
+        nth = tl.arange(0, _AT_ONCE)
+        for start in tl.range(first, tile_count, step * _AT_ONCE, disable_licm=True):
+            marks = _marks(marked_ptr, start + nth * step, tile_count, query_length, BLOCK_Q)
+            for _ in tl.range(tl.sum(marks, 0), disable_licm=True):
+                at = tl.min(tl.where(marks != 0, nth, _AT_ONCE), 0)
+                marks = tl.where(nth == at, 0, marks)
+                number = start + at * step
+                _dq_tile(
+                    number % tiles, number // tiles,
+                    q, k, v, do, rows, out, lse_ptr, d_lse, k_desc, v_desc, start_desc, stop_desc,
+                    of_keys, dense, terms, dropout, dq, heads, query_length, key_length, offset,
+                    left, right, interval_stride_b, FLAGS, D, DV, BLOCK_Q, BLOCK_K, BLOCK_D,
+                    BLOCK_V, STAGES,
+                )  # fmt: skip
+
+
+@triton.jit
+def _dq_tile(
+    tile, head_of_all,
+    q, k, v, do, rows, out, lse_ptr, d_lse, k_desc, v_desc, start_desc, stop_desc,
+    of_keys, dense, terms, dropout,
+    dq, heads, query_length, key_length, offset, left, right, interval_stride_b,
+    FLAGS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """dQ of one tile of queries; the query heads of all batch rows are counted through."""
     PRECISION: tl.constexpr = FLAGS.PRECISION
     IN_PARTS: tl.constexpr = (D > BLOCK_D) or (DV > BLOCK_V)
-    program = tl.program_id(0)
     query_tiles_all = tl.cdiv(query_length, BLOCK_Q)
-    tile = query_tiles_all - 1 - program % query_tiles_all
-    batch = (program // query_tiles_all // heads.count).to(tl.int64)
-    head = (program // query_tiles_all % heads.count).to(tl.int64)
+    batch = (head_of_all // heads.count).to(tl.int64)
+    head = (head_of_all % heads.count).to(tl.int64)
     key_head = head // heads.group
     row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     row_inside = row < query_length
-    if marked_ptr is not None:
-        at = (batch * heads.count + head) * query_length + row
-        if tl.max(tl.load(marked_ptr + at, row_inside, 0).to(tl.int32), 0) == 0:
-            return
     position = row + offset
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     d_v = tl.arange(0, BLOCK_V)

@@ -170,6 +170,11 @@ def _device(tensor: Tensor) -> Device:
     return device_of(tensor.device.index)
 
 
+def sharing_programs(tensor: Tensor, tiles: int) -> int:
+    """How many programs share ``tiles`` on the device of ``tensor``: one a processor at most."""
+    return min(tiles, _device(tensor).processors)
+
+
 def _padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
