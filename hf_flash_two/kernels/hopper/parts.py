@@ -1,4 +1,4 @@
-"""What the kernels of the backward share: copies, probabilities."""
+"""What the kernels share that go through queries: copies, probabilities."""
 
 # What stands in a kernel is Triton's language, which its types do not describe.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false

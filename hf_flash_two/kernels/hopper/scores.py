@@ -1,4 +1,4 @@
-"""Tiles of queries and keys, as both kernels of the forward take them.
+"""Tiles of queries and keys, as the kernels take them that go through keys.
 
 A head dim that is no power of two is computed in two parts, such as 128 and 64: ``q_desc`` copies
 the first and ``q_rest`` the second, if its size is not 0.
