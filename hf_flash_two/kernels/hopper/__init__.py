@@ -29,7 +29,7 @@ def declines(
 
     if reason := config.forward_declines(query, key, value, params):
         return reason
-    return None if by_name else config.forward_is_slow(query)
+    return None if by_name else config.forward_is_slow(query, params)
 
 
 def declines_backward(

@@ -28,11 +28,11 @@ _WIDTHS = (64, 96, 128, 192, 256)
 """Head dims as they are padded."""
 ROWS = 64
 """Queries of a consumer."""
-_TIMED = 2048, 4096
-"""From so many queries on forward and backward were faster than the portable ones wherever timed,
-the backward of full and causal attention from as many as the forward."""
-_TIMED_WIDTHS = (64, 128, 192, 256)
-"""Head dims at which the backward was."""
+_TIMED = 2048
+"""From so many queries on they were faster than the portable ones wherever timed; not so with the
+intervals of short documents at head dims of 64, in the backward, and of 96."""
+_TIMED_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+"""Head dims of queries and values at which the backward was timed."""
 _CACHED = 2**25
 """Bytes of keys and values that programs at work together share in the L2 cache."""
 
@@ -66,21 +66,24 @@ def forward_declines(
     return None
 
 
-def forward_is_slow(query: Tensor) -> str | None:
+def forward_is_slow(query: Tensor, params: AttentionParams) -> str | None:
     """Why "auto" does not take the forward although it computes the call, or None."""
-    if query.shape[2] < _TIMED[0]:
-        return f"it is known to be faster from {_TIMED[0]} queries on"
+    if query.shape[2] < _TIMED:
+        return f"it is known to be faster from {_TIMED} queries on"
+    if 64 < query.shape[3] <= 96 and params.query_start is not None:
+        return "it is not known to be faster with padding and documents at this head dim"
     return None
 
 
 def backward_is_slow(query: Tensor, value: Tensor, params: AttentionParams) -> str | None:
     """Why "auto" does not take the backward although it computes the call, or None."""
-    known = "its backward is known to be faster"
-    if query.shape[3] != value.shape[3] or query.shape[3] not in _TIMED_WIDTHS:
-        return f"{known} for head dims of {_TIMED_WIDTHS}"
-    masked = params.query_start is not None or params.window_left is not None
-    least = _TIMED[masked]
-    return f"{known} from {least} queries on" if query.shape[2] < least else None
+    if reason := forward_is_slow(query, params):
+        return reason
+    if (query.shape[3], value.shape[3]) not in _TIMED_DIMS:
+        return f"its backward is known to be faster for head dims of {_TIMED_DIMS}"
+    if query.shape[3] == 64 and params.query_start is not None and query.shape[2] < 2 * _TIMED:
+        return f"with padding and documents it is known to be faster from {2 * _TIMED} queries on"
+    return None
 
 
 def padded(head_dim: int) -> int:

@@ -60,6 +60,7 @@ from hf_flash_two.kernels.hopper.schedule import (
     await_turn,
     end_turn,
     first_row_of,
+    order_of,
     place_of,
     rank_of,
 )
@@ -92,6 +93,10 @@ def _store_dq(SETUP: gl.constexpr, sizes, order_ptr, counter_ptr, dq_desc, dq_s,
     half_0 = tile_of(dq_desc, dq_s.index(0))
     half_1 = tile_of(dq_desc, dq_s.index(1))
     previous = -1
+    last, gaps = place.tile * 0, place.tile * 0
+    if SETUP.ORDERED:
+        if place.count > 0:
+            last, gaps = order_of(place, place.start, order_ptr, sizes, SETUP)
     for member in range(sizes.heads.group):
         _, first_row = first_row_of(place, member, sizes, SETUP)
         for step in range(place.count):
@@ -99,7 +104,7 @@ def _store_dq(SETUP: gl.constexpr, sizes, order_ptr, counter_ptr, dq_desc, dq_s,
             tile = first_row + query_tile
             first = False
             if SETUP.ORDERED:
-                rank = rank_of(place, query_tile, order_ptr, sizes, SETUP)
+                rank = rank_of(place, query_tile, last, gaps, sizes, SETUP)
                 await_turn(counter_ptr + tile, rank)
                 first = rank == 0
                 # The turn before ends here: what it added has reached memory while this one was
@@ -110,6 +115,12 @@ def _store_dq(SETUP: gl.constexpr, sizes, order_ptr, counter_ptr, dq_desc, dq_s,
             _add(dq_desc, tile * 32, half_0, first)
             asm("bar.sync 12, 160;", 1)
             _add(dq_desc, tile * 32 + 16, half_1, first)
+            if SETUP.ORDERED:
+                # Long before it is needed: memory answers late.
+                following = gl.where(step + 1 < place.count, step + 1, 0)
+                last, gaps = order_of(
+                    place, place.start + following * place.step, order_ptr, sizes, SETUP
+                )  # fmt: skip
             tma_store_read(1)
             mbarrier.arrive(dq_empty.index(0), count=1)
             tma_store_read(0)

@@ -194,16 +194,24 @@ def place_of(sizes, SETUP: gl.constexpr):
 
 
 @jit
-def rank_of(place, query_tile, order_ptr, sizes, SETUP: gl.constexpr):
-    """How many tiles of keys add to a tile of dQ before this program's.
-
-    ``order_ptr``: of intervals, see `rows.order`.
-    """
+def order_of(place, query_tile, order_ptr, sizes, SETUP: gl.constexpr):
+    """What `rows.order` says of a tile of queries: of intervals, else 0 twice."""
+    last, gaps = query_tile * 0, query_tile * 0
     if SETUP.MASK == INTERVALS:
         tiles = gl.cdiv(sizes.query_length, SETUP.BLOCK_Q)
         at = order_ptr + query_tile * 2
         at += gl.where(sizes.interval_stride_b != 0, place.batch * tiles * 2, 0)
         last, gaps = gl.load(at), gl.load(at + 1)
+    return last, gaps
+
+
+@jit
+def rank_of(place, query_tile, last, gaps, sizes, SETUP: gl.constexpr):
+    """How many tiles of keys add to a tile of dQ before this program's.
+
+    ``last``, ``gaps``: of `order_of`.
+    """
+    if SETUP.MASK == INTERVALS:
         rank = last - place.tile
         if gaps != 0:
             rank = _count_after(place, query_tile, last, sizes, SETUP)
