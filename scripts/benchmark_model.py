@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -183,7 +184,8 @@ def failure(error: Exception) -> str:
     text = str(error).strip()
     if "out of memory" in text or "allocate memory" in text:
         return OUT_OF_MEMORY
-    return text.split("\n")[0] or type(error).__name__
+    # Not where in the source of an extension it was raised.
+    return re.sub(r"^.*\.\w+:\d+, ", "", text.split("\n")[0]) or type(error).__name__
 
 
 def _runner(case: Case, model, inputs, optimizer, name: str) -> Callable[[], Tensor]:

@@ -8,7 +8,7 @@ Each row is a model and a batch of one row; each column a way to spread it over 
 (on GPUs and of plain causal rows, all that it knows). Scaling is one GPU's time over W times that
 of W GPUs. Bytes are what a rank sends in a step, divided by the number of layers. With one process
 there is nothing to compare. Without a GPU it runs small sizes with gloo, which tells nothing of
-speed.
+speed. To see which length fits into some memory: ``--rows causal --memory 12 --length 114688``.
 """
 
 from __future__ import annotations
@@ -51,12 +51,16 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--memory", type=float, help="GiB of each GPU that may be used")
     parser.add_argument("--json", type=Path, help="where rank 0 writes the results")
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
+        if args.memory is not None:
+            whole = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(args.memory * 2**30 / whole)
     dist.init_process_group("nccl" if gpu else "gloo")
     sizes = (131072, 8, 2048) if gpu else (512, 2, 64)
     length, layers, width = (

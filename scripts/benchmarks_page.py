@@ -257,6 +257,9 @@ def _ways_to_spread(rows: list[dict]) -> Iterator[str]:
     yield _line("row", "spread by", "ms", "scaling", "GiB each", "MiB sent per layer")
     yield "|---|---|---:|---:|---:|---:|"
     for row in rows:
+        if row["ms"] is None:
+            yield _line(row["row"], row["way"], row["note"], "", "", "")
+            continue
         scaling = f"{row['scaling']:.2f}" if "scaling" in row else ""
         # What other code sends is not counted.
         sent = f"{row['MiB sent per layer']:.0f}" if row["way"] in ("gather", "ulysses") else ""
