@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,13 +34,13 @@ models with experts a rounding may send a token to another one, which is most of
 
 
 def make_model(name: str) -> transformers.PreTrainedModel:
-    """In float32."""
+    """In float32, on the CPU: there it needs no kernels that take minutes to compile."""
     torch.manual_seed(0)
     changes = CHANGES[name] | {k: x for k, x in WINDOWS.items() if k in CHANGES[name]}
     config_class = getattr(transformers, CONFIGS.get(name, f"{name}Config"))
     cls = getattr(transformers, f"{name}ForCausalLM")
     config = config_class(**SIZES, **changes, use_cache=False)
-    return cls._from_config(config, attn_implementation="flash_two").train().cuda()
+    return cls._from_config(config, attn_implementation="flash_two").train()
 
 
 def batches() -> dict[str, dict[str, Tensor]]:
@@ -54,8 +55,16 @@ def batches() -> dict[str, dict[str, Tensor]]:
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     labels = ids[:1].masked_fill(positions == 0, -100)
     packed = {"input_ids": ids[:1], "position_ids": positions, "labels": labels}
-    found = {"plain": plain, "left": left, "packed": packed}
-    return {kind: {name: x.cuda() for name, x in batch.items()} for kind, batch in found.items()}
+    return {"plain": plain, "left": left, "packed": packed}
+
+
+def rounded(model: Any) -> Any:
+    """In bfloat16, on this rank's GPU."""
+    return copy.deepcopy(model).bfloat16().cuda()
+
+
+def on_gpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.cuda() for name, x in tensors.items()}
 
 
 def trained(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -93,12 +102,13 @@ def errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, floa
 
 def check_model(name: str, mesh: DeviceMesh) -> None:
     exact = make_model(name)
-    model, worst = copy.deepcopy(exact).bfloat16(), WORST["num_local_experts" in CHANGES[name]]
+    model = rounded(exact)
+    worst = WORST["num_local_experts" in CHANGES[name]]
     for kind, batch in batches().items():
-        want = trained(exact, batch)
+        want, batch = on_gpu(trained(exact, batch)), on_gpu(batch)
         one = errors(trained(model, batch), want)
         for exchange, layout in (("gather", "head_tail"), ("ulysses", "contiguous")):
-            options = dict(exchange=exchange, layout=layout)
+            options: dict = dict(exchange=exchange, layout=layout)
             several = errors(trained_on_shards(model, batch, mesh, **options), want)
             for what, mine, allowed in zip(("logits", "gradients"), several, one, strict=True):
                 assert mine < worst * allowed, f"{kind}, {exchange}, {what}: {mine} for {allowed}"
@@ -107,8 +117,8 @@ def check_model(name: str, mesh: DeviceMesh) -> None:
 def check_sharded_parameters(mesh: DeviceMesh) -> None:
     """FSDP2 over the ranks that share each row."""
     exact, batch = make_model("GptOss"), batches()["left"]
-    model = copy.deepcopy(exact).bfloat16()
-    want = trained(exact, batch)
+    model = rounded(exact)
+    want, batch = on_gpu(trained(exact, batch)), on_gpu(batch)
     one = errors(trained(model, batch), want)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
