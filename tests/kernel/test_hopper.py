@@ -188,6 +188,14 @@ def test_terms(term: str, make: Callable, dims: tuple[int, int]) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+def test_slopes_that_raise_the_scores_of_what_is_far(dims: tuple[int, int]) -> None:
+    """Behind the last query, scores of zeros would be above all others."""
+    mask, visible = full(333, 333)
+    slopes = torch.linspace(-2, 1, 6, device="cuda")[None]
+    check("auto", *drawn(333, 333, dims), mask=mask, visible=visible, alibi_slopes=slopes)
+
+
 def test_dropped_are_the_pairs_that_the_other_kernels_drop() -> None:
     """Or none at all are dropped here: the bits are those of the seed, whoever computes."""
     tensors = drawn(300, 300)
@@ -289,7 +297,7 @@ def test_large_scores(make: Callable, dims: tuple[int, int], size: float) -> Non
 @pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("make", SOME)
 def test_gradients_in_any_order(ran: Callable, make: Callable, dims: tuple[int, int]) -> None:
-    """Equal to those in a fixed order but for rounding: queries come in another order."""
+    """Equal to those in a fixed order but for rounding; the same where there is no order."""
     mask, _ = make(700, 700)
     tensors = [x.requires_grad_() for x in drawn(700, 700, dims)]
     found = []
@@ -298,8 +306,9 @@ def test_gradients_in_any_order(ran: Callable, make: Callable, dims: tuple[int, 
         torch.manual_seed(1)
         found.append(torch.autograd.grad(out, tensors, torch.randn_like(out)))
         assert ran() == BY_HOPPER
+    most = 0 if max(dims) > 128 else 2**-8
     for want, got in zip(*found, strict=True):
-        assert (got - want).float().norm() <= 2**-8 * want.float().norm()
+        assert (got - want).float().norm() <= most * want.float().norm()
 
 
 @pytest.mark.parametrize("make", WITHOUT_DENSE, ids=lambda make: make.__name__)
@@ -376,11 +385,12 @@ def test_remembered_launches_take_new_values() -> None:
 
 
 @pytest.mark.parametrize("make", [causal, padded], ids=lambda make: make.__name__)
-def test_cuda_graph(make: Callable) -> None:
+@pytest.mark.parametrize("dims", [(128, 128), (256, 256)], ids=str)
+def test_cuda_graph(make: Callable, dims: tuple[int, int]) -> None:
     """Nothing in a call waits for the GPU, so a graph takes it and replays it on other values."""
     mask = make(500, 500)[0].to("cuda")
-    leaves = [x.requires_grad_() for x in drawn(500, 500, heads=(8, 2))]
-    upstream = torch.randn(BATCH, 8, 500, 128, device="cuda").bfloat16()
+    leaves = [x.requires_grad_() for x in drawn(500, 500, dims, heads=(8, 2))]
+    upstream = torch.randn(BATCH, 8, 500, dims[1], device="cuda").bfloat16()
 
     def step() -> list[Tensor]:
         out = flash_attention(*leaves, mask=mask)

@@ -179,6 +179,8 @@ TAKEN: dict[str, tuple[int, dict, tuple[bool, bool]]] = {
     "D64": (4096, {"dims": (64, 64)}, (True, True)),
     "D96": (2048, {"dims": (96, 96)}, (True, True)),
     "D96 padded": (4096, {"dims": (96, 96)} | PADDED, (False, False)),
+    "D80 padded": (4096, {"dims": (80, 80)} | PADDED, (False, False)),
+    "D64 padded": (4096, {"dims": (64, 64)} | PADDED, (True, True)),
     "D128-64": (4096, {"dims": (128, 64)}, (True, False)),
     "D192": (4096, {"dims": (192, 192)}, (True, True)),
     "D192-128": (2048, {"dims": (192, 128)}, (True, True)),

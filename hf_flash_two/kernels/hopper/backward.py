@@ -109,11 +109,11 @@ def _differentiate(
         if plan.tiles.setup.RESCUE:
             marked_rows = query.new_empty(query.shape[:3], dtype=torch.int8)
             # Two consumers mark each key of a wide head.
-            empty = key.new_zeros if plan.of_queries is not None else key.new_empty
+            empty = key.new_zeros if plan.tiles.of_queries is not None else key.new_empty
             marked_keys = empty(key.shape[:3], dtype=torch.int8)
         of_keys = intervals_of(params, params.key_bounds)
         tiles = plan.tiles.of_queries
-        if tiles is not None and plan.of_queries is not None:
+        if tiles is not None:
             plan.prepare(out, d_out, lse, d_lse, of_rows, None, None)
             plan.of_keys(
                 query, key, value, d_out, of_rows, dk, dv,
@@ -124,19 +124,19 @@ def _differentiate(
                 query, d_out, key, value, dq, key_runs(params, tiles.block_k), of_rows, ranges,
                 marked_rows, params.alibi_slopes, params.seed,
             )  # fmt: skip
-        elif plan.convert is not None:
-            turns = None
+        else:
+            turns = counter = None
             if params.deterministic:
+                counter = torch.empty(plan.counters, dtype=torch.int32, device=lse.device)
                 turns = rows.order(params, query.shape[2], key.shape[2], plan.tiles.setup)
             dq_sum = lse.new_empty(plan.dq_sum_size)
-            counter = torch.empty(plan.counters, dtype=torch.int32, device=lse.device)
             zeroed = None if params.deterministic else dq_sum
             plan.prepare(out, d_out, lse, d_lse, of_rows, counter, zeroed)
             plan.of_keys(
                 query, key, value, d_out, of_rows, dq_sum, dk, dv,
                 of_keys, turns, params.alibi_slopes, params.seed, counter, marked_keys,
             )  # fmt: skip
-            plan.convert(dq_sum, counter, marked_rows, dq)
+            plan.of_queries(dq_sum, counter, marked_rows, dq)
         if marked_rows is not None and marked_keys is not None:
             replace_marked(
                 (marked_rows, marked_keys), Rows(of_rows[0], of_rows[1], None),
@@ -147,10 +147,7 @@ def _differentiate(
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """``of_keys`` computes dK and dV; and adds to dQ, which ``convert`` completes, or
-
-    ``of_queries`` computes it.
-    """
+    """``of_keys`` computes dK and dV, ``of_queries`` dQ, or what `rows` makes dQ of its sum."""
 
     tiles: BackwardTiles
     gradients: tuple[Layout, Layout, Layout]
@@ -159,8 +156,7 @@ class _Plan:
     counters: int
     prepare: Launch
     of_keys: Launch
-    convert: Launch | None
-    of_queries: Launch | None
+    of_queries: Launch
 
 
 def _plan(
@@ -235,9 +231,8 @@ def _plan(
         },
         small,
     )  # fmt: skip
-    convert = of_queries = None
     if tiles.of_queries is None:
-        convert = Launch(
+        of_queries = Launch(
             rows.convert_kernel,
             (triton.cdiv(query_length, rows.ROWS) * batch * heads,),
             {"dq": Operand(None, *d_query.stride()[:3])},
@@ -273,5 +268,5 @@ def _plan(
     of_query, of_key, of_value = layouts
     return _Plan(
         tiles, (of_query, of_key, of_value), (2, batch, heads, padded), row_count * block_d,
-        row_count // block_q, prepare, of_keys, convert, of_queries,
+        row_count // block_q, prepare, of_keys, of_queries,
     )  # fmt: skip

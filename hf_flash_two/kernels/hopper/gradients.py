@@ -11,7 +11,7 @@ of all query heads of the group, in tiles of `BLOCK_Q` rows. Its warps have four
 Scores are computed transposed, so that P^T and dS^T multiply from registers. Both consumers write
 their dS into one tile, and each computes a half of dQ from all 128 keys: half as many bytes are
 added as if each had its own. dQ is added in pieces of 64 x 64 in the order in which the product
-leaves them in registers, which `rows.convert` undoes. `schedule` has their order.
+leaves them in registers, which `rows.convert_kernel` undoes. `schedule` has their order.
 
 Barriers. Of TMA: mbarriers. Between warps: named barriers, since an mbarrier's arrival costs four
 warps two more barriers; Triton itself takes 0 to 4. 5, 6: a stage of Q is free; 14, 15: one of dO;
@@ -24,6 +24,8 @@ warps two more barriers; Triton itself takes 0 to 4. 5, 6: a stage of Q is free;
 # pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 from hf_flash_two.kernels.hopper.gluon import (
     allocate_barriers,
@@ -42,8 +44,6 @@ from hf_flash_two.kernels.hopper.gluon import (
 from hf_flash_two.kernels.hopper.parts import (
     Barriers,
     Descriptors,
-    Memory,
-    arrive_at,
     gradient_scale,
     head_of,
     in_order_of_registers,
@@ -64,9 +64,22 @@ from hf_flash_two.kernels.hopper.schedule import (
     place_of,
     rank_of,
 )
+from hf_flash_two.kernels.hopper.tile import arrive
 from hf_flash_two.kernels.triton.args import Dropout, Heads, Intervals, PerHead
 
 _STAGES = gl.constexpr(2)
+
+
+class Memory(NamedTuple):
+    """Shared memory: tiles, those but K's and V's in two stages; dQ in two halves."""
+
+    k: Any
+    v: Any
+    q: Any
+    do: Any
+    rows: Any
+    ds: Any
+    dq: Any
 
 
 @jit
@@ -93,10 +106,10 @@ def _store_dq(SETUP: gl.constexpr, sizes, order_ptr, counter_ptr, dq_desc, dq_s,
     half_0 = tile_of(dq_desc, dq_s.index(0))
     half_1 = tile_of(dq_desc, dq_s.index(1))
     previous = -1
-    last, gaps = place.tile * 0, place.tile * 0
+    order = place.tile * 0
     if SETUP.ORDERED:
         if place.count > 0:
-            last, gaps = order_of(place, place.start, order_ptr, sizes, SETUP)
+            order = order_of(place, place.start, order_ptr, sizes, SETUP)
     for member in range(sizes.heads.group):
         _, first_row = first_row_of(place, member, sizes, SETUP)
         for step in range(place.count):
@@ -104,7 +117,7 @@ def _store_dq(SETUP: gl.constexpr, sizes, order_ptr, counter_ptr, dq_desc, dq_s,
             tile = first_row + query_tile
             first = False
             if SETUP.ORDERED:
-                rank = rank_of(place, query_tile, last, gaps, sizes, SETUP)
+                rank = rank_of(place, query_tile, order, sizes, SETUP)
                 await_turn(counter_ptr + tile, rank)
                 first = rank == 0
                 # The turn before ends here: what it added has reached memory while this one was
@@ -118,9 +131,8 @@ def _store_dq(SETUP: gl.constexpr, sizes, order_ptr, counter_ptr, dq_desc, dq_s,
             if SETUP.ORDERED:
                 # Long before it is needed: memory answers late.
                 following = gl.where(step + 1 < place.count, step + 1, 0)
-                last, gaps = order_of(
-                    place, place.start + following * place.step, order_ptr, sizes, SETUP
-                )  # fmt: skip
+                query_tile = place.start + following * place.step
+                order = order_of(place, query_tile, order_ptr, sizes, SETUP)
             tma_store_read(1)
             mbarrier.arrive(dq_empty.index(0), count=1)
             tma_store_read(0)
@@ -185,7 +197,7 @@ def _step(
         ds_rows.permute((1, 0)), k_columns, no_dq, use_acc=False, is_async=True
     )
     dv, p_half = warpgroup_mma_wait(1, deps=(dv_async, p_half))
-    arrive_at(14, stage, 4)
+    arrive(14 + stage, 288, 4)
     dk_async = warpgroup_mma(ds_half, q, dk, is_async=True)
     dq = warpgroup_mma_wait(1, deps=(dq_async,))
     dq = in_order_of_registers(dq)
@@ -197,7 +209,7 @@ def _step(
     else:
         asm("bar.arrive 12, 160;", 4)
     dk, ds_half = warpgroup_mma_wait(0, deps=(dk_async, ds_half))
-    arrive_at(5, stage, 4)
+    arrive(5 + stage, 288, 4)
     return dk, dv
 
 

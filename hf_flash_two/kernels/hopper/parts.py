@@ -19,7 +19,7 @@ from hf_flash_two.kernels.hopper.gluon import (
     tma_load,
 )
 from hf_flash_two.kernels.hopper.schedule import first_row_of, place_of
-from hf_flash_two.kernels.hopper.tile import keep_bits
+from hf_flash_two.kernels.hopper.tile import keep_bits, sync
 from hf_flash_two.kernels.params import LOG2E
 from hf_flash_two.kernels.triton.tile import INTERVALS
 from hf_flash_two.masks import FAR
@@ -40,43 +40,11 @@ class Descriptors(NamedTuple):
     dv: Any
 
 
-class Memory(NamedTuple):
-    """Shared memory: tiles, those but K's and V's in two stages; dQ in two halves."""
-
-    k: Any
-    v: Any
-    q: Any
-    do: Any
-    rows: Any
-    ds: Any
-    dq: Any
-
-
 class Barriers(NamedTuple):
     k_full: Any
     v_full: Any
     q_full: Any
     do_full: Any
-
-
-@jit
-def wait_at(FIRST: gl.constexpr, stage, WARPS: gl.constexpr):
-    """Waits at a named barrier of one consumer's or both consumers' and one more warp's threads."""
-    x = gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-    gl.inline_asm_elementwise(
-        "bar.sync $1, 288; mov.b32 $0, $1;", "=r,r", [x * 0 + (FIRST + stage)],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@jit
-def arrive_at(FIRST: gl.constexpr, stage, WARPS: gl.constexpr):
-    """The other side of `wait_at`: goes on at once."""
-    x = gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-    gl.inline_asm_elementwise(
-        "bar.arrive $1, 288; mov.b32 $0, $1;", "=r,r", [x * 0 + (FIRST + stage)],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @jit
@@ -95,8 +63,7 @@ def load(desc, at, full, memory):
 @jit
 def producer(SETUP: gl.constexpr, sizes, descs, memory, bars):
     """The warp that copies tiles into shared memory: K and V once, then those of the queries."""
-    Q_STAGES: gl.constexpr = memory.q.type.shape[0]
-    DO_STAGES: gl.constexpr = memory.do.type.shape[0]
+    STAGES: gl.constexpr = memory.q.type.shape[0]
     place = place_of(sizes, SETUP)
     of_keys = [place.batch, place.key_head, place.tile * SETUP.BLOCK_K, 0]
     load(descs.k, of_keys, bars.k_full, memory.k)
@@ -106,11 +73,11 @@ def producer(SETUP: gl.constexpr, sizes, descs, memory, bars):
         head, first_row = first_row_of(place, member, sizes, SETUP)
         for step in range(place.count):
             done = member * place.count + step
-            stage = done % Q_STAGES
+            stage = done % STAGES
             tile = place.start + step * place.step
             at = [place.batch, head, tile * SETUP.BLOCK_Q, 0]
-            if done >= Q_STAGES:
-                wait_at(5, stage, 1)
+            if done >= STAGES:
+                sync(5 + stage, 288, 1)
             q_full = bars.q_full.index(stage)
             mbarrier.expect(q_full, descs.q.block_type.nbytes + descs.rows.block_type.nbytes)
             tma_load(descs.q, at, q_full, tile_of(descs.q, memory.q.index(stage)))
@@ -118,9 +85,8 @@ def producer(SETUP: gl.constexpr, sizes, descs, memory, bars):
             tma_load(descs.rows, [0, first_row + tile, 0], q_full, rows)
             if done == 0:
                 load(descs.v, of_keys, bars.v_full, memory.v)
-            stage = done % DO_STAGES
-            if done >= DO_STAGES:
-                wait_at(14, stage, 1)
+            if done >= STAGES:
+                sync(14 + stage, 288, 1)
             load(descs.do, at, bars.do_full.index(stage), memory.do.index(stage))
 
 

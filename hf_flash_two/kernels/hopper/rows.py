@@ -1,4 +1,4 @@
-"""What stands before and behind the backward's main kernel: what it needs of each row, and dQ.
+"""The small kernels of the backward: what the others need of each row, and dQ of its sum.
 
 `prepare` computes delta and turns lse into what the kernel reads; `order` says, of intervals, in
 which order tiles of keys add to dQ; `convert` makes dQ of its sum.
@@ -72,6 +72,8 @@ def prepare_kernel(
     lse = tl.load(lse_ptr + (batch * heads + head) * query_length + row, inside, float("-inf"))
     delta = tl.where(lse == float("-inf"), 0.0, delta)
     lse = tl.where(lse == float("-inf"), 0.0, lse * (_LOG2E / unit(PLAIN)))
+    # Behind the last row all probabilities are 0, whatever ALiBi adds to the scores of zeros.
+    lse = tl.where(inside, lse, float("inf"))
     at = rows_ptr + program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     tl.store(at, lse)
     tl.store(at + rows_size, delta)
@@ -131,10 +133,10 @@ def convert_kernel(
 def order(
     params: AttentionParams, query_length: int, key_length: int, setup: Setup
 ) -> Tensor | None:
-    """int32 [B or 1, query tiles, 2] for `gradients._rank`; None without intervals.
+    """int32 [B or 1, query tiles] for `schedule.rank_of`; None without intervals.
 
-    The last tile of keys that sees a tile of queries, and whether one between it and the first
-    does not. Worked out once for each mask, which all layers share.
+    Twice the last tile of keys that sees a tile of queries, and one more if some tile between it
+    and the first does not. Worked out once for each mask, which all layers share.
     """
     bounds = params.key_bounds
     if bounds is None:
@@ -142,7 +144,7 @@ def order(
 
     def build() -> Tensor:
         count = triton.cdiv(query_length, setup.BLOCK_Q)
-        result = bounds.new_empty(bounds.shape[0], count, 2)
+        result = bounds.new_empty(bounds.shape[0], count)
         kind = ("dq order", bounds.device.index, bounds.data_ptr() % 16, setup)
         launch = plan_for(kind, _launch, setup)
         launch(
@@ -183,6 +185,5 @@ def order_kernel(
         seen_tiles += gl.sum(seen.to(gl.int32), 0)
         first = gl.minimum(first, gl.min(gl.where(seen, tile, tiles), 0))
         last = gl.maximum(last, gl.max(gl.where(seen, tile, -1), 0))
-    at = order_ptr + program * 2
-    gl.store(at, last)
-    gl.store(at + 1, (last - first + 1 != seen_tiles).to(gl.int32))
+    gaps = (last - first + 1 != seen_tiles).to(gl.int32)
+    gl.store(order_ptr + program, last * 2 + gaps)

@@ -195,25 +195,22 @@ def place_of(sizes, SETUP: gl.constexpr):
 
 @jit
 def order_of(place, query_tile, order_ptr, sizes, SETUP: gl.constexpr):
-    """What `rows.order` says of a tile of queries: of intervals, else 0 twice."""
-    last, gaps = query_tile * 0, query_tile * 0
+    """What `rows.order` says of a tile of queries: of intervals, else 0."""
+    order = query_tile * 0
     if SETUP.MASK == INTERVALS:
         tiles = gl.cdiv(sizes.query_length, SETUP.BLOCK_Q)
-        at = order_ptr + query_tile * 2
-        at += gl.where(sizes.interval_stride_b != 0, place.batch * tiles * 2, 0)
-        last, gaps = gl.load(at), gl.load(at + 1)
-    return last, gaps
+        first = gl.where(sizes.interval_stride_b != 0, place.batch * tiles, 0)
+        order = gl.load(order_ptr + first + query_tile)
+    return order
 
 
 @jit
-def rank_of(place, query_tile, last, gaps, sizes, SETUP: gl.constexpr):
-    """How many tiles of keys add to a tile of dQ before this program's.
-
-    ``last``, ``gaps``: of `order_of`.
-    """
+def rank_of(place, query_tile, order, sizes, SETUP: gl.constexpr):
+    """How many tiles of keys add to a tile of dQ before this program's. ``order``: `order_of`."""
     if SETUP.MASK == INTERVALS:
+        last = order >> 1
         rank = last - place.tile
-        if gaps != 0:
+        if (order & 1) != 0:
             rank = _count_after(place, query_tile, last, sizes, SETUP)
         return rank
     SHIFT: gl.constexpr = log2(SETUP.BLOCK_K)

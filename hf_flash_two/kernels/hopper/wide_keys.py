@@ -33,7 +33,6 @@ from hf_flash_two.kernels.hopper.gluon import (
 from hf_flash_two.kernels.hopper.parts import (
     Barriers,
     Descriptors,
-    arrive_at,
     gradient_scale,
     head_of,
     in_order_of_registers,
@@ -45,13 +44,14 @@ from hf_flash_two.kernels.hopper.parts import (
     weights,
 )
 from hf_flash_two.kernels.hopper.schedule import Scores, Sizes, place_of
+from hf_flash_two.kernels.hopper.tile import arrive
 from hf_flash_two.kernels.triton.args import Dropout, Heads, Intervals, PerHead
 
 _STAGES = gl.constexpr(2)
 
 
 class Memory(NamedTuple):
-    """Shared memory: tiles, those but K's and V's in two stages; P as it is exchanged."""
+    """Shared memory: tiles, those of the queries in two stages; P as it is exchanged."""
 
     k: Any
     v: Any
@@ -104,7 +104,7 @@ def _step(
         asm("bar.sync 8, 256;", 4)
         if SETUP.DV_FIRST:
             dv_async = warpgroup_mma(memory.p, do_half, dv, is_async=True)
-        # As `rows.convert` reads it.
+        # As `rows.convert_kernel` reads it.
         p = memory.exchanged.load(RUN).reshape([2] * 12)
         p = p.permute((3, 4, 10, 5, 6, 7, 0, 1, 2, 8, 9, 11)).reshape([64, 64])
         p = gl.convert_layout(p, S)
@@ -117,13 +117,13 @@ def _step(
         asm("bar.sync 9, 256;", 4)
     dk_async = warpgroup_mma(memory.ds, q.slice(HALF * (D // 2), D // 2, dim=1), dk, is_async=True)
     dv = warpgroup_mma_wait(1, deps=(dv_async,))
-    arrive_at(14, stage, 4)
+    arrive(14 + stage, 288, 4)
     if HALF == 1:
         asm("bar.arrive 11, 256;", 4)
     dk = warpgroup_mma_wait(0, deps=(dk_async,))
     if HALF == 0:
         asm("bar.arrive 13, 256;", 4)
-    arrive_at(5, stage, 4)
+    arrive(5 + stage, 288, 4)
     return dk, dv
 
 

@@ -118,7 +118,7 @@ class Parts(NamedTuple):
 class Rows(NamedTuple):
     """What the dQ pass leaves for the others to know of each row, float32 [B, Hq, Tq rounded up].
 
-    All three are 0 behind the last row.
+    Behind the last row all are 0, but for the lse of Hopper's kernels, which is infinite.
 
     Attributes:
         lse_ptr: its log-sum-exp in `tile.unit`; 0 of rows that see nothing.
