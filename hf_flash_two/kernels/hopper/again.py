@@ -25,12 +25,11 @@ from hf_flash_two.kernels.hopper.scores import (
     copy_rows,
     copy_runs,
     dropped,
-    key_tiles_of,
     masked_scores,
-    place_of,
     product,
     rows_of,
     store_rows,
+    work_of,
 )
 from hf_flash_two.kernels.hopper.tile import INTERVALS, exponent_factor, nth_tile
 from hf_flash_two.kernels.params import LOG2E
@@ -99,10 +98,9 @@ def attend_again_kernel(
         if gl.load(marks_ptr + 2 + number) != 0:
             work = number // FLAGS.CONSUMERS
             of_work = number - work * FLAGS.CONSUMERS
-            tile, batch, first_head = place_of(work, heads, row_tiles, head_tiles, together, FLAGS)
-            total, masked, tile_start, full_start, full_stop = key_tiles_of(
-                ranges_ptr, tile, batch, query_length, key_length, offset, left, right, row_tiles,
-                FLAGS, BLOCK_K,
+            tile, batch, first_head, total, masked, tile_start, full_start, full_stop = work_of(
+                work, ranges_ptr, heads, query_length, key_length, offset, left, right,
+                row_tiles, head_tiles, together, FLAGS, BLOCK_K,
             )  # fmt: skip
             key_head = first_head // group
             first_row = (tile * FLAGS.CONSUMERS + of_work) * _ROWS

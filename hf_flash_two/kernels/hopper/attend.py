@@ -37,14 +37,13 @@ from hf_flash_two.kernels.hopper.scores import (
     allocate,
     copy,
     copy_rows,
-    copy_runs,
     dropped,
-    key_tiles_of,
+    expect_keys,
     masked_scores,
-    place_of,
     product,
     rows_of,
     store_rows,
+    work_of,
 )
 from hf_flash_two.kernels.hopper.tile import (
     INTERVALS,
@@ -262,17 +261,15 @@ def _producer(
     THREADS: gl.constexpr = 128 * FLAGS.CONSUMERS + 32
     K_BYTES: gl.constexpr = 2 * BLOCK_K * (D + FLAGS.D_REST)
     V_BYTES: gl.constexpr = 2 * BLOCK_K * (DV + FLAGS.V_REST)
-    RUN_BYTES: gl.constexpr = 8 * BLOCK_K
     works = row_tiles * head_tiles
     work = gl.program_id(0)
     number = 0
     copied = 0
     while work < works:
         following = works
-        tile, batch, head = place_of(work, heads, row_tiles, head_tiles, together, FLAGS)
-        total, masked, tile_start, full_start, full_stop = key_tiles_of(
-            ranges_ptr, tile, batch, query_length, key_length, offset, left, right, row_tiles,
-            FLAGS, BLOCK_K,
+        tile, batch, head, total, masked, tile_start, full_start, full_stop = work_of(
+            work, ranges_ptr, heads, query_length, key_length, offset, left, right,
+            row_tiles, head_tiles, together, FLAGS, BLOCK_K,
         )  # fmt: skip
         _tell(
             message_s, message_full, number,
@@ -291,15 +288,10 @@ def _producer(
                     following = gl.num_programs(0) + gl.atomic_add(tickets_ptr, 1, sem="relaxed")
             if copied >= STAGES:
                 sync(_NAMED + stage, THREADS, 1)
-            if FLAGS.MASK == INTERVALS:
-                if n < gl.maximum(masked, 1):
-                    mbarrier.expect(full, K_BYTES + RUN_BYTES)
-                    run = run_s.index(stage)
-                    copy_runs(run_desc, key_length, batch, key_tile, full, run, FLAGS)
-                else:
-                    mbarrier.expect(full, K_BYTES)
-            else:
-                mbarrier.expect(full, K_BYTES)
+            expect_keys(
+                full, K_BYTES, run_desc, key_length, batch, key_tile, run_s, stage,
+                n < gl.maximum(masked, 1), FLAGS,
+            )  # fmt: skip
             copy(k_desc, batch, key_head, key_row, 0, full, k_s.index(stage))
             if FLAGS.D_REST > 0:
                 copy(k_rest, batch, key_head, key_row, D, full, k_more.index(stage))

@@ -44,13 +44,14 @@ from hf_flash_two.kernels.hopper.gluon import (
 from hf_flash_two.kernels.hopper.parts import (
     Barriers,
     Descriptors,
-    gradient_scale,
     head_of,
     in_order_of_registers,
     keys_of,
+    nan_keys,
     probabilities,
     producer,
     score_gradient,
+    store_gradients,
     tile_of,
     weights,
 )
@@ -221,7 +222,6 @@ def _consumer(
     BLOCK_Q: gl.constexpr = SETUP.BLOCK_Q
     D: gl.constexpr = memory.k.type.shape[1]
     DV: gl.constexpr = memory.v.type.shape[1]
-    DTYPE: gl.constexpr = memory.q.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_Q, 16])
     DK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     DV_: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
@@ -243,9 +243,7 @@ def _consumer(
                 k, v, sizes, scores, memory, bars, dq_empty, dk, dv,
             )  # fmt: skip
     if SETUP.RESCUE:
-        marked = gl.max((dv != dv).to(gl.int32), 1)
-        marked = gl.convert_layout(marked, gl.SliceLayout(1, DK))
-        marked = gl.maximum(marked, gl.max((dk != dk).to(gl.int32), 1))
+        marked = nan_keys(dk, dv)
         key = place.tile * SETUP.BLOCK_K + HALF * 64
         key += gl.arange(0, 64, layout=gl.SliceLayout(1, DK))
         head = place.batch * (sizes.heads.count // sizes.heads.group) + place.key_head
@@ -253,18 +251,9 @@ def _consumer(
             marked_ptr + head.to(gl.int64) * sizes.key_length + key, marked.to(gl.int8),
             key < sizes.key_length,
         )  # fmt: skip
-    # Both are done with all of K: K and V become what dK and dV are stored from.
-    asm("bar.sync 8, 256;", 4)
-    v.store(dv.to(DTYPE))
-    k.store((dk * gradient_scale(scores, SETUP)).to(DTYPE))
-    fence_async_shared()
-    asm("bar.sync 8, 256;", 4)
-    at = [place.batch, place.key_head, place.tile * SETUP.BLOCK_K, 0]
-    if HALF == 0:
-        tma_store(descs.dv, at, tile_of(descs.dv, memory.v))
-    else:
-        tma_store(descs.dk, at, tile_of(descs.dk, memory.k))
-    tma_store_read(0)
+    store_gradients(
+        HALF, "bar.sync 8, 256;", SETUP, dk, dv, k, v, place, scores, descs, memory
+    )  # fmt: skip
 
 
 @jit(

@@ -12,11 +12,15 @@ from typing import Any, NamedTuple
 import triton
 
 from hf_flash_two.kernels.hopper.gluon import (
+    asm,
+    fence_async_shared,
     gl,
     jit,
     mbarrier,
     reinterpret,
     tma_load,
+    tma_store,
+    tma_store_read,
 )
 from hf_flash_two.kernels.hopper.schedule import first_row_of, place_of
 from hf_flash_two.kernels.hopper.tile import keep_bits, sync
@@ -256,6 +260,39 @@ def gradient_scale(scores, SETUP: gl.constexpr):
     if SETUP.PLAIN:
         scale = scale * (1 / _LOG2E)
     return scale
+
+
+@jit
+def nan_keys(dk, dv):
+    """int32 [keys], 1 where dK or dV holds NaN."""
+    marked = gl.max((dv != dv).to(gl.int32), 1)
+    marked = gl.convert_layout(marked, gl.SliceLayout(1, dk.type.layout))
+    return gl.maximum(marked, gl.max((dk != dk).to(gl.int32), 1))
+
+
+@jit
+def store_gradients(
+    HALF: gl.constexpr, BARRIER: gl.constexpr, SETUP: gl.constexpr,
+    dk, dv, k, v, place, scores, descs, memory,
+):  # fmt: skip
+    """Stores a tile of dK and dV, of which each of two consumers has a part.
+
+    Args:
+        BARRIER: PTX at which the consumers meet.
+        k, v: the same parts of K and V, which become what dK and dV are stored from.
+    """
+    # Both are done with all of K.
+    asm(BARRIER, 4)
+    v.store(dv.to(v.dtype))
+    k.store((dk * gradient_scale(scores, SETUP)).to(k.dtype))
+    fence_async_shared()
+    asm(BARRIER, 4)
+    at = [place.batch, place.key_head, place.tile * SETUP.BLOCK_K, 0]
+    if HALF == 0:
+        tma_store(descs.dv, at, tile_of(descs.dv, memory.v))
+    else:
+        tma_store(descs.dk, at, tile_of(descs.dk, memory.k))
+    tma_store_read(0)
 
 
 @jit

@@ -15,6 +15,7 @@ from hf_flash_two.kernels.hopper.config import ROWS
 from hf_flash_two.kernels.hopper.gluon import (
     gl,
     jit,
+    mbarrier,
     reinterpret,
     tma_load,
     tma_store,
@@ -33,7 +34,7 @@ def allocate(DTYPE: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr, COLUM
 
 
 @jit
-def place_of(work, heads, row_tiles, head_tiles, together, FLAGS: gl.constexpr):
+def _place_of(work, heads, row_tiles, head_tiles, together, FLAGS: gl.constexpr):
     """Tile of rows, batch row and first head of the tile of queries with this number.
 
     The last rows come first, as those of a causal mask take longest.
@@ -49,7 +50,24 @@ def place_of(work, heads, row_tiles, head_tiles, together, FLAGS: gl.constexpr):
 
 
 @jit
-def key_tiles_of(
+def work_of(
+    work, ranges_ptr, heads, query_length, key_length, offset, left, right,
+    row_tiles, head_tiles, together, FLAGS: gl.constexpr, BLOCK_K: gl.constexpr,
+):  # fmt: skip
+    """Tile of rows, batch row and first head of the tile of queries with this number.
+
+    Behind these `tiles_of_rows` of it.
+    """
+    tile, batch, head = _place_of(work, heads, row_tiles, head_tiles, together, FLAGS)
+    total, masked, tile_start, full_start, full_stop = _key_tiles_of(
+        ranges_ptr, tile, batch, query_length, key_length, offset, left, right, row_tiles,
+        FLAGS, BLOCK_K,
+    )  # fmt: skip
+    return tile, batch, head, total, masked, tile_start, full_start, full_stop
+
+
+@jit
+def _key_tiles_of(
     ranges_ptr, tile, batch, query_length, key_length, offset, left, right, row_tiles,
     FLAGS: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
@@ -92,6 +110,22 @@ def store_rows(desc, batch, head, first_row, column, source):
     COLUMNS: gl.constexpr = desc.block_type.shape[4]
     place = reinterpret(source, desc.dtype, [1, 1, SLOTS, PACK, COLUMNS], desc.layout)
     tma_store(desc, [batch, head // PACK, first_row // PACK, 0, column], place)
+
+
+@jit
+def expect_keys(
+    full, BYTES: gl.constexpr, run_desc, key_length, batch, key_tile, run_s, stage, masked,
+    FLAGS: gl.constexpr,
+):  # fmt: skip
+    """Tells a barrier the bytes of a tile of keys; if it is ``masked``, copies its intervals."""
+    if FLAGS.MASK == INTERVALS:
+        if masked:
+            mbarrier.expect(full, BYTES + run_desc.block_type.nbytes)
+            copy_runs(run_desc, key_length, batch, key_tile, full, run_s.index(stage), FLAGS)
+        else:
+            mbarrier.expect(full, BYTES)
+    else:
+        mbarrier.expect(full, BYTES)
 
 
 @jit

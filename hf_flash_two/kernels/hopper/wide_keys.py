@@ -25,22 +25,20 @@ from hf_flash_two.kernels.hopper.gluon import (
     gl,
     jit,
     mbarrier,
-    tma_store,
-    tma_store_read,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from hf_flash_two.kernels.hopper.parts import (
     Barriers,
     Descriptors,
-    gradient_scale,
     head_of,
     in_order_of_registers,
     keys_of,
+    nan_keys,
     probabilities,
     producer,
     score_gradient,
-    tile_of,
+    store_gradients,
     weights,
 )
 from hf_flash_two.kernels.hopper.schedule import Scores, Sizes, place_of
@@ -133,7 +131,6 @@ def _consumer(
 ):  # fmt: skip
     D: gl.constexpr = memory.k.type.shape[1]
     DV: gl.constexpr = memory.v.type.shape[1]
-    DTYPE: gl.constexpr = memory.q.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     DK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 16])
     DV_: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV // 2, 16])
@@ -158,9 +155,7 @@ def _consumer(
                 sizes, scores, memory, bars, dk, dv,
             )  # fmt: skip
     if SETUP.RESCUE:
-        marked = gl.max((dv != dv).to(gl.int32), 1)
-        marked = gl.convert_layout(marked, gl.SliceLayout(1, DK))
-        marked = gl.maximum(marked, gl.max((dk != dk).to(gl.int32), 1))
+        marked = nan_keys(dk, dv)
         key = place.tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, DK))
         head = place.batch * (sizes.heads.count // sizes.heads.group) + place.key_head
         # Either half of the columns may hold NaN: both say so, and none says that there is none.
@@ -168,20 +163,11 @@ def _consumer(
             marked_ptr + head.to(gl.int64) * sizes.key_length + key, marked.to(gl.int8),
             (key < sizes.key_length) & (marked != 0),
         )  # fmt: skip
-    # Both are done with all of K: K and V become what dK and dV are stored from.
-    asm("bar.sync 7, 256;", 4)
-    memory.v.slice(HALF * (DV // 2), DV // 2, dim=1).store(dv.to(DTYPE))
-    memory.k.slice(HALF * (D // 2), D // 2, dim=1).store(
-        (dk * gradient_scale(scores, SETUP)).to(DTYPE)
-    )
-    fence_async_shared()
-    asm("bar.sync 7, 256;", 4)
-    at = [place.batch, place.key_head, place.tile * 64, 0]
-    if HALF == 0:
-        tma_store(descs.dv, at, tile_of(descs.dv, memory.v))
-    else:
-        tma_store(descs.dk, at, tile_of(descs.dk, memory.k))
-    tma_store_read(0)
+    k_half = memory.k.slice(HALF * (D // 2), D // 2, dim=1)
+    v_half = memory.v.slice(HALF * (DV // 2), DV // 2, dim=1)
+    store_gradients(
+        HALF, "bar.sync 7, 256;", SETUP, dk, dv, k_half, v_half, place, scores, descs, memory
+    )  # fmt: skip
 
 
 @jit(

@@ -35,10 +35,9 @@ from hf_flash_two.kernels.hopper.parts import tile_of
 from hf_flash_two.kernels.hopper.scores import (
     allocate,
     copy,
-    copy_runs,
-    key_tiles_of,
-    place_of,
+    expect_keys,
     visible_scores,
+    work_of,
 )
 from hf_flash_two.kernels.hopper.tile import (
     INTERVALS,
@@ -70,12 +69,9 @@ def _producer(
     BLOCK_K: gl.constexpr = k_s.shape[1]
     K_STAGES: gl.constexpr = k_s.shape[0]
     V_STAGES: gl.constexpr = v_s.shape[0]
-    tile, batch, head = place_of(
-        gl.program_id(0), heads, row_tiles, head_tiles, together, FLAGS
-    )  # fmt: skip
-    total, masked, tile_start, full_start, full_stop = key_tiles_of(
-        ranges_ptr, tile, batch, query_length, key_length, offset, left, right, row_tiles,
-        FLAGS, BLOCK_K,
+    tile, batch, head, total, masked, tile_start, full_start, full_stop = work_of(
+        gl.program_id(0), ranges_ptr, heads, query_length, key_length, offset, left, right,
+        row_tiles, head_tiles, together, FLAGS, BLOCK_K,
     )  # fmt: skip
     for n in range(total):
         key_tile = nth_tile(n, masked, tile_start, full_start, full_stop)
@@ -83,14 +79,10 @@ def _producer(
         full = k_full.index(stage)
         if n >= K_STAGES:
             sync(_NAMED + stage, _THREADS, 1)
-        if FLAGS.MASK == INTERVALS:
-            if n < masked:
-                mbarrier.expect(full, k_desc.block_type.nbytes + 8 * BLOCK_K)
-                copy_runs(run_desc, key_length, batch, key_tile, full, run_s.index(stage), FLAGS)
-            else:
-                mbarrier.expect(full, k_desc.block_type.nbytes)
-        else:
-            mbarrier.expect(full, k_desc.block_type.nbytes)
+        expect_keys(
+            full, k_desc.block_type.nbytes, run_desc, key_length, batch, key_tile,
+            run_s, stage, n < masked, FLAGS,
+        )  # fmt: skip
         copy(k_desc, batch, head // group, key_tile * BLOCK_K, 0, full, k_s.index(stage))
         if n == 0:
             for w in gl.static_range(_CONSUMERS):
@@ -164,12 +156,9 @@ def _consumer(
     D: gl.constexpr = k_s.shape[2]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    tile, batch, head = place_of(
-        gl.program_id(0), heads, row_tiles, head_tiles, together, FLAGS
-    )  # fmt: skip
-    total, masked, tile_start, full_start, full_stop = key_tiles_of(
-        ranges_ptr, tile, batch, query_length, key_length, offset, left, right, row_tiles,
-        FLAGS, BLOCK_K,
+    tile, batch, head, total, masked, tile_start, full_start, full_stop = work_of(
+        gl.program_id(0), ranges_ptr, heads, query_length, key_length, offset, left, right,
+        row_tiles, head_tiles, together, FLAGS, BLOCK_K,
     )  # fmt: skip
     first_row = (tile * _CONSUMERS + W) * _ROWS
     row = first_row + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, SCORES))
@@ -217,7 +206,7 @@ def wide_queries_kernel(
 ):  # fmt: skip
     """dQ of 128 queries.
 
-    The grid is tiles of queries x batch rows x query heads, see `scores.place_of`.
+    The grid is tiles of queries x batch rows x query heads, see `scores.work_of`.
 
     Args:
         q_desc, do_desc, dq_desc: of [B, Hq, Tq, D or Dv], tiles of 64 rows.
