@@ -210,6 +210,8 @@ class Range:
     Attributes:
         long: lengths of the few cases of several tiles and blocks of the default sizes.
         same_dim, bias, buckets: the chances of D = Dv, of a bias and of limits on tile sizes.
+        alike: so many cases in a row share what kernels are compiled for: dtype, head dims, kinds
+            of masks and terms; sizes and values differ.
     """
 
     lengths: tuple[int, ...] = (1, 2, 3, 7, 16, 33, 63, 64, 65, 100, 127, 130, 200)
@@ -219,16 +221,17 @@ class Range:
     same_dim: float = 0.6
     bias: float = 0.3
     buckets: float = 0.4
+    alike: int = 1
 
 
 SMALL = Range()
 
 
 def draw_mask(
-    draw: Draw, masks: tuple[Callable, ...], words: list[str]
+    draw: Draw, masks: tuple[Callable, ...], kind: random.Random, words: list[str]
 ) -> tuple[AttentionMask | Tensor | None, Tensor]:
     """A mask, or several intersected, and bool [B, H or 1, Tq, Tk]."""
-    kinds = draw.chance.sample(masks, draw.chance.choice((1, 1, 1, 2, 2, 3)))
+    kinds = kind.sample(masks, kind.choice((1, 1, 1, 2, 2, 3)))
     words.append("&".join(kind.__name__ for kind in kinds))
     # Documents and trees count from the first key; whatever meets them must, too.
     if draw.chance.random() < 0.3:
@@ -271,8 +274,9 @@ def laid_out(chance: random.Random, x: Tensor) -> Tensor:
 def make(seed: int, dtypes: tuple[torch.dtype, ...] = DTYPES, among: Range = SMALL) -> Case:
     """The case of a seed."""
     chance = random.Random(seed)
+    kind = chance if among.alike == 1 else random.Random(f"kind {seed // among.alike}")
     torch.manual_seed(seed)
-    dtype, words = chance.choice(dtypes), []
+    dtype, words = kind.choice(dtypes), []
     group = chance.choice((1, 1, 2, 3, 8))
     key_heads = chance.choice((1, 2, 3))
     batch, heads = chance.choice((1, 2, 3)), group * key_heads
@@ -282,8 +286,8 @@ def make(seed: int, dtypes: tuple[torch.dtype, ...] = DTYPES, among: Range = SMA
         rows, keys = chance.choice((rows, *among.long)), chance.choice(among.long)
     if chance.random() < 0.5:
         rows = keys
-    head_dim = chance.choice(among.head_dims)
-    value_dim = head_dim if chance.random() < among.same_dim else chance.choice(among.head_dims)
+    head_dim = kind.choice(among.head_dims)
+    value_dim = head_dim if kind.random() < among.same_dim else kind.choice(among.head_dims)
     draw = Draw(chance, batch, heads, rows, keys)
     shapes = {
         "query": (batch, heads, rows, head_dim),
@@ -295,32 +299,32 @@ def make(seed: int, dtypes: tuple[torch.dtype, ...] = DTYPES, among: Range = SMA
         name: laid_out(chance, (torch.randn(shape) * size).to(dtype))
         for name, shape in shapes.items()
     }
-    mask, visible = draw_mask(draw, among.masks, words)
+    mask, visible = draw_mask(draw, among.masks, kind, words)
     offset = keys - rows if mask is None or isinstance(mask, Tensor) else mask.resolve_offset(
         rows, keys
     )  # fmt: skip
     arguments: dict = {}
-    if chance.random() < among.bias:
+    if kind.random() < among.bias:
         shape = [chance.choice((1, n)) for n in (batch, heads, rows, keys)]
         bias = torch.randn(shape[chance.randrange(0, 3) :])
         bias = bias.to(chance.choice((dtype, torch.float32)))
-        kind = chance.choice(("plain", "plain", "-inf", "least"))
-        if kind != "plain":
-            value = -math.inf if kind == "-inf" else torch.finfo(bias.dtype).min
+        holds = chance.choice(("plain", "plain", "-inf", "least"))
+        if holds != "plain":
+            value = -math.inf if holds == "-inf" else torch.finfo(bias.dtype).min
             bias = bias.masked_fill(torch.rand(bias.shape) < chance.choice((0.2, 1.0)), value)
-        words.append(f"bias {kind}")
+        words.append(f"bias {holds}")
         tensors["bias"] = bias
-    if chance.random() < 0.2:
+    if kind.random() < 0.2:
         shape = chance.choice(((heads,), (1, heads), (batch, heads)))
         tensors["sinks"] = torch.randn(shape)
-    if chance.random() < 0.2:
+    if kind.random() < 0.2:
         arguments["alibi_slopes"] = torch.rand(chance.choice(((heads,), (batch, heads)))) / 2
-    if chance.random() < 0.2:
+    if kind.random() < 0.2:
         arguments["softcap"] = chance.choice((0.5, 5.0, 50.0))
-    if chance.random() < 0.3:
-        arguments["scale"] = chance.choice((0.0, -0.7, 0.01, 1.0))
+    if kind.random() < 0.3:
+        arguments["scale"] = kind.choice((0.0, -0.7, 0.01, 1.0))
     keep = None
-    if chance.random() < 0.2:
+    if kind.random() < 0.2:
         p, number = chance.choice((0.1, 0.5)), chance.randrange(2**62)
         arguments |= {"dropout_p": p, "dropout_seed": number}
         index = [torch.arange(n) for n in (heads, rows, keys)]
@@ -328,7 +332,7 @@ def make(seed: int, dtypes: tuple[torch.dtype, ...] = DTYPES, among: Range = SMA
             [dropout.keep(torch.tensor([number]), b, *index, p) for b in range(batch)]
         )
     settings = {}
-    if chance.random() < among.buckets:
+    if kind.random() < among.buckets:
         settings["q_bucket_size"] = chance.choice((1, 5, 16, 64, 100))
         settings["k_bucket_size"] = chance.choice((1, 16, 64, 65, 128))
         if rows * keys > 5000:

@@ -297,7 +297,7 @@ def test_large_scores(make: Callable, dims: tuple[int, int], size: float) -> Non
 @pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("make", SOME)
 def test_gradients_in_any_order(ran: Callable, make: Callable, dims: tuple[int, int]) -> None:
-    """Equal to those in a fixed order but for rounding; the same where there is no order."""
+    """Equal to those in a fixed order but for rounding; the same where dQ has its own kernel."""
     mask, _ = make(700, 700)
     tensors = [x.requires_grad_() for x in drawn(700, 700, dims)]
     found = []
@@ -306,7 +306,7 @@ def test_gradients_in_any_order(ran: Callable, make: Callable, dims: tuple[int, 
         torch.manual_seed(1)
         found.append(torch.autograd.grad(out, tensors, torch.randn_like(out)))
         assert ran() == BY_HOPPER
-    most = 0 if max(dims) > 128 else 2**-8
+    most = 0 if max(dims) > (64 if mask.query_start is not None else 128) else 2**-8
     for want, got in zip(*found, strict=True):
         assert (got - want).float().norm() <= most * want.float().norm()
 

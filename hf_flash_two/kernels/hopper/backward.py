@@ -1,8 +1,9 @@
 """The backward of the Hopper kernels: its launches.
 
 Up to head dim 128, dK, dV and dQ are computed in one kernel (`gradients`), between two small ones
-(`rows`); besides the results that takes a float32 dQ and an int32 for each tile of queries. Above,
-`wide_keys` computes dK and dV and `wide_queries` dQ. All take two float32 for each row.
+(`rows`); besides the results that takes a float32 dQ and an int32 for each tile of queries. Of
+intervals, and above, `queries` computes dQ; above, `wide_keys` dK and dV. All take two float32 for
+each row.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from hf_flash_two.kernels.hopper import rows
 from hf_flash_two.kernels.hopper.config import (
+    ROWS,
     BackwardTiles,
     backward_tiles,
     forward_flags,
@@ -23,10 +25,10 @@ from hf_flash_two.kernels.hopper.config import (
 )
 from hf_flash_two.kernels.hopper.gluon import gl, shared_layout
 from hf_flash_two.kernels.hopper.gradients import gradients_kernel
+from hf_flash_two.kernels.hopper.queries import queries_kernel
 from hf_flash_two.kernels.hopper.runs import key_runs, runs_tma
 from hf_flash_two.kernels.hopper.schedule import ROW_MULTIPLE
 from hf_flash_two.kernels.hopper.wide_keys import wide_keys_kernel
-from hf_flash_two.kernels.hopper.wide_queries import wide_queries_kernel
 from hf_flash_two.kernels.params import LOG2E, AttentionParams, Layout, output_layout
 from hf_flash_two.kernels.triton.args import (
     Heads,
@@ -109,34 +111,30 @@ def _differentiate(
         if plan.tiles.setup.RESCUE:
             marked_rows = query.new_empty(query.shape[:3], dtype=torch.int8)
             # Two consumers mark each key of a wide head.
-            empty = key.new_zeros if plan.tiles.of_queries is not None else key.new_empty
+            empty = key.new_zeros if plan.tiles.wide else key.new_empty
             marked_keys = empty(key.shape[:3], dtype=torch.int8)
+        tiles, counter, dq_sum, zeroed = plan.tiles.of_queries, None, None, None
+        if tiles is None:
+            dq_sum = lse.new_empty(plan.dq_sum_size)
+            if params.deterministic:
+                counter = torch.empty(plan.counters, dtype=torch.int32, device=lse.device)
+            else:
+                zeroed = dq_sum
+        plan.prepare(out, d_out, lse, d_lse, of_rows, counter, zeroed)
         of_keys = intervals_of(params, params.key_bounds)
-        tiles = plan.tiles.of_queries
-        if tiles is not None:
-            plan.prepare(out, d_out, lse, d_lse, of_rows, None, None)
-            plan.of_keys(
-                query, key, value, d_out, of_rows, dk, dv,
-                of_keys, params.alibi_slopes, params.seed, marked_keys,
-            )  # fmt: skip
+        summed = () if plan.tiles.wide else (dq_sum, counter)
+        plan.of_keys(
+            query, key, value, d_out, of_rows, dk, dv,
+            of_keys, params.alibi_slopes, params.seed, marked_keys, *summed,
+        )  # fmt: skip
+        if tiles is None:
+            plan.of_queries(dq_sum, counter, marked_rows, dq)
+        else:
             ranges = key_ranges(params, tiles, query.shape[2], key.shape[2])
             plan.of_queries(
                 query, d_out, key, value, dq, key_runs(params, tiles.block_k), of_rows, ranges,
                 marked_rows, params.alibi_slopes, params.seed,
             )  # fmt: skip
-        else:
-            turns = counter = None
-            if params.deterministic:
-                counter = torch.empty(plan.counters, dtype=torch.int32, device=lse.device)
-                turns = rows.order(params, query.shape[2], key.shape[2], plan.tiles.setup)
-            dq_sum = lse.new_empty(plan.dq_sum_size)
-            zeroed = None if params.deterministic else dq_sum
-            plan.prepare(out, d_out, lse, d_lse, of_rows, counter, zeroed)
-            plan.of_keys(
-                query, key, value, d_out, of_rows, dq_sum, dk, dv,
-                of_keys, turns, params.alibi_slopes, params.seed, counter, marked_keys,
-            )  # fmt: skip
-            plan.of_queries(dq_sum, counter, marked_rows, dq)
         if marked_rows is not None and marked_keys is not None:
             replace_marked(
                 (marked_rows, marked_keys), Rows(of_rows[0], of_rows[1], None),
@@ -196,7 +194,9 @@ def _plan(
         ),
         "dq_desc": Tma(
             (row_count * block_d // 256, 256), (256, 1), (16, 256), gl.NVMMASharedLayout(0, 32, 2)
-        ),
+        )
+        if tiles.setup.WITH_DQ
+        else Tma(),
         "dropout": dropout_of(params),
         "slopes": PerHead(None, *broadcast_strides(params.alibi_slopes, batch, heads)),
     }  # fmt: skip
@@ -210,7 +210,7 @@ def _plan(
         params.scale * (LOG2E if plain else 1.0), params.softcap or 1.0,
     )  # fmt: skip
     of_keys = Launch(
-        wide_keys_kernel if tiles.of_queries else gradients_kernel,
+        wide_keys_kernel if tiles.wide else gradients_kernel,
         (key_tiles * batch * key_heads,), templates, scalars,
         {"SETUP": tiles.setup}, Tiles(block_q, block_k, block_d, block_v, 4, 1),
         maxnreg=168,
@@ -246,14 +246,19 @@ def _plan(
     else:
         flags = forward_flags(query, key, params, tiles.of_queries, False)
         row_tiles = triton.cdiv(query_length, tiles.of_queries.block_q)
+        keys = tiles.of_queries.block_k
         together = heads_together(key, value, heads // key_heads)
         of_queries = Launch(
-            wide_queries_kernel,
+            queries_kernel,
             (row_tiles * batch * heads,),
             templates
             | {
-                "dq_desc": tma(d_query, block_q, block_d),
-                "run_desc": runs_tma(params, key_length, block_k),
+                "q_desc": tma(query, ROWS, block_d),
+                "do_desc": tma(d_out, ROWS, block_v),
+                "k_desc": tma(key, keys, block_d),
+                "v_desc": tma(value, keys, block_v),
+                "dq_desc": tma(d_query, ROWS, block_d),
+                "run_desc": runs_tma(params, key_length, keys),
             },
             (
                 row_count, params.scale, params.softcap or 1.0, heads, heads // key_heads,

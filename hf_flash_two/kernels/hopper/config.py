@@ -234,6 +234,7 @@ class BackwardTiles:
     Attributes:
         block_d, block_v: the padded head dims.
         together, turned: see `schedule.Sizes`.
+        wide: `wide_keys` computes dK and dV, not `gradients`.
         of_queries: where dQ has a kernel of its own, that one's.
     """
 
@@ -242,6 +243,7 @@ class BackwardTiles:
     block_v: int
     together: int
     turned: int
+    wide: bool
     of_queries: Tiles | None
 
 
@@ -257,13 +259,15 @@ def backward_tiles(
     block_q, block_k = 128 if narrow else 64, 64 if wide else 128
     value_width = 128 if wide and value.shape[3] <= 128 else width
     masked = hides(query, key, params)
-    ordered = params.deterministic and not wide
-    down = ordered and (intervals or right)
+    # Tiles of keys with intervals would often wait for each other's turns to add dQ.
+    apart = wide or intervals and (params.deterministic or not narrow)
+    ordered = params.deterministic and not apart
+    down = ordered and right
     grouped = query.shape[1] > key.shape[1]
     together, turned = 1, 0
-    if grouped and not (ordered and intervals) or ordered and not down:
+    if grouped or ordered and not down:
         together = 2 if wide else 8
-    if down and grouped and not intervals:
+    if down and grouped:
         turned = 2**30
     setup = Setup(
         MASK=(INTERVALS if intervals else BAND if left or right else NO_MASK).value,
@@ -275,6 +279,7 @@ def backward_tiles(
         ALIBI=params.alibi_slopes is not None,
         DROPOUT=params.dropout_p > 0,
         MASKED=masked or key.shape[2] % block_k > 0,
+        WITH_DQ=not apart,
         ORDERED=ordered,
         DOWN=down,
         DV_FIRST=not masked and not narrow,
@@ -283,5 +288,5 @@ def backward_tiles(
         BLOCK_Q=block_q,
         BLOCK_K=block_k,
     )
-    of_queries = Tiles(2 * ROWS, block_k, width, value_width, 4, 2) if wide else None
-    return BackwardTiles(setup, width, value_width, together, turned, of_queries)
+    of_queries = Tiles(2 * ROWS, 64, width, value_width, 4, 2) if apart else None
+    return BackwardTiles(setup, width, value_width, together, turned, wide, of_queries)

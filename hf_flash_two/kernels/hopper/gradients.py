@@ -1,4 +1,4 @@
-"""The backward of Hopper GPUs: dK, dV and dQ of one tile of keys in one kernel.
+"""The backward of Hopper GPUs up to head dim 128: dK, dV and mostly dQ of one tile of keys.
 
 Source: Shah et al. 2024, arXiv:2407.08608, and the order of FlashAttention-4's ``flash_bwd_sm90``.
 One program is one tile of 128 keys of one key head. It goes through the queries that see them,
@@ -7,6 +7,8 @@ of all query heads of the group, in tiles of `BLOCK_Q` rows. Its warps have four
 - two consumers of four warps, each of 64 keys: they keep dK and dV of these in registers;
 - a producer: copies K and V once, and Q, dO and `Rows` of each tile of queries;
 - a store warp: adds each tile's dQ to a float32 sum in global memory.
+
+Where `queries` computes dQ, there is no such warp, and the consumers have nothing in common.
 
 Scores are computed transposed, so that P^T and dS^T multiply from registers. Both consumers write
 their dS into one tile, and each computes a half of dQ from all 128 keys: half as many bytes are
@@ -61,7 +63,6 @@ from hf_flash_two.kernels.hopper.schedule import (
     await_turn,
     end_turn,
     first_row_of,
-    order_of,
     place_of,
     rank_of,
 )
@@ -101,16 +102,12 @@ def _end_turn_of(tile, counter_ptr):
 
 
 @jit
-def _store_dq(SETUP: gl.constexpr, sizes, order_ptr, counter_ptr, dq_desc, dq_s, dq_empty):
+def _store_dq(SETUP: gl.constexpr, sizes, counter_ptr, dq_desc, dq_s, dq_empty):
     """The warp that adds dQ to its sum, in two halves."""
     place = place_of(sizes, SETUP)
     half_0 = tile_of(dq_desc, dq_s.index(0))
     half_1 = tile_of(dq_desc, dq_s.index(1))
     previous = -1
-    order = place.tile * 0
-    if SETUP.ORDERED:
-        if place.count > 0:
-            order = order_of(place, place.start, order_ptr, sizes, SETUP)
     for member in range(sizes.heads.group):
         _, first_row = first_row_of(place, member, sizes, SETUP)
         for step in range(place.count):
@@ -118,7 +115,7 @@ def _store_dq(SETUP: gl.constexpr, sizes, order_ptr, counter_ptr, dq_desc, dq_s,
             tile = first_row + query_tile
             first = False
             if SETUP.ORDERED:
-                rank = rank_of(place, query_tile, order, sizes, SETUP)
+                rank = rank_of(place, query_tile, sizes, SETUP)
                 await_turn(counter_ptr + tile, rank)
                 first = rank == 0
                 # The turn before ends here: what it added has reached memory while this one was
@@ -129,11 +126,6 @@ def _store_dq(SETUP: gl.constexpr, sizes, order_ptr, counter_ptr, dq_desc, dq_s,
             _add(dq_desc, tile * 32, half_0, first)
             asm("bar.sync 12, 160;", 1)
             _add(dq_desc, tile * 32 + 16, half_1, first)
-            if SETUP.ORDERED:
-                # Long before it is needed: memory answers late.
-                following = gl.where(step + 1 < place.count, step + 1, 0)
-                query_tile = place.start + following * place.step
-                order = order_of(place, query_tile, order_ptr, sizes, SETUP)
             tma_store_read(1)
             mbarrier.arrive(dq_empty.index(0), count=1)
             tma_store_read(0)
@@ -148,7 +140,7 @@ def _step(
     HALF: gl.constexpr, SETUP: gl.constexpr, done, tile, keys, head,
     k, v, sizes, scores, memory, bars, dq_empty, dk, dv,
 ):  # fmt: skip
-    """One tile of queries: adds to dK and dV, and hands on half a tile of dQ."""
+    """One tile of queries: adds to dK and dV, and may hand on half a tile of dQ."""
     BLOCK_Q: gl.constexpr = SETUP.BLOCK_Q
     DTYPE: gl.constexpr = memory.q.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_Q, 16])
@@ -157,8 +149,7 @@ def _step(
     ROW: gl.constexpr = gl.SliceLayout(0, S)
     stage = done % _STAGES
     phase = (done // _STAGES) & 1
-    q, do = memory.q.index(stage), memory.do.index(stage)
-    ds_tile, rows = memory.ds.index(stage), memory.rows.index(stage)
+    q, do, rows = memory.q.index(stage), memory.do.index(stage), memory.rows.index(stage)
     no_scores = gl.zeros((64, BLOCK_Q), gl.float32, S)
     mbarrier.wait(bars.q_full.index(stage), phase)
     s_async = warpgroup_mma(k, q.permute((1, 0)), no_scores, use_acc=False, is_async=True)
@@ -184,31 +175,38 @@ def _step(
         delta = rows.slice(BLOCK_Q, BLOCK_Q).load(ROW)
     ds = score_gradient(p, dp, delta[None, :], scores, SETUP).to(DTYPE)
     ds_half = gl.convert_layout(ds, A)
-    ds_tile.slice(HALF * 64, 64, dim=0).store(ds)
+    if SETUP.WITH_DQ:
+        ds_tile = memory.ds.index(stage)
+        ds_tile.slice(HALF * 64, 64, dim=0).store(ds)
     if not SETUP.DV_FIRST:
         dv_async = warpgroup_mma(p_half, do, dv, is_async=True)
-    fence_async_shared()
-    asm("bar.sync 8, 256;", 4)
-    no_dq = gl.zeros((64, 64), gl.float32, DQ)
-    if BLOCK_Q == 64:
-        ds_rows, k_columns = ds_tile, memory.k.slice(HALF * 64, 64, dim=1)
+    if SETUP.WITH_DQ:
+        fence_async_shared()
+        asm("bar.sync 8, 256;", 4)
+        no_dq = gl.zeros((64, 64), gl.float32, DQ)
+        if BLOCK_Q == 64:
+            ds_rows, k_columns = ds_tile, memory.k.slice(HALF * 64, 64, dim=1)
+        else:
+            ds_rows, k_columns = ds_tile.slice(HALF * 64, 64, dim=1), memory.k
+        dq_async = warpgroup_mma(
+            ds_rows.permute((1, 0)), k_columns, no_dq, use_acc=False, is_async=True
+        )
+        dv, p_half = warpgroup_mma_wait(1, deps=(dv_async, p_half))
+        arrive(14 + stage, 288, 4)
+        dk_async = warpgroup_mma(ds_half, q, dk, is_async=True)
+        dq = warpgroup_mma_wait(1, deps=(dq_async,))
+        dq = in_order_of_registers(dq)
+        mbarrier.wait(dq_empty.index(HALF), (done & 1) ^ 1)
+        memory.dq.index(HALF).store(dq)
+        fence_async_shared()
+        if HALF == 0:
+            asm("bar.arrive 10, 160;", 4)
+        else:
+            asm("bar.arrive 12, 160;", 4)
     else:
-        ds_rows, k_columns = ds_tile.slice(HALF * 64, 64, dim=1), memory.k
-    dq_async = warpgroup_mma(
-        ds_rows.permute((1, 0)), k_columns, no_dq, use_acc=False, is_async=True
-    )
-    dv, p_half = warpgroup_mma_wait(1, deps=(dv_async, p_half))
-    arrive(14 + stage, 288, 4)
-    dk_async = warpgroup_mma(ds_half, q, dk, is_async=True)
-    dq = warpgroup_mma_wait(1, deps=(dq_async,))
-    dq = in_order_of_registers(dq)
-    mbarrier.wait(dq_empty.index(HALF), (done & 1) ^ 1)
-    memory.dq.index(HALF).store(dq)
-    fence_async_shared()
-    if HALF == 0:
-        asm("bar.arrive 10, 160;", 4)
-    else:
-        asm("bar.arrive 12, 160;", 4)
+        dk_async = warpgroup_mma(ds_half, q, dk, is_async=True)
+        dv, p_half = warpgroup_mma_wait(1, deps=(dv_async, p_half))
+        arrive(14 + stage, 288, 4)
     dk, ds_half = warpgroup_mma_wait(0, deps=(dk_async, ds_half))
     arrive(5 + stage, 288, 4)
     return dk, dv
@@ -263,23 +261,22 @@ def _consumer(
     ]
 )  # fmt: skip
 def gradients_kernel(
-    q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc,
-    of_keys: Intervals, order_ptr, slopes: PerHead, dropout: Dropout, counter_ptr, marked_ptr,
+    q_desc, k_desc, v_desc, do_desc, rows_desc, dk_desc, dv_desc,
+    of_keys: Intervals, slopes: PerHead, dropout: Dropout, marked_ptr, dq_desc, counter_ptr,
     heads: Heads, query_length, key_length, offset, left, right, interval_stride_b,
     key_heads, together, turned, scale, softcap,
     SETUP: gl.constexpr,
 ):  # fmt: skip
-    """dK, dV of one tile of keys, and what it adds to dQ.
+    """dK, dV of one tile of keys, and with `Setup.WITH_DQ` what it adds to dQ.
 
     The grid is key tiles x batch rows x key heads, see `place_of`.
 
     Args:
         q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc: of [B, H, T, D] tensors.
         rows_desc: of [2, B * Hq * padded Tq / BLOCK_Q, BLOCK_Q].
-        dq_desc: of [pieces * 16, 256], float32.
-        order_ptr: of intervals, see `rows.order`.
-        counter_ptr: int32, one of each tile of dQ, zeros.
         marked_ptr: int8 [B, Hk, Tk], see `triton.backward.replace_marked`.
+        dq_desc: of [pieces * 16, 256], float32.
+        counter_ptr: int32, one of each tile of dQ, zeros.
     """
     BLOCK_Q: gl.constexpr = SETUP.BLOCK_Q
     BLOCK_K: gl.constexpr = SETUP.BLOCK_K
@@ -290,15 +287,19 @@ def gradients_kernel(
     V: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K, DV], DTYPE)
     DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K, BLOCK_Q], DTYPE)
     LINEAR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    rows = gl.allocate_shared_memory(gl.float32, [_STAGES, 2 * BLOCK_Q], LINEAR)
+    # What a call has none of is another thing at compile time, and unused.
+    ds, dq = rows, rows
+    if SETUP.WITH_DQ:
+        ds = gl.allocate_shared_memory(DTYPE, [_STAGES, BLOCK_K, BLOCK_Q], DS)
+        dq = gl.allocate_shared_memory(gl.float32, [2, 4096], LINEAR)
     memory = Memory(
         gl.allocate_shared_memory(DTYPE, [BLOCK_K, D], K),
         gl.allocate_shared_memory(DTYPE, [BLOCK_K, DV], V),
         gl.allocate_shared_memory(DTYPE, [_STAGES, BLOCK_Q, D], K),
         gl.allocate_shared_memory(DTYPE, [_STAGES, BLOCK_Q, DV], V),
-        gl.allocate_shared_memory(gl.float32, [_STAGES, 2 * BLOCK_Q], LINEAR),
-        gl.allocate_shared_memory(DTYPE, [_STAGES, BLOCK_K, BLOCK_Q], DS),
-        gl.allocate_shared_memory(gl.float32, [2, 4096], LINEAR),
-    )
+        rows, ds, dq,
+    )  # fmt: skip
     bars = Barriers(
         allocate_barriers(1, 1).index(0), allocate_barriers(1, 1).index(0),
         allocate_barriers(_STAGES, 1), allocate_barriers(_STAGES, 1),
@@ -311,13 +312,24 @@ def gradients_kernel(
     )  # fmt: skip
     scores = Scores(scale, softcap, slopes, dropout)
     # Written out each: a sum of tuples forgets names, one given a name forgets constants.
-    gl.warp_specialize(
-        [
-            (_consumer, (0, SETUP, sizes, scores, marked_ptr, descs, memory, bars, dq_empty)),
-            (_consumer, (1, SETUP, sizes, scores, marked_ptr, descs, memory, bars, dq_empty)),
-            (producer, (SETUP, sizes, descs, memory, bars)),
-            (_store_dq, (SETUP, sizes, order_ptr, counter_ptr, dq_desc, memory.dq, dq_empty)),
-        ],
-        [4, 1, 1],
-        [240, 24, 24],
-    )
+    if SETUP.WITH_DQ:
+        gl.warp_specialize(
+            [
+                (_consumer, (0, SETUP, sizes, scores, marked_ptr, descs, memory, bars, dq_empty)),
+                (_consumer, (1, SETUP, sizes, scores, marked_ptr, descs, memory, bars, dq_empty)),
+                (producer, (SETUP, sizes, descs, memory, bars)),
+                (_store_dq, (SETUP, sizes, counter_ptr, dq_desc, memory.dq, dq_empty)),
+            ],
+            [4, 1, 1],
+            [240, 24, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (0, SETUP, sizes, scores, marked_ptr, descs, memory, bars, dq_empty)),
+                (_consumer, (1, SETUP, sizes, scores, marked_ptr, descs, memory, bars, dq_empty)),
+                (producer, (SETUP, sizes, descs, memory, bars)),
+            ],
+            [4, 1],
+            [240, 24],
+        )

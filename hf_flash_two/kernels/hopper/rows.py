@@ -1,7 +1,6 @@
 """The small kernels of the backward: what the others need of each row, and dQ of its sum.
 
-`prepare` computes delta and turns lse into what the kernel reads; `order` says, of intervals, in
-which order tiles of keys add to dQ; `convert` makes dQ of its sum.
+`prepare` computes delta and turns lse into what the kernel reads; `convert` makes dQ of its sum.
 """
 
 # What stands in a kernel is Triton's language, which its types do not describe.
@@ -13,24 +12,17 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from hf_flash_two.kernels.hopper.gluon import gl, jit
-from hf_flash_two.kernels.hopper.schedule import ROW_MULTIPLE, Setup, Sizes, sees
-from hf_flash_two.kernels.params import LOG2E, AttentionParams
-from hf_flash_two.kernels.triton.args import Heads, Intervals, Operand
-from hf_flash_two.kernels.triton.config import Tiles
-from hf_flash_two.kernels.triton.launch import Launch, plan_for
+from hf_flash_two.kernels.hopper.schedule import ROW_MULTIPLE
+from hf_flash_two.kernels.params import LOG2E
+from hf_flash_two.kernels.triton.args import Operand
 from hf_flash_two.kernels.triton.tile import head_ptr, unit
-from hf_flash_two.tensor_cache import derive
 
 _LOG2E = tl.constexpr(LOG2E)
 _ROW_MULTIPLE = tl.constexpr(ROW_MULTIPLE)
 
 ROWS = 64
 """Rows of a program of `prepare` and of `convert`."""
-
-_PER_LENGTH = ["query_length", "key_length", "offset", "count", "interval_stride_b"]
 
 
 @triton.jit(do_not_specialize=["query_length"])
@@ -128,62 +120,3 @@ def convert_kernel(
     if marked_ptr is not None:
         marked_at = marked_ptr + (batch * heads + head) * query_length + row
         tl.store(marked_at, marked.to(tl.int8), row < query_length)
-
-
-def order(
-    params: AttentionParams, query_length: int, key_length: int, setup: Setup
-) -> Tensor | None:
-    """int32 [B or 1, query tiles] for `schedule.rank_of`; None without intervals.
-
-    Twice the last tile of keys that sees a tile of queries, and one more if some tile between it
-    and the first does not. Worked out once for each mask, which all layers share.
-    """
-    bounds = params.key_bounds
-    if bounds is None:
-        return None
-
-    def build() -> Tensor:
-        count = triton.cdiv(query_length, setup.BLOCK_Q)
-        result = bounds.new_empty(bounds.shape[0], count)
-        kind = ("dq order", bounds.device.index, bounds.data_ptr() % 16, setup)
-        launch = plan_for(kind, _launch, setup)
-        launch(
-            (count * bounds.shape[0], 1, 1), bounds, result, count,
-            query_length, key_length, params.query_offset,
-            key_length if bounds.shape[0] > 1 else 0,
-        )  # fmt: skip
-        return result
-
-    settings = (params.query_offset, query_length, key_length, setup.BLOCK_Q, setup.BLOCK_K)
-    return derive(("dq order", *settings), build, bounds)
-
-
-def _launch(setup: Setup) -> Launch:
-    tiles = Tiles(setup.BLOCK_Q, setup.BLOCK_K, 0, 0, warps=1, stages=1)
-    return Launch(order_kernel, None, {}, (), {"SETUP": setup}, tiles)
-
-
-@jit(do_not_specialize=_PER_LENGTH)
-def order_kernel(
-    bounds_ptr, order_ptr, count, query_length, key_length, offset, interval_stride_b,
-    SETUP: gl.constexpr,
-):  # fmt: skip
-    """Of one tile of queries, see `order`. The grid is query tiles x batch rows."""
-    program = gl.program_id(0)
-    batch = program // count
-    query_tile = program - batch * count
-    sizes = Sizes(
-        Heads(1, 1), 1, 1, 0, query_length, key_length, offset, 0, 0,
-        Intervals(None, None, bounds_ptr), interval_stride_b,
-    )  # fmt: skip
-    tiles = gl.cdiv(key_length, SETUP.BLOCK_K)
-    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
-    first, last, seen_tiles = tiles, -1, 0
-    for begin in range(0, tiles, 32):
-        tile = begin + lane
-        seen = sees(tile, batch, query_tile, tiles - 1, sizes, SETUP)
-        seen_tiles += gl.sum(seen.to(gl.int32), 0)
-        first = gl.minimum(first, gl.min(gl.where(seen, tile, tiles), 0))
-        last = gl.maximum(last, gl.max(gl.where(seen, tile, -1), 0))
-    gaps = (last - first + 1 != seen_tiles).to(gl.int32)
-    gl.store(order_ptr + program, last * 2 + gaps)

@@ -34,7 +34,8 @@ class Setup(NamedTuple):
         MASK, LEFT, RIGHT, SOFTCAP, PLAIN, DROPOUT, RESCUE: see `triton.args.Flags`.
         ALIBI: slopes are given.
         MASKED: some tile may hold hidden pairs or end behind the last key.
-        ORDERED: dQ is summed in a fixed order.
+        WITH_DQ: dQ is summed beside dK and dV; else `queries` computes it.
+        ORDERED: it is summed in a fixed order, of which there is none with intervals.
         DOWN: the last tile of keys adds first.
         DV_FIRST: dV's product is issued before dS is computed.
         LATE_LSE, LATE_DELTA: are read after the products they stand beside: fewer registers.
@@ -50,6 +51,7 @@ class Setup(NamedTuple):
     ALIBI: bool
     DROPOUT: bool
     MASKED: bool
+    WITH_DQ: bool
     ORDERED: bool
     DOWN: bool
     DV_FIRST: bool
@@ -124,7 +126,7 @@ def log2(size):
 def span_of(tile, sizes, bounds_at, SETUP: gl.constexpr):
     """Query tiles that see a tile of keys: [start, stop).
 
-    A tile of keys and one of queries meet if their whole rectangle meets the mask, inside of the
+    A tile of keys and one of queries meet if their whole rectangle meets the band, inside of the
     tensors or not: `rank_of` turns the question round and must get the same answer.
     """
     SHIFT: gl.constexpr = log2(SETUP.BLOCK_Q)
@@ -147,7 +149,7 @@ def span_of(tile, sizes, bounds_at, SETUP: gl.constexpr):
 
 @jit
 def _bounds(bounds_at, tile, sizes, SETUP: gl.constexpr):
-    """The first start and the last stop of a tile of keys, or of several side by side."""
+    """The first start and the last stop of a tile of keys."""
     groups = gl.cdiv(sizes.key_length, _KEY_GROUP)
     one = bounds_at + tile * (SETUP.BLOCK_K // _KEY_GROUP) * 4
     # A tile's second group may lie behind the last: the first again.
@@ -194,25 +196,8 @@ def place_of(sizes, SETUP: gl.constexpr):
 
 
 @jit
-def order_of(place, query_tile, order_ptr, sizes, SETUP: gl.constexpr):
-    """What `rows.order` says of a tile of queries: of intervals, else 0."""
-    order = query_tile * 0
-    if SETUP.MASK == INTERVALS:
-        tiles = gl.cdiv(sizes.query_length, SETUP.BLOCK_Q)
-        first = gl.where(sizes.interval_stride_b != 0, place.batch * tiles, 0)
-        order = gl.load(order_ptr + first + query_tile)
-    return order
-
-
-@jit
-def rank_of(place, query_tile, order, sizes, SETUP: gl.constexpr):
-    """How many tiles of keys add to a tile of dQ before this program's. ``order``: `order_of`."""
-    if SETUP.MASK == INTERVALS:
-        last = order >> 1
-        rank = last - place.tile
-        if (order & 1) != 0:
-            rank = _count_after(place, query_tile, last, sizes, SETUP)
-        return rank
+def rank_of(place, query_tile, sizes, SETUP: gl.constexpr):
+    """How many tiles of keys add to a tile of dQ before this program's."""
     SHIFT: gl.constexpr = log2(SETUP.BLOCK_K)
     position = query_tile * SETUP.BLOCK_Q + sizes.offset
     first, last = 0, gl.cdiv(sizes.key_length, SETUP.BLOCK_K) - 1
@@ -224,25 +209,6 @@ def rank_of(place, query_tile, order, sizes, SETUP: gl.constexpr):
     if SETUP.DOWN:
         rank = gl.where(place.up, rank, last - place.tile)
     return rank
-
-
-@jit
-def sees(tile, batch, query_tile, last, sizes, SETUP: gl.constexpr):
-    """Which of several tiles of keys, up to the last, a tile of queries sees."""
-    bounds_at = _bounds_of(batch, sizes, SETUP)
-    start, stop = span_of(gl.minimum(tile, last), sizes, bounds_at, SETUP)
-    return (tile <= last) & (start <= query_tile) & (query_tile < stop)
-
-
-@jit
-def _count_after(place, query_tile, last, sizes, SETUP: gl.constexpr):
-    """How many tiles of keys behind this one a tile of queries sees, up to the last it sees."""
-    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
-    count = 0
-    for behind in range(place.tile + 1, last + 1, 32):
-        seen = sees(behind + lane, place.batch, query_tile, last, sizes, SETUP)
-        count += gl.sum(seen.to(gl.int32), 0)
-    return count
 
 
 @jit

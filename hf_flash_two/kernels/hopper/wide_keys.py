@@ -3,7 +3,7 @@
 They fill the registers of two consumers, so that each has half of the columns, of all keys. What
 both need of scores is computed once: consumer 0 computes P^T, consumer 1 dP^T and dS^T. P^T goes
 from one to the other in float32, each thread to the one in the same place, and to both as an
-operand; dS^T to both. `wide_queries` computes dQ.
+operand; dS^T to both. `queries` computes dQ.
 
 Named barriers: 5, 6: a stage of Q is free; 14, 15: one of dO; 8: P is there; 11: nobody reads P
 any more; 9, 13: the same of dS; 7: the two consumers.

@@ -1,11 +1,12 @@
-"""The backward of Hopper GPUs for head dims above 128: dQ, in tiles of 128 queries.
+"""The backward of Hopper GPUs for intervals, and head dims above 128: dQ, in tiles of 128 queries.
 
 A program goes through the keys that its queries see, as in the forward. Each of two consumers of
 four warps has 64 queries: it computes S and dP of them, and adds dS K to dQ in its registers. While
 one computes dS, the products of the other run. A producer, one warp, copies tiles by TMA.
 
-S and dP are computed here and in `wide_keys`: 7 products for 5. One kernel for all gradients would
-add 64 KiB of dQ for each 64 x 64 pairs, for which the L2 cache takes longer than the two products.
+S and dP are computed here and with dK and dV: 7 products for 5. Above head dim 128, one kernel for
+all gradients would add 64 KiB of dQ for each 64 x 64 pairs, for which the L2 cache takes longer
+than the two products. With intervals, programs that take turns would wait for each other.
 
 Named barriers, behind those of Triton: for each stage, that its keys may be overwritten; for each,
 that its values may.
@@ -197,7 +198,7 @@ def _consumer(
     "rows_size", "heads", "group", "query_length", "key_length", "offset", "left", "right",
     "row_tiles", "head_tiles", "together",
 ])  # fmt: skip
-def wide_queries_kernel(
+def queries_kernel(
     q_desc, do_desc, k_desc, v_desc, dq_desc, run_desc, rows_ptr, ranges_ptr, marked_ptr,
     slopes: PerHead, dropout: Dropout,
     rows_size, scale, softcap, heads, group,
