@@ -178,7 +178,7 @@ TAKEN: dict[str, tuple[int, dict, tuple[bool, bool]]] = {
     "16k": (16384, {}, (True, True)),
     "D64": (4096, {"dims": (64, 64)}, (True, True)),
     "D96": (2048, {"dims": (96, 96)}, (True, True)),
-    "D96 padded": (4096, {"dims": (96, 96)} | PADDED, (False, False)),
+    "D96 padded": (4096, {"dims": (96, 96)} | PADDED, (False, True)),
     "D80 padded": (4096, {"dims": (80, 80)} | PADDED, (False, False)),
     "D64 padded": (4096, {"dims": (64, 64)} | PADDED, (True, True)),
     "D128-64": (4096, {"dims": (128, 64)}, (True, False)),
@@ -191,7 +191,7 @@ TAKEN: dict[str, tuple[int, dict, tuple[bool, bool]]] = {
     "2k D64 padded": (
         2048,
         {"mask": AttentionMask.from_padding(torch.ones(2, 2048)), "dims": (64, 64)},
-        (True, False),
+        (True, True),
     ),
 }
 

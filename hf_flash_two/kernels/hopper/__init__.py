@@ -42,7 +42,7 @@ def declines_backward(
 
     if reason := config.backward_declines(query, key, value, params):
         return reason
-    return None if by_name else config.backward_is_slow(query, value, params)
+    return None if by_name else config.backward_is_slow(query, value)
 
 
 @lru_cache
