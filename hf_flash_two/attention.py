@@ -117,7 +117,7 @@ def flash_attention(
         q_bucket_size, k_bucket_size: upper limits on the tiles of queries and keys. Triton's have
             at least 16 of each, and in decoding sizes of their own.
         deterministic: False lets the backward on Hopper GPUs add up the gradient of the queries in
-            any order, which is faster, unless ``torch.use_deterministic_algorithms(True)``.
+            any order where that is faster, unless ``torch.use_deterministic_algorithms(True)``.
         batch_invariant: the bits of a document's rows, and of their gradients, depend on nothing
             but its own queries, keys and values; see docs/batch_invariance.md. None: what
             `hf_flash_two.batch_invariant` says, else False.

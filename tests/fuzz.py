@@ -209,7 +209,8 @@ class Range:
 
     Attributes:
         long: lengths of the few cases of several tiles and blocks of the default sizes.
-        same_dim, bias, buckets: the chances of D = Dv, of a bias and of limits on tile sizes.
+        same_dim, bias, buckets, any_order: the chances of D = Dv, of a bias, of limits on tile
+            sizes and of a backward that may add up in any order.
         alike: so many cases in a row share what kernels are compiled for: dtype, head dims, kinds
             of masks and terms; sizes and values differ.
     """
@@ -221,6 +222,7 @@ class Range:
     same_dim: float = 0.6
     bias: float = 0.3
     buckets: float = 0.4
+    any_order: float = 0.0
     alike: int = 1
 
 
@@ -232,13 +234,13 @@ def draw_mask(
 ) -> tuple[AttentionMask | Tensor | None, Tensor]:
     """A mask, or several intersected, and bool [B, H or 1, Tq, Tk]."""
     kinds = kind.sample(masks, kind.choice((1, 1, 1, 2, 2, 3)))
-    words.append("&".join(kind.__name__ for kind in kinds))
+    words.append("&".join(make_one.__name__ for make_one in kinds))
     # Documents and trees count from the first key; whatever meets them must, too.
     if draw.chance.random() < 0.3:
         draw.offset = draw.chance.randrange(-9, draw.keys + 9)
     if documents in kinds or tree in kinds:
         draw.offset = 0
-    drawn = [kind(draw) for kind in kinds]
+    drawn = [make_one(draw) for make_one in kinds]
     mask = drawn[0][0]
     for other, _ in drawn[1:]:
         mask = mask & other
@@ -337,6 +339,8 @@ def make(seed: int, dtypes: tuple[torch.dtype, ...] = DTYPES, among: Range = SMA
         settings["k_bucket_size"] = chance.choice((1, 16, 64, 65, 128))
         if rows * keys > 5000:
             settings = {name: max(16, size) for name, size in settings.items()}
+    if among.any_order and kind.random() < among.any_order:
+        settings["deterministic"] = False
     dirt = chance.choice((math.nan, math.inf, -math.inf)) if chance.random() < 0.3 else None
     words += [f"{name} {list(x.shape)}" for name, x in tensors.items()]
     words += [

@@ -16,6 +16,7 @@ from helpers import inputs
 
 from hf_flash_two import AttentionMask, flash_attention
 from hf_flash_two.kernels import hopper, select
+from hf_flash_two.kernels.hopper import config
 from hf_flash_two.kernels.hopper.versions import unfit
 
 GPU = torch.device("cuda", 0)
@@ -137,6 +138,7 @@ def test_what_they_compute(declined: Callable, given: dict) -> None:
 
 
 DECLINED = {
+    "batch-invariant": ({"batch_invariant": True}, "not batch-invariant"),
     "float32": ({"dtype": torch.float32}, "bfloat16 and float16, not torch.float32"),
     "dense": ({"mask": AttentionMask.from_dense(torch.ones(300, 300).bool())}, "no dense masks"),
     "bias": ({"bias": torch.zeros(1, 1, 300, 300)}, "no bias"),
@@ -208,6 +210,28 @@ def test_auto_takes_what_was_timed(
         assert (reason is None) == want
         assert want or "known to be" in str(reason)
         assert ask(*described, by_name=True) is None
+
+
+BACKWARDS: dict[str, tuple[dict, tuple[bool, bool, bool]]] = {
+    "causal": ({}, (True, True, False)),
+    "causal, any order": ({"deterministic": False}, (True, False, False)),
+    "padded": (PADDED, (False, False, False)),
+    "padded, any order": (PADDED | {"deterministic": False}, (False, False, False)),
+    "padded D64": (PADDED | {"dims": (64, 64)}, (False, False, False)),
+    "padded D64, any order": (
+        PADDED | {"dims": (64, 64), "deterministic": False},
+        (True, False, False),
+    ),
+    "D192-128": ({"dims": (192, 128)}, (False, False, True)),
+}
+
+
+@pytest.mark.parametrize(("given", "want"), BACKWARDS.values(), ids=BACKWARDS)
+def test_which_kernels_a_backward_has(given: dict, want: tuple[bool, bool, bool]) -> None:
+    """One for all gradients, in turns or not; or two, of which wide heads have their own."""
+    tiles = config.backward_tiles(*call((4096, 4096), **given))
+    assert (tiles.setup.WITH_DQ, tiles.setup.ORDERED, tiles.wide) == want
+    assert (tiles.of_queries is None) == tiles.setup.WITH_DQ
 
 
 def test_by_name_the_reason_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:

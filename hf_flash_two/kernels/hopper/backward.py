@@ -1,9 +1,9 @@
 """The backward of the Hopper kernels: its launches.
 
-Up to head dim 128, dK, dV and dQ are computed in one kernel (`gradients`), between two small ones
-(`rows`); besides the results that takes a float32 dQ and an int32 for each tile of queries. Of
-intervals, and above, `queries` computes dQ; above, `wide_keys` dK and dV. All take two float32 for
-each row.
+Up to head dim 128, bands have dK, dV and dQ in one kernel (`gradients`), between two small ones
+(`rows`); besides the results that takes a float32 dQ and an int32 for each tile of queries. Else
+`queries` computes dQ, and `gradients`, or above head dim 128 `wide_keys`, dK and dV. All take two
+float32 for each row.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key, value, bias and sinks.
 
-    Unless ``params.deterministic``, dQ is summed in whatever order its parts arrive.
+    Unless ``params.deterministic``, dQ may be summed in whatever order its parts arrive.
     """
     query, key, value, d_out = [
         x if _tma_copies(x) else x.clone(memory_format=torch.contiguous_format)

@@ -221,6 +221,8 @@ def backward_declines(
         return "it has no bias"
     if params.block_q is not None or params.block_k is not None:
         return "its tiles cannot be limited"
+    if params.batch_invariant:
+        return "it is not batch-invariant"
     if not (query.numel() and key.numel()):
         return "there is nothing to compute"
     return None
@@ -258,7 +260,8 @@ def backward_tiles(
     block_q, block_k = 128 if narrow else 64, 64 if wide else 128
     value_width = 128 if wide and value.shape[3] <= 128 else width
     masked = hides(query, key, params)
-    # Tiles of keys with intervals would often wait for each other's turns to add dQ.
+    # With intervals, tiles of keys would often wait for each other's turns to add dQ. In any order
+    # one kernel wins at head dim 64 alone.
     apart = wide or intervals and (params.deterministic or not narrow)
     ordered = params.deterministic and not apart
     down = ordered and right

@@ -8,7 +8,7 @@ of all query heads of the group, in tiles of `BLOCK_Q` rows. Its warps have four
 - a producer: copies K and V once, and Q, dO and `Rows` of each tile of queries;
 - a store warp: adds each tile's dQ to a float32 sum in global memory.
 
-Where `queries` computes dQ, there is no such warp, and the consumers have nothing in common.
+Where `queries` computes dQ, there is no such warp, and the consumers hand each other nothing.
 
 Scores are computed transposed, so that P^T and dS^T multiply from registers. Both consumers write
 their dS into one tile, and each computes a half of dQ from all 128 keys: half as many bytes are
@@ -17,7 +17,7 @@ leaves them in registers, which `rows.convert_kernel` undoes. `schedule` has the
 
 Barriers. Of TMA: mbarriers. Between warps: named barriers, since an mbarrier's arrival costs four
 warps two more barriers; Triton itself takes 0 to 4. 5, 6: a stage of Q is free; 14, 15: one of dO;
-8: both consumers have written dS; 10, 12: a half of dQ is ready.
+8: both consumers have written dS, or are done with K; 10, 12: a half of dQ is ready.
 """
 
 # What stands in a kernel is Triton's language, which its types do not describe.
@@ -276,7 +276,7 @@ def gradients_kernel(
         rows_desc: of [2, B * Hq * padded Tq / BLOCK_Q, BLOCK_Q].
         marked_ptr: int8 [B, Hk, Tk], see `triton.backward.replace_marked`.
         dq_desc: of [pieces * 16, 256], float32.
-        counter_ptr: int32, one of each tile of dQ, zeros.
+        counter_ptr: int32, one of each tile of dQ, zeros. Both None without `Setup.WITH_DQ`.
     """
     BLOCK_Q: gl.constexpr = SETUP.BLOCK_Q
     BLOCK_K: gl.constexpr = SETUP.BLOCK_K

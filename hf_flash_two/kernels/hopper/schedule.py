@@ -2,7 +2,7 @@
 
 **Order.** With `Setup.ORDERED` the key tiles of a head add to a tile of dQ one after the other, so
 that the same inputs give the same bits. A counter per tile of dQ says how many have added; a tile
-of keys waits until that is its own rank, which `rank_of` works out of the mask. All wait only for
+of keys waits until that is its own rank, which `rank_of` works out of the band. All wait only for
 programs of a lower number, and the GPU starts programs in the order of their numbers.
 """
 
@@ -123,7 +123,7 @@ def log2(size):
 
 
 @jit
-def span_of(tile, sizes, bounds_at, SETUP: gl.constexpr):
+def _span_of(tile, batch, sizes, SETUP: gl.constexpr):
     """Query tiles that see a tile of keys: [start, stop).
 
     A tile of keys and one of queries meet if their whole rectangle meets the band, inside of the
@@ -141,17 +141,18 @@ def span_of(tile, sizes, bounds_at, SETUP: gl.constexpr):
         if SETUP.LEFT:
             stop = gl.minimum(((last + sizes.left) >> SHIFT) + 1, count)
     if SETUP.MASK == INTERVALS:
-        first_start, last_stop = _bounds(bounds_at, tile, sizes, SETUP)
+        first_start, last_stop = _bounds(tile, batch, sizes, SETUP)
         start = gl.minimum(gl.maximum(first_start - sizes.offset, 0) >> SHIFT, count)
         stop = gl.minimum((last_stop - sizes.offset + SETUP.BLOCK_Q - 1) >> SHIFT, count)
     return start, gl.maximum(stop, start)
 
 
 @jit
-def _bounds(bounds_at, tile, sizes, SETUP: gl.constexpr):
+def _bounds(tile, batch, sizes, SETUP: gl.constexpr):
     """The first start and the last stop of a tile of keys."""
     groups = gl.cdiv(sizes.key_length, _KEY_GROUP)
-    one = bounds_at + tile * (SETUP.BLOCK_K // _KEY_GROUP) * 4
+    first = gl.where(sizes.interval_stride_b != 0, batch * groups, 0)
+    one = sizes.of_keys.tiles_ptr + (first + tile * (SETUP.BLOCK_K // _KEY_GROUP)) * 4
     # A tile's second group may lie behind the last: the first again.
     two = one
     if SETUP.BLOCK_K > _KEY_GROUP:
@@ -160,16 +161,6 @@ def _bounds(bounds_at, tile, sizes, SETUP: gl.constexpr):
         gl.minimum(gl.load(one), gl.load(two)),
         gl.maximum(gl.load(one + 3), gl.load(two + 3)),
     )
-
-
-@jit
-def _bounds_of(batch, sizes, SETUP: gl.constexpr):
-    """Where `AttentionMask.key_bounds` of a batch row begin."""
-    at = sizes.of_keys.tiles_ptr
-    if SETUP.MASK == INTERVALS:
-        groups = gl.cdiv(sizes.key_length, _KEY_GROUP)
-        at += gl.where(sizes.interval_stride_b != 0, batch * groups * 4, 0)
-    return at
 
 
 @jit
@@ -188,7 +179,7 @@ def place_of(sizes, SETUP: gl.constexpr):
         tile = gl.where(up, tile, key_tiles - 1 - tile)
     per_batch = sizes.heads.count // sizes.heads.group
     batch = head // per_batch
-    start, stop = span_of(tile, sizes, _bounds_of(batch, sizes, SETUP), SETUP)
+    start, stop = _span_of(tile, batch, sizes, SETUP)
     return Place(
         batch, head - batch * per_batch, tile, up,
         gl.where(up, stop - 1, start), gl.where(up, -1, 1), stop - start,
