@@ -211,8 +211,8 @@ class Range:
         long: lengths of the few cases of several tiles and blocks of the default sizes.
         same_dim, bias, buckets, any_order: the chances of D = Dv, of a bias, of limits on tile
             sizes and of a backward that may add up in any order.
-        alike: so many cases in a row share what kernels are compiled for: dtype, head dims, kinds
-            of masks and terms; sizes and values differ.
+        alike: so many cases in a row share what kernels are compiled for: dtype, head dims, heads
+            of a group, kinds of masks and terms; sizes and values differ.
     """
 
     lengths: tuple[int, ...] = (1, 2, 3, 7, 16, 33, 63, 64, 65, 100, 127, 130, 200)
@@ -279,7 +279,7 @@ def make(seed: int, dtypes: tuple[torch.dtype, ...] = DTYPES, among: Range = SMA
     kind = chance if among.alike == 1 else random.Random(f"kind {seed // among.alike}")
     torch.manual_seed(seed)
     dtype, words = kind.choice(dtypes), []
-    group = chance.choice((1, 1, 2, 3, 8))
+    group = kind.choice((1, 1, 2, 3, 8))
     key_heads = chance.choice((1, 2, 3))
     batch, heads = chance.choice((1, 2, 3)), group * key_heads
     rows, keys = chance.choice(among.lengths), chance.choice(among.lengths)

@@ -5,7 +5,7 @@
 As `fuzz`, whose masks and arguments it draws: a case is a function of its seed. Both kernels are
 compared with the dense formula in float64, and the Hopper kernels may be no further from it than
 the portable ones are. What the Hopper kernels decline is counted: few calls should be. Most time
-goes into compiling, so five calls in a row are of a kind and differ in sizes and values.
+goes into compiling, so 20 calls in a row are of a kind and differ in sizes and values.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TRAINING = fuzz.Range(
     bias=0.03,
     buckets=0.0,
     any_order=0.3,
-    alike=5,
+    alike=20,
 )
 
 
@@ -78,10 +78,8 @@ def main() -> int:
             failed, kernels = task.result()
             failures += len(failed)
             ran += kernels
-            before, done = done, done + len(tasks[task])
-            print(*failed, sep="\n", end="\n" * bool(failed), flush=True)
-            if before // 50 < done // 50:
-                print(f"{done} of {options.count}, {failures} failed", flush=True)
+            done += len(tasks[task])
+            print(*failed, f"{done} of {options.count}, {failures} failed", sep="\n", flush=True)
     for (direction, kernel), count in sorted(ran.items()):
         print(f"{direction}: {kernel} computed {count} of {options.count}")
     print(f"{options.count} cases, {failures} failed")

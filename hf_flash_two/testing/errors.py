@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 FLOOR = 1e-3
-"""A gradient that is 0 up to rounding, such as that of a key bias, is measured by this share of
-the largest gradient."""
+"""Gradients of a module that are 0 up to rounding are measured by this share of the largest."""
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -34,26 +33,31 @@ def gradient_errors(
     expected: Mapping[str, Tensor],
     *,
     floor: float = FLOOR,
-    group: Callable[[str], str] = str,
 ) -> dict[str, float]:
-    """The largest difference in each gradient, over the largest entry of it in ``expected``.
+    """The largest difference in each gradient, over the largest entry of its module.
+
+    What belongs to a module is as large; but that of a key bias is 0 up to rounding, which differs
+    from machine to machine.
 
     Args:
-        actual, expected: gradients by the names of their parameters. The error of one that is NaN,
-            or that only one of the two has, is infinite.
-        floor: a gradient's largest entry counts as at least this share of the largest of all.
-        group: parameters for which this gives the same name share their largest entry.
+        actual, expected: gradients by the names of their parameters; ``expected`` has the largest
+            entries. The error of one that is NaN, or that only one of the two has, is infinite.
+        floor: a module's largest entry counts as at least this share of the largest of all.
     """
     largest: dict[str, float] = {}
     for name, gradient in expected.items():
         if gradient.numel():
             entry = gradient.abs().max().item()
-            largest[group(name)] = max(entry, largest.get(group(name), 1e-30))
+            largest[_module(name)] = max(entry, largest.get(_module(name), 1e-30))
     least = floor * max(largest.values(), default=0.0)
     errors = {name: torch.inf for name in actual.keys() ^ expected.keys()}
     for name in actual.keys() & expected.keys():
         if expected[name].numel():
             difference = (actual[name] - expected[name]).abs().max().item()
-            error = difference / max(largest[group(name)], least)
+            error = difference / max(largest[_module(name)], least)
             errors[name] = error if error == error else torch.inf
     return errors
+
+
+def _module(parameter: str) -> str:
+    return parameter.rpartition(".")[0] or parameter

@@ -269,11 +269,7 @@ def _backward(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[dict, dict]:
 
 
 def _gradient_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    return gradient_errors(actual, expected, floor=_FLOOR, group=_owner)
-
-
-def _owner(parameter: str) -> str:
-    return parameter.rpartition(".")[0] or parameter
+    return gradient_errors(actual, expected, floor=_FLOOR)
 
 
 def _worst(errors: dict[str, float]) -> tuple[str, float]:

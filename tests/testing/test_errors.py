@@ -26,9 +26,9 @@ def test_an_error_of_one_tensor(actual, expected, error) -> None:
     assert relative_error(torch.tensor(actual), torch.tensor(expected)) == error
 
 
-def errors(actual: dict, expected: dict, **options) -> dict[str, float]:
+def errors(actual: dict, expected: dict) -> dict[str, float]:
     tensors = ({k: torch.tensor(x) for k, x in part.items()} for part in (actual, expected))
-    return gradient_errors(*tensors, **options)
+    return gradient_errors(*tensors)
 
 
 def test_a_gradient_is_measured_by_its_own_largest_entry() -> None:
@@ -41,9 +41,9 @@ def test_one_that_vanishes_is_measured_by_a_share_of_the_largest() -> None:
     assert got == {"a": 0.0, "b": pytest.approx(1e-3 / (2 * FLOOR))}
 
 
-def test_those_of_a_group_share_their_largest_entry() -> None:
+def test_those_of_a_module_share_their_largest_entry() -> None:
     expected = {"k.weight": [2.0], "k.bias": [0.0], "v.weight": [4.0]}
-    got = errors(expected | {"k.bias": [0.5]}, expected, group=lambda name: name[0])
+    got = errors(expected | {"k.bias": [0.5]}, expected)
     assert got == {"k.weight": 0.0, "k.bias": 0.25, "v.weight": 0.0}
 
 
