@@ -114,6 +114,7 @@ def plain_rows() -> Iterator[Row]:
 
 ROWS = (
     *plain_rows(),
+    Row("causal", 8192, 128, 2, 32, 8),
     Row("window", 4096, 128, 4, 32, 8),
     Row("left-padded", 4096, 128, 4, 32, 8, PADDED),
     Row("documents", TOKENS, 128, 1, 32, 8, TEN),

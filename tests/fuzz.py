@@ -211,8 +211,8 @@ class Range:
         long: lengths of the few cases of several tiles and blocks of the default sizes.
         same_dim, bias, buckets, any_order: the chances of D = Dv, of a bias, of limits on tile
             sizes and of a backward that may add up in any order.
-        alike: so many cases in a row share what kernels are compiled for: dtype, head dims, heads
-            of a group, kinds of masks and terms; sizes and values differ.
+        alike: so many cases in a row share what kernels are compiled for: dtype, head dims, heads,
+            batch rows, layouts, kinds of masks and terms; lengths and values differ.
     """
 
     lengths: tuple[int, ...] = (1, 2, 3, 7, 16, 33, 63, 64, 65, 100, 127, 130, 200)
@@ -280,8 +280,8 @@ def make(seed: int, dtypes: tuple[torch.dtype, ...] = DTYPES, among: Range = SMA
     torch.manual_seed(seed)
     dtype, words = kind.choice(dtypes), []
     group = kind.choice((1, 1, 2, 3, 8))
-    key_heads = chance.choice((1, 2, 3))
-    batch, heads = chance.choice((1, 2, 3)), group * key_heads
+    key_heads = kind.choice((1, 2, 3))
+    batch, heads = kind.choice((1, 2, 3)), group * key_heads
     rows, keys = chance.choice(among.lengths), chance.choice(among.lengths)
     if chance.random() < 0.06:
         batch, group, heads = 1, 1, key_heads
@@ -298,7 +298,7 @@ def make(seed: int, dtypes: tuple[torch.dtype, ...] = DTYPES, among: Range = SMA
     }
     size = chance.choice((0.3, 1.0, 1.0, 3.0))
     tensors = {
-        name: laid_out(chance, (torch.randn(shape) * size).to(dtype))
+        name: laid_out(kind, (torch.randn(shape) * size).to(dtype))
         for name, shape in shapes.items()
     }
     mask, visible = draw_mask(draw, among.masks, kind, words)
@@ -317,17 +317,17 @@ def make(seed: int, dtypes: tuple[torch.dtype, ...] = DTYPES, among: Range = SMA
         words.append(f"bias {holds}")
         tensors["bias"] = bias
     if kind.random() < 0.2:
-        shape = chance.choice(((heads,), (1, heads), (batch, heads)))
+        shape = kind.choice(((heads,), (1, heads), (batch, heads)))
         tensors["sinks"] = torch.randn(shape)
     if kind.random() < 0.2:
-        arguments["alibi_slopes"] = torch.rand(chance.choice(((heads,), (batch, heads)))) / 2
+        arguments["alibi_slopes"] = torch.rand(kind.choice(((heads,), (batch, heads)))) / 2
     if kind.random() < 0.2:
         arguments["softcap"] = chance.choice((0.5, 5.0, 50.0))
     if kind.random() < 0.3:
         arguments["scale"] = kind.choice((0.0, -0.7, 0.01, 1.0))
     keep = None
     if kind.random() < 0.2:
-        p, number = chance.choice((0.1, 0.5)), chance.randrange(2**62)
+        p, number = kind.choice((0.1, 0.5)), chance.randrange(2**62)
         arguments |= {"dropout_p": p, "dropout_seed": number}
         index = [torch.arange(n) for n in (heads, rows, keys)]
         keep = torch.stack(

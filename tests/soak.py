@@ -5,7 +5,7 @@
 As `fuzz`, whose masks and arguments it draws: a case is a function of its seed. Both kernels are
 compared with the dense formula in float64, and the Hopper kernels may be no further from it than
 the portable ones are. What the Hopper kernels decline is counted: few calls should be. Most time
-goes into compiling, so 20 calls in a row are of a kind and differ in sizes and values.
+goes into compiling, so 20 calls in a row are of a kind and differ in lengths and values.
 """
 
 from __future__ import annotations
