@@ -700,14 +700,14 @@ def test_what_another_kernel_marks_is_computed_anew(
     padded[0, ..., :length] = torch.where(lse.isinf(), 0, lse / math.log(2))
     padded[1, ..., :length] = (out * d_out).sum(-1)
     marked = [torch.zeros(x.shape[:3], dtype=torch.int8, device=device) for x in (query, key)]
-    rows, keys = [(0, 0, 15), (1, 0, 40), (1, 0, 48), (1, 3, 99)], [(0, 1, 99), (1, 1, 0)]
+    rows, keys = [(0, 0, 31), (1, 0, 40), (1, 0, 64), (1, 3, 99)], [(0, 1, 99), (1, 1, 0)]
     for flags, places in zip(marked, (rows, keys), strict=True):
         for place in places:
             flags[place] = 1
     found = [torch.randn_like(x) for x in expected]
     wanted = [x.clone() for x in found]
     backward.replace_marked(tuple(marked), args.Rows(*padded, None), *call, *found)
-    tiles = config.backward_tiles(query, key, value, params)
+    tiles = config.marked_tiles(query, value)
     of_keys = keys, tiles.dkdv.block_k
     passes = [(rows, tiles.dq.block_q), of_keys, of_keys]
     for want, got, right, (places, block) in zip(wanted, found, expected, passes, strict=True):

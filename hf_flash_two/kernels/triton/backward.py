@@ -50,6 +50,7 @@ from hf_flash_two.kernels.triton.config import (
     Tiles,
     backward_tiles,
     launch_flags,
+    marked_tiles,
     sharing_programs,
     tma_run,
     tma_tiles,
@@ -85,7 +86,7 @@ _KEY_GROUP = tl.constexpr(KEY_GROUP)
 _ROW_MULTIPLE = 128
 _ROW_MULTIPLE_ = tl.constexpr(_ROW_MULTIPLE)
 # In so many tiles at once a program looks for marks: each look waits for memory.
-_AT_ONCE = tl.constexpr(32)
+_AT_ONCE = tl.constexpr(128)
 
 
 def backward(
@@ -260,7 +261,7 @@ def _plan(
     batch, heads, query_length, head_dim = query.shape
     key_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
     shape = (batch, heads, query_length, key_length)
-    tiles = backward_tiles(query, key, value, params)
+    tiles = marked_tiles(query, value) if marked else backward_tiles(query, key, value, params)
     flags = launch_flags(query, key, params)
     gradients = tuple(output_layout(x, x.shape[3]) for x in (query, key, value))
     (_, dq_strides), (_, dk_strides), (_, dv_strides) = gradients
@@ -286,7 +287,8 @@ def _plan(
     whole_rows = head_dim <= block.block_d and value_dim <= block.block_v
 
     def tiles_of(tensor: Tensor, rows: int, columns: int) -> Tma:
-        return tma_tiles(tensor, params, rows, columns) if whole_rows else Tma()
+        # The loop that computes what is marked has no use for TMA.
+        return tma_tiles(tensor, params, rows, columns) if whole_rows and not marked else Tma()
 
     def launch(kernel, grid: tuple[int, ...], block: Tiles, *own_scalars: tuple) -> Launch:
         by_key = tiles_of(key, block.block_k, block.block_d)
@@ -437,7 +439,7 @@ def _dkdv_kernel(
             first % tiles, first // tiles,
             q, k, v, do, rows, q_desc, do_desc, lse_desc, delta_desc, of_keys, dense, terms,
             dropout, dk, dv, heads, query_length, key_length, offset, left, right,
-            interval_stride_b, FLAGS, D, DV, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_V, STAGES,
+            interval_stride_b, FLAGS, D, DV, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_V, STAGES, 0,
         )  # fmt: skip
     else:
         # Mostly none is marked: what each tile needs stays inside of the loops.
@@ -452,7 +454,7 @@ def _dkdv_kernel(
                     number % tiles, number // tiles,
                     q, k, v, do, rows, q_desc, do_desc, lse_desc, delta_desc, of_keys, dense, terms,
                     dropout, dk, dv, heads, query_length, key_length, offset, left, right,
-                    interval_stride_b, FLAGS, D, DV, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_V, STAGES,
+                    interval_stride_b, FLAGS, D, DV, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_V, STAGES, 1,
                 )  # fmt: skip
 
 
@@ -463,7 +465,7 @@ def _dkdv_tile(
     dk, dv, heads, query_length, key_length, offset, left, right, interval_stride_b,
     FLAGS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, FIRST_ATTEMPT: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys; the key heads of all batch rows are counted through."""
     PRECISION: tl.constexpr = FLAGS.PRECISION
@@ -496,9 +498,9 @@ def _dkdv_tile(
     whole = full_stop - full_start
     dk_sum = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv_sum = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    for attempt in tl.static_range(phases(FLAGS.RESCUE) - 1):
+    for attempt in tl.static_range(FIRST_ATTEMPT, phases(FLAGS.RESCUE) - 1):
         members = heads.group
-        if attempt == 1:
+        if attempt > FIRST_ATTEMPT:
             again = holds_nan(dk_sum, col_inside) | holds_nan(dv_sum, col_inside)
             members = tl.where(again, heads.group, 0)
             dk_sum = tl.where(again, 0.0, dk_sum)
@@ -658,7 +660,7 @@ def _dq_kernel(
             tiles - 1 - first % tiles, first // tiles,
             q, k, v, do, rows, out, lse_ptr, d_lse, k_desc, v_desc, start_desc, stop_desc, of_keys,
             dense, terms, dropout, dq, heads, query_length, key_length, offset, left, right,
-            interval_stride_b, FLAGS, D, DV, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_V, STAGES,
+            interval_stride_b, FLAGS, D, DV, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_V, STAGES, 0,
         )  # fmt: skip
     else:
         # Mostly none is marked: what each tile needs stays inside of the loops.
@@ -674,7 +676,7 @@ def _dq_kernel(
                     q, k, v, do, rows, out, lse_ptr, d_lse, k_desc, v_desc, start_desc, stop_desc,
                     of_keys, dense, terms, dropout, dq, heads, query_length, key_length, offset,
                     left, right, interval_stride_b, FLAGS, D, DV, BLOCK_Q, BLOCK_K, BLOCK_D,
-                    BLOCK_V, STAGES,
+                    BLOCK_V, STAGES, 2,
                 )  # fmt: skip
 
 
@@ -686,7 +688,7 @@ def _dq_tile(
     dq, heads, query_length, key_length, offset, left, right, interval_stride_b,
     FLAGS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, FIRST_PHASE: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries; the query heads of all batch rows are counted through."""
     PRECISION: tl.constexpr = FLAGS.PRECISION
@@ -739,11 +741,13 @@ def _dq_tile(
     whole = full_stop - full_start
     dq_sum = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
-    for phase in tl.static_range(phases(FLAGS.RESCUE)):
+    for phase in tl.static_range(FIRST_PHASE, phases(FLAGS.RESCUE)):
         if phase == 0:
             run_start, run_stop = 0, whole
         elif phase == 1:
             run_start, run_stop = whole, tile_stop - tile_start
+        elif phase == FIRST_PHASE:
+            run_start, run_stop = 0, tile_stop - tile_start
         else:
             again = holds_nan(dq_sum, row_inside)
             run_start, run_stop = 0, tl.where(again, tile_stop - tile_start, 0)

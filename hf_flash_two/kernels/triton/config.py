@@ -329,6 +329,17 @@ def backward_tiles(
     return BackwardTiles(dkdv, dq, *dv or [None])
 
 
+def marked_tiles(query: Tensor, value: Tensor) -> BackwardTiles:
+    """Of the passes that compute anew what another kernel marked, which is rare.
+
+    Small ones: they are compiled for all calls with a mask, and take a third of the time to.
+    """
+    device, single = _device(query), query.dtype == torch.float32
+    block_d, block_v = (_columns(x.shape[3], single, device) for x in (query, value))
+    tiles = Tiles(32, 32, block_d, block_v, warps=4, stages=1)
+    return BackwardTiles(tiles, tiles, None)
+
+
 def tma_tiles(tensor: Tensor, params: AttentionParams, rows: int, columns: int) -> Tma:
     """How TMA copies [rows, columns] tiles of a [B, H, T, D] tensor, where it can and that pays."""
     if (
