@@ -439,7 +439,7 @@ def _dkdv_kernel(
             first % tiles, first // tiles,
             q, k, v, do, rows, q_desc, do_desc, lse_desc, delta_desc, of_keys, dense, terms,
             dropout, dk, dv, heads, query_length, key_length, offset, left, right,
-            interval_stride_b, FLAGS, D, DV, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_V, STAGES, 0,
+            interval_stride_b, FLAGS, D, DV, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_V, STAGES, False,
         )  # fmt: skip
     else:
         # Mostly none is marked: what each tile needs stays inside of the loops.
@@ -454,7 +454,8 @@ def _dkdv_kernel(
                     number % tiles, number // tiles,
                     q, k, v, do, rows, q_desc, do_desc, lse_desc, delta_desc, of_keys, dense, terms,
                     dropout, dk, dv, heads, query_length, key_length, offset, left, right,
-                    interval_stride_b, FLAGS, D, DV, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_V, STAGES, 1,
+                    interval_stride_b, FLAGS, D, DV, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_V, STAGES,
+                    True,
                 )  # fmt: skip
 
 
@@ -465,9 +466,12 @@ def _dkdv_tile(
     dk, dv, heads, query_length, key_length, offset, left, right, interval_stride_b,
     FLAGS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    STAGES: tl.constexpr, FIRST_ATTEMPT: tl.constexpr,
+    STAGES: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one tile of keys; the key heads of all batch rows are counted through."""
+    """dK and dV of one tile of keys; the key heads of all batch rows are counted through.
+
+    AGAIN: it is known to hold NaN.
+    """
     PRECISION: tl.constexpr = FLAGS.PRECISION
     IN_PARTS: tl.constexpr = (D > BLOCK_D) or (DV > BLOCK_V)
     key_heads = heads.count // heads.group
@@ -498,9 +502,9 @@ def _dkdv_tile(
     whole = full_stop - full_start
     dk_sum = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv_sum = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    for attempt in tl.static_range(FIRST_ATTEMPT, phases(FLAGS.RESCUE) - 1):
+    for attempt in tl.static_range(1 if AGAIN else 0, phases(FLAGS.RESCUE) - 1):
         members = heads.group
-        if attempt > FIRST_ATTEMPT:
+        if attempt == 1 and not AGAIN:
             again = holds_nan(dk_sum, col_inside) | holds_nan(dv_sum, col_inside)
             members = tl.where(again, heads.group, 0)
             dk_sum = tl.where(again, 0.0, dk_sum)
@@ -660,7 +664,7 @@ def _dq_kernel(
             tiles - 1 - first % tiles, first // tiles,
             q, k, v, do, rows, out, lse_ptr, d_lse, k_desc, v_desc, start_desc, stop_desc, of_keys,
             dense, terms, dropout, dq, heads, query_length, key_length, offset, left, right,
-            interval_stride_b, FLAGS, D, DV, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_V, STAGES, 0,
+            interval_stride_b, FLAGS, D, DV, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_V, STAGES, False,
         )  # fmt: skip
     else:
         # Mostly none is marked: what each tile needs stays inside of the loops.
@@ -676,7 +680,7 @@ def _dq_kernel(
                     q, k, v, do, rows, out, lse_ptr, d_lse, k_desc, v_desc, start_desc, stop_desc,
                     of_keys, dense, terms, dropout, dq, heads, query_length, key_length, offset,
                     left, right, interval_stride_b, FLAGS, D, DV, BLOCK_Q, BLOCK_K, BLOCK_D,
-                    BLOCK_V, STAGES, 2,
+                    BLOCK_V, STAGES, True,
                 )  # fmt: skip
 
 
@@ -688,9 +692,12 @@ def _dq_tile(
     dq, heads, query_length, key_length, offset, left, right, interval_stride_b,
     FLAGS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    STAGES: tl.constexpr, FIRST_PHASE: tl.constexpr,
+    STAGES: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one tile of queries; the query heads of all batch rows are counted through."""
+    """dQ of one tile of queries; the query heads of all batch rows are counted through.
+
+    AGAIN: it is known to hold NaN.
+    """
     PRECISION: tl.constexpr = FLAGS.PRECISION
     IN_PARTS: tl.constexpr = (D > BLOCK_D) or (DV > BLOCK_V)
     query_tiles_all = tl.cdiv(query_length, BLOCK_Q)
@@ -741,12 +748,12 @@ def _dq_tile(
     whole = full_stop - full_start
     dq_sum = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
-    for phase in tl.static_range(FIRST_PHASE, phases(FLAGS.RESCUE)):
+    for phase in tl.static_range(2 if AGAIN else 0, phases(FLAGS.RESCUE)):
         if phase == 0:
             run_start, run_stop = 0, whole
         elif phase == 1:
             run_start, run_stop = whole, tile_stop - tile_start
-        elif phase == FIRST_PHASE:
+        elif AGAIN:
             run_start, run_stop = 0, tile_stop - tile_start
         else:
             again = holds_nan(dq_sum, row_inside)
