@@ -5,7 +5,7 @@
 As `fuzz`, whose masks and arguments it draws: a case is a function of its seed. Both kernels are
 compared with the dense formula in float64, and the Hopper kernels may be no further from it than
 the portable ones are. What the Hopper kernels decline is counted: few calls should be. Most time
-goes into compiling, so 20 calls in a row are of a kind and differ in lengths and values.
+goes into compiling, so 32 calls in a row are of a kind and differ in lengths and values.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TRAINING = fuzz.Range(
     bias=0.03,
     buckets=0.0,
     any_order=0.3,
-    alike=20,
+    alike=32,
 )
 
 
@@ -64,10 +64,11 @@ def main() -> int:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         print("error: it needs a Hopper GPU")
         return 1
-    first = random.SystemRandom().randrange(10**9) if options.first is None else options.first
+    alike = TRAINING.alike
+    chosen = random.SystemRandom().randrange(10**9) // alike * alike
+    first = chosen if options.first is None else options.first
     stop = first + options.count
     print(f"seeds {first} to {stop - 1} on {torch.cuda.get_device_name()}", flush=True)
-    alike = TRAINING.alike
     starts = [first, *range((first // alike + 1) * alike, stop, alike), stop]
     done = failures = 0
     ran = Counter()

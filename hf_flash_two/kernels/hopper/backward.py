@@ -206,7 +206,6 @@ def _plan(
         params.window_left or 0, params.window_right or 0,
         broadcast_strides(params.query_start, batch, key_length)[0],
         batch * key_heads, min(tiles.together, batch * key_heads),
-        min(tiles.turned, batch * key_heads),
         params.scale * (LOG2E if plain else 1.0), params.softcap or 1.0,
     )  # fmt: skip
     of_keys = Launch(

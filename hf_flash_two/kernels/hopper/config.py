@@ -234,7 +234,7 @@ class BackwardTiles:
 
     Attributes:
         block_d, block_v: the padded head dims.
-        together, turned: see `schedule.Sizes`.
+        together: see `schedule.Sizes`.
         wide: `wide_keys` computes dK and dV, not `gradients`.
         of_queries: where dQ has a kernel of its own, that one's.
     """
@@ -243,7 +243,6 @@ class BackwardTiles:
     block_d: int
     block_v: int
     together: int
-    turned: int
     wide: bool
     of_queries: Tiles | None
 
@@ -264,13 +263,14 @@ def backward_tiles(
     # one kernel wins at head dim 64 alone.
     apart = wide or intervals and (params.deterministic or not narrow)
     ordered = params.deterministic and not apart
-    down = ordered and right
-    grouped = query.shape[1] > key.shape[1]
-    together, turned = 1, 0
-    if grouped or ordered and not down:
-        together = 2 if wide else 8
-    if down and grouped:
-        turned = 2**30
+    group = query.shape[1] // key.shape[1]
+    if wide:
+        together = 2 if group > 1 else 1
+    else:
+        # Few tiles of one head at a time start soon after each other; of more heads, Q, dO and dQ
+        # do not stay in the L2 cache.
+        together = max(1, (32 if narrow else 16) // group)
+        together = together if ordered else min(together, 8)
     setup = Setup(
         MASK=(INTERVALS if intervals else BAND if left or right else NO_MASK).value,
         LEFT=left,
@@ -283,7 +283,6 @@ def backward_tiles(
         MASKED=masked or key.shape[2] % block_k > 0,
         WITH_DQ=not apart,
         ORDERED=ordered,
-        DOWN=down,
         DV_FIRST=not masked and not narrow,
         LATE_LSE=narrow,
         LATE_DELTA=narrow or not masked,
@@ -291,4 +290,4 @@ def backward_tiles(
         BLOCK_K=block_k,
     )
     of_queries = Tiles(2 * ROWS, 64, width, value_width, 4, 2) if apart else None
-    return BackwardTiles(setup, width, value_width, together, turned, wide, of_queries)
+    return BackwardTiles(setup, width, value_width, together, wide, of_queries)

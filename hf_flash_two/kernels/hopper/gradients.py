@@ -6,9 +6,10 @@ of all query heads of the group, in tiles of `BLOCK_Q` rows. Its warps have four
 
 - two consumers of four warps, each of 64 keys: they keep dK and dV of these in registers;
 - a producer: copies K and V once, and Q, dO and `Rows` of each tile of queries;
-- a store warp: adds each tile's dQ to a float32 sum in global memory.
+- two store warps: add each tile's dQ, in turns, to a float32 sum in global memory. While one waits
+  until its part has reached memory, so that the next program may add, the other has the next tile.
 
-Where `queries` computes dQ, there is no such warp, and the consumers hand each other nothing.
+Where `queries` computes dQ, there are no such warps, and the consumers hand each other nothing.
 
 Scores are computed transposed, so that P^T and dS^T multiply from registers. Both consumers write
 their dS into one tile, and each computes a half of dQ from all 128 keys: half as many bytes are
@@ -16,8 +17,9 @@ added as if each had its own. dQ is added in pieces of 64 x 64 in the order in w
 leaves them in registers, which `rows.convert_kernel` undoes. `schedule` has their order.
 
 Barriers. Of TMA: mbarriers. Between warps: named barriers, since an mbarrier's arrival costs four
-warps two more barriers; Triton itself takes 0 to 4. 5, 6: a stage of Q is free; 14, 15: one of dO;
-8: both consumers have written dS, or are done with K; 10, 12: a half of dQ is ready.
+warps two more barriers; Triton itself takes 0 to 5. 6, 7: a stage of Q is free; 14, 15: one of dO;
+8: both consumers have written dS, or are done with K; 10, 11: the first half of dQ is ready, for
+one store warp or the other; 12, 13: the second half.
 """
 
 # What stands in a kernel is Triton's language, which its types do not describe.
@@ -63,10 +65,12 @@ from hf_flash_two.kernels.hopper.schedule import (
     await_turn,
     end_turn,
     first_row_of,
+    loops_of,
     place_of,
     rank_of,
+    visit,
 )
-from hf_flash_two.kernels.hopper.tile import arrive
+from hf_flash_two.kernels.hopper.tile import arrive, sync
 from hf_flash_two.kernels.triton.args import Dropout, Heads, Intervals, PerHead
 
 _STAGES = gl.constexpr(2)
@@ -94,44 +98,35 @@ def _add(desc, at, source, first):
 
 
 @jit
-def _end_turn_of(tile, counter_ptr):
-    """Lets the next add to a tile of dQ, if there is one: all of this one's is in memory."""
-    if tile >= 0:
-        tma_store_done(0, 1)
-        end_turn(counter_ptr + tile)
-
-
-@jit
-def _store_dq(SETUP: gl.constexpr, sizes, counter_ptr, dq_desc, dq_s, dq_empty):
-    """The warp that adds dQ to its sum, in two halves."""
+def _store_dq(
+    PART: gl.constexpr, SETUP: gl.constexpr, sizes, counter_ptr, dq_desc, dq_s, dq_empty
+):  # fmt: skip
+    """A warp that adds every other tile of dQ to its sum, in two halves."""
     place = place_of(sizes, SETUP)
     half_0 = tile_of(dq_desc, dq_s.index(0))
     half_1 = tile_of(dq_desc, dq_s.index(1))
-    previous = -1
-    for member in range(sizes.heads.group):
+    outer, inner = loops_of(place, sizes, SETUP)
+    for done in range(PART, outer * inner, 2):
+        i = done // inner
+        query_tile, member = visit(i, done - i * inner, place, SETUP)
         _, first_row = first_row_of(place, member, sizes, SETUP)
-        for step in range(place.count):
-            query_tile = place.start + step * place.step
-            tile = first_row + query_tile
-            first = False
-            if SETUP.ORDERED:
-                rank = rank_of(place, query_tile, sizes, SETUP)
-                await_turn(counter_ptr + tile, rank)
-                first = rank == 0
-                # The turn before ends here: what it added has reached memory while this one was
-                # waited for.
-                _end_turn_of(previous, counter_ptr)
-                previous = tile
-            asm("bar.sync 10, 160;", 1)
-            _add(dq_desc, tile * 32, half_0, first)
-            asm("bar.sync 12, 160;", 1)
-            _add(dq_desc, tile * 32 + 16, half_1, first)
-            tma_store_read(1)
-            mbarrier.arrive(dq_empty.index(0), count=1)
-            tma_store_read(0)
-            mbarrier.arrive(dq_empty.index(1), count=1)
-    if SETUP.ORDERED:
-        _end_turn_of(previous, counter_ptr)
+        tile = first_row + query_tile
+        first = False
+        if SETUP.ORDERED:
+            rank = rank_of(place, query_tile, sizes, SETUP)
+            await_turn(counter_ptr + tile, rank)
+            first = rank == 0
+        sync(10 + PART, 160, 1)
+        _add(dq_desc, tile * 32, half_0, first)
+        sync(12 + PART, 160, 1)
+        _add(dq_desc, tile * 32 + 16, half_1, first)
+        tma_store_read(1)
+        mbarrier.arrive(dq_empty.index(0), count=1)
+        tma_store_read(0)
+        mbarrier.arrive(dq_empty.index(1), count=1)
+        if SETUP.ORDERED:
+            tma_store_done(0, 1)
+            end_turn(counter_ptr + tile)
     tma_store_done(0, 1)
 
 
@@ -199,16 +194,13 @@ def _step(
         mbarrier.wait(dq_empty.index(HALF), (done & 1) ^ 1)
         memory.dq.index(HALF).store(dq)
         fence_async_shared()
-        if HALF == 0:
-            asm("bar.arrive 10, 160;", 4)
-        else:
-            asm("bar.arrive 12, 160;", 4)
+        arrive(10 + 2 * HALF + stage, 160, 4)
     else:
         dk_async = warpgroup_mma(ds_half, q, dk, is_async=True)
         dv, p_half = warpgroup_mma_wait(1, deps=(dv_async, p_half))
         arrive(14 + stage, 288, 4)
     dk, ds_half = warpgroup_mma_wait(0, deps=(dk_async, ds_half))
-    arrive(5 + stage, 288, 4)
+    arrive(6 + stage, 288, 4)
     return dk, dv
 
 
@@ -232,12 +224,13 @@ def _consumer(
     keys = keys_of(place, col, sizes, SETUP)
     mbarrier.wait(bars.k_full, 0)
     mbarrier.wait(bars.v_full, 0)
-    for member in range(sizes.heads.group):
-        head = head_of(place, member, sizes, scores, SETUP)
-        before = member * place.count
-        for step in range(place.count):
+    outer, inner = loops_of(place, sizes, SETUP)
+    for i in range(outer):
+        for j in range(inner):
+            tile, member = visit(i, j, place, SETUP)
+            head = head_of(place, member, sizes, scores, SETUP)
             dk, dv = _step(
-                HALF, SETUP, before + step, place.start + step * place.step, keys, head,
+                HALF, SETUP, i * inner + j, tile, keys, head,
                 k, v, sizes, scores, memory, bars, dq_empty, dk, dv,
             )  # fmt: skip
     if SETUP.RESCUE:
@@ -257,14 +250,14 @@ def _consumer(
 @jit(
     do_not_specialize=[
         "query_length", "key_length", "offset", "left", "right", "interval_stride_b", "key_heads",
-        "together", "turned",
+        "together",
     ]
 )  # fmt: skip
 def gradients_kernel(
     q_desc, k_desc, v_desc, do_desc, rows_desc, dk_desc, dv_desc,
     of_keys: Intervals, slopes: PerHead, dropout: Dropout, marked_ptr, dq_desc, counter_ptr,
     heads: Heads, query_length, key_length, offset, left, right, interval_stride_b,
-    key_heads, together, turned, scale, softcap,
+    key_heads, together, scale, softcap,
     SETUP: gl.constexpr,
 ):  # fmt: skip
     """dK, dV of one tile of keys, and with `Setup.WITH_DQ` what it adds to dQ.
@@ -307,7 +300,7 @@ def gradients_kernel(
     dq_empty = allocate_barriers(2, 1)
     descs = Descriptors(q_desc, k_desc, v_desc, do_desc, rows_desc, dk_desc, dv_desc)
     sizes = Sizes(
-        heads, key_heads, together, turned, query_length, key_length, offset, left, right,
+        heads, key_heads, together, query_length, key_length, offset, left, right,
         of_keys, interval_stride_b,
     )  # fmt: skip
     scores = Scores(scale, softcap, slopes, dropout)
@@ -318,10 +311,11 @@ def gradients_kernel(
                 (_consumer, (0, SETUP, sizes, scores, marked_ptr, descs, memory, bars, dq_empty)),
                 (_consumer, (1, SETUP, sizes, scores, marked_ptr, descs, memory, bars, dq_empty)),
                 (producer, (SETUP, sizes, descs, memory, bars)),
-                (_store_dq, (SETUP, sizes, counter_ptr, dq_desc, memory.dq, dq_empty)),
+                (_store_dq, (0, SETUP, sizes, counter_ptr, dq_desc, memory.dq, dq_empty)),
+                (_store_dq, (1, SETUP, sizes, counter_ptr, dq_desc, memory.dq, dq_empty)),
             ],
-            [4, 1, 1],
-            [240, 24, 24],
+            [4, 1, 1, 1],
+            [240, 24, 24, 24],
         )
     else:
         gl.warp_specialize(

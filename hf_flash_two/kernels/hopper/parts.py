@@ -22,7 +22,7 @@ from hf_flash_two.kernels.hopper.gluon import (
     tma_store,
     tma_store_read,
 )
-from hf_flash_two.kernels.hopper.schedule import first_row_of, place_of
+from hf_flash_two.kernels.hopper.schedule import first_row_of, loops_of, place_of, visit
 from hf_flash_two.kernels.hopper.tile import keep_bits, sync
 from hf_flash_two.kernels.params import LOG2E
 from hf_flash_two.kernels.triton.tile import INTERVALS
@@ -73,15 +73,16 @@ def producer(SETUP: gl.constexpr, sizes, descs, memory, bars):
     load(descs.k, of_keys, bars.k_full, memory.k)
     if place.count == 0:
         load(descs.v, of_keys, bars.v_full, memory.v)
-    for member in range(sizes.heads.group):
-        head, first_row = first_row_of(place, member, sizes, SETUP)
-        for step in range(place.count):
-            done = member * place.count + step
+    outer, inner = loops_of(place, sizes, SETUP)
+    for i in range(outer):
+        for j in range(inner):
+            tile, member = visit(i, j, place, SETUP)
+            head, first_row = first_row_of(place, member, sizes, SETUP)
+            done = i * inner + j
             stage = done % STAGES
-            tile = place.start + step * place.step
             at = [place.batch, head, tile * SETUP.BLOCK_Q, 0]
             if done >= STAGES:
-                sync(5 + stage, 288, 1)
+                sync(6 + stage, 288, 1)
             q_full = bars.q_full.index(stage)
             mbarrier.expect(q_full, descs.q.block_type.nbytes + descs.rows.block_type.nbytes)
             tma_load(descs.q, at, q_full, tile_of(descs.q, memory.q.index(stage)))

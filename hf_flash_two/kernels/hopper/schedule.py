@@ -4,6 +4,11 @@
 that the same inputs give the same bits. A counter per tile of dQ says how many have added; a tile
 of keys waits until that is its own rank, which `rank_of` works out of the band. All wait only for
 programs of a lower number, and the GPU starts programs in the order of their numbers.
+
+**Way.** A program goes down from the last tile of queries that sees its keys. In a fixed order all
+query heads of a group visit a tile before any visits the next: the first tile of keys is seen by
+most queries, and the others would wait for it at each head. Not if the band ends on the left: all
+tiles are seen by as many then, and what one head needs stays in the L2 cache.
 """
 
 # What stands in a kernel is Triton's language, which its types do not describe.
@@ -36,7 +41,6 @@ class Setup(NamedTuple):
         MASKED: some tile may hold hidden pairs or end behind the last key.
         WITH_DQ: dQ is summed beside dK and dV; else `queries` computes it.
         ORDERED: it is summed in a fixed order, of which there is none with intervals.
-        DOWN: the last tile of keys adds first.
         DV_FIRST: dV's product is issued before dS is computed.
         LATE_LSE, LATE_DELTA: are read after the products they stand beside: fewer registers.
         BLOCK_Q, BLOCK_K: queries and keys of a tile.
@@ -53,7 +57,6 @@ class Setup(NamedTuple):
     MASKED: bool
     WITH_DQ: bool
     ORDERED: bool
-    DOWN: bool
     DV_FIRST: bool
     LATE_LSE: bool
     LATE_DELTA: bool
@@ -68,7 +71,6 @@ class Sizes(NamedTuple):
         heads: Hq, and how many query heads share a key head.
         key_heads: B * Hk.
         together: how many key heads have their tiles of keys side by side in the grid.
-        turned: how many of the last key heads add their first tile of keys first.
         left, right: the band.
         interval_stride_b: Tk, or 0 where one row of intervals serves all.
     """
@@ -76,7 +78,6 @@ class Sizes(NamedTuple):
     heads: Any
     key_heads: Any
     together: Any
-    turned: Any
     query_length: Any
     key_length: Any
     offset: Any
@@ -102,18 +103,14 @@ class Place(NamedTuple):
     """What a program does: a tile of keys, and the tiles of queries that it goes through.
 
     Attributes:
-        up: the first tile of keys adds first; queries then go from the last to the first.
-        start: the first tile of queries in the order in which they are visited.
-        step: 1 or -1.
+        last: the tile of queries that is visited first; from there they go down.
         count: how many they are.
     """
 
     batch: Any
     key_head: Any
     tile: Any
-    up: Any
-    start: Any
-    step: Any
+    last: Any
     count: Any
 
 
@@ -173,17 +170,30 @@ def place_of(sizes, SETUP: gl.constexpr):
     width = gl.minimum(sizes.together, sizes.key_heads - group * sizes.together)
     tile = program // width
     head = group * sizes.together + program - tile * width
-    up = False
-    if SETUP.DOWN:
-        up = head >= sizes.key_heads - sizes.turned
-        tile = gl.where(up, tile, key_tiles - 1 - tile)
     per_batch = sizes.heads.count // sizes.heads.group
     batch = head // per_batch
     start, stop = _span_of(tile, batch, sizes, SETUP)
-    return Place(
-        batch, head - batch * per_batch, tile, up,
-        gl.where(up, stop - 1, start), gl.where(up, -1, 1), stop - start,
-    )  # fmt: skip
+    return Place(batch, head - batch * per_batch, tile, stop - 1, stop - start)
+
+
+@jit
+def loops_of(place, sizes, SETUP: gl.constexpr):
+    """How often the outer and the inner loop run whose turns `visit` takes."""
+    if SETUP.ORDERED and not SETUP.LEFT:
+        outer, inner = place.count, sizes.heads.group
+    else:
+        outer, inner = sizes.heads.group, place.count
+    return outer, inner
+
+
+@jit
+def visit(i, j, place, SETUP: gl.constexpr):
+    """Tile of queries, and which head of the group, in the turns i and j of two loops."""
+    if SETUP.ORDERED and not SETUP.LEFT:
+        step, member = i, j
+    else:
+        step, member = j, i
+    return place.last - step, member
 
 
 @jit
@@ -191,15 +201,10 @@ def rank_of(place, query_tile, sizes, SETUP: gl.constexpr):
     """How many tiles of keys add to a tile of dQ before this program's."""
     SHIFT: gl.constexpr = log2(SETUP.BLOCK_K)
     position = query_tile * SETUP.BLOCK_Q + sizes.offset
-    first, last = 0, gl.cdiv(sizes.key_length, SETUP.BLOCK_K) - 1
+    first = 0
     if SETUP.LEFT:
         first = gl.maximum((position - sizes.left) >> SHIFT, 0)
-    if SETUP.RIGHT:
-        last = gl.minimum((position + SETUP.BLOCK_Q - 1 + sizes.right) >> SHIFT, last)
-    rank = place.tile - first
-    if SETUP.DOWN:
-        rank = gl.where(place.up, rank, last - place.tile)
-    return rank
+    return place.tile - first
 
 
 @jit

@@ -5,8 +5,8 @@ both need of scores is computed once: consumer 0 computes P^T, consumer 1 dP^T a
 from one to the other in float32, each thread to the one in the same place, and to both as an
 operand; dS^T to both. `queries` computes dQ.
 
-Named barriers: 5, 6: a stage of Q is free; 14, 15: one of dO; 8: P is there; 11: nobody reads P
-any more; 9, 13: the same of dS; 7: the two consumers.
+Named barriers: 6, 7: a stage of Q is free; 14, 15: one of dO; 8: P is there; 11: nobody reads P
+any more; 9, 13: the same of dS; 10: the two consumers.
 """
 
 # What stands in a kernel is Triton's language, which its types do not describe.
@@ -41,7 +41,7 @@ from hf_flash_two.kernels.hopper.parts import (
     store_gradients,
     weights,
 )
-from hf_flash_two.kernels.hopper.schedule import Scores, Sizes, place_of
+from hf_flash_two.kernels.hopper.schedule import Scores, Sizes, loops_of, place_of, visit
 from hf_flash_two.kernels.hopper.tile import arrive
 from hf_flash_two.kernels.triton.args import Dropout, Heads, Intervals, PerHead
 
@@ -121,7 +121,7 @@ def _step(
     dk = warpgroup_mma_wait(0, deps=(dk_async,))
     if HALF == 0:
         asm("bar.arrive 13, 256;", 4)
-    arrive(5 + stage, 288, 4)
+    arrive(6 + stage, 288, 4)
     return dk, dv
 
 
@@ -146,12 +146,13 @@ def _consumer(
         asm("bar.arrive 13, 256;", 4)
     mbarrier.wait(bars.k_full, 0)
     mbarrier.wait(bars.v_full, 0)
-    for member in range(sizes.heads.group):
-        head = head_of(place, member, sizes, scores, SETUP)
-        before = member * place.count
-        for step in range(place.count):
+    outer, inner = loops_of(place, sizes, SETUP)
+    for i in range(outer):
+        for j in range(inner):
+            tile, member = visit(i, j, place, SETUP)
+            head = head_of(place, member, sizes, scores, SETUP)
             dk, dv = _step(
-                HALF, SETUP, before + step, place.start + step * place.step, keys, head,
+                HALF, SETUP, i * inner + j, tile, keys, head,
                 sizes, scores, memory, bars, dk, dv,
             )  # fmt: skip
     if SETUP.RESCUE:
@@ -166,21 +167,21 @@ def _consumer(
     k_half = memory.k.slice(HALF * (D // 2), D // 2, dim=1)
     v_half = memory.v.slice(HALF * (DV // 2), DV // 2, dim=1)
     store_gradients(
-        HALF, "bar.sync 7, 256;", SETUP, dk, dv, k_half, v_half, place, scores, descs, memory
+        HALF, "bar.sync 10, 256;", SETUP, dk, dv, k_half, v_half, place, scores, descs, memory
     )  # fmt: skip
 
 
 @jit(
     do_not_specialize=[
         "query_length", "key_length", "offset", "left", "right", "interval_stride_b", "key_heads",
-        "together", "turned",
+        "together",
     ]
 )  # fmt: skip
 def wide_keys_kernel(
     q_desc, k_desc, v_desc, do_desc, rows_desc, dk_desc, dv_desc,
     of_keys: Intervals, slopes: PerHead, dropout: Dropout, marked_ptr,
     heads: Heads, query_length, key_length, offset, left, right, interval_stride_b,
-    key_heads, together, turned, scale, softcap,
+    key_heads, together, scale, softcap,
     SETUP: gl.constexpr,
 ):  # fmt: skip
     """dK, dV of one tile of keys: see `gradients.gradients_kernel`.
@@ -212,7 +213,7 @@ def wide_keys_kernel(
     )  # fmt: skip
     descs = Descriptors(q_desc, k_desc, v_desc, do_desc, rows_desc, dk_desc, dv_desc)
     sizes = Sizes(
-        heads, key_heads, together, turned, query_length, key_length, offset, left, right,
+        heads, key_heads, together, query_length, key_length, offset, left, right,
         of_keys, interval_stride_b,
     )  # fmt: skip
     scores = Scores(scale, softcap, slopes, dropout)
