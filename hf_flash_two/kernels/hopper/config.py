@@ -267,9 +267,10 @@ def backward_tiles(
     if wide:
         together = 2 if group > 1 else 1
     else:
-        # Few tiles of one head at a time start soon after each other; of more heads, Q, dO and dQ
-        # do not stay in the L2 cache.
-        together = max(1, (32 if narrow else 16) // group)
+        # In a fixed order the tiles of a head start a step after each other: few are there at a time,
+        # and fewer of short rows. With yet more heads Q, dO and dQ leave the L2 cache too soon.
+        short = ordered and query.shape[2] < 32 * block_q
+        together = max(1, (32 if short else 16) // group)
         together = together if ordered else min(together, 8)
     setup = Setup(
         MASK=(INTERVALS if intervals else BAND if left or right else NO_MASK).value,
