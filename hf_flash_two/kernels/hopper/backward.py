@@ -116,7 +116,7 @@ def _differentiate(
         tiles, counter, dq_sum, zeroed = plan.tiles.of_queries, None, None, None
         if tiles is None:
             dq_sum = lse.new_empty(plan.dq_sum_size)
-            if params.deterministic:
+            if plan.tiles.setup.ORDERED:
                 counter = torch.empty(plan.counters, dtype=torch.int32, device=lse.device)
             else:
                 zeroed = dq_sum
@@ -238,7 +238,7 @@ def _plan(
             (heads, query_length, params.scale),
             {
                 "D": head_dim, "BLOCK_D": block_d, "BLOCK_Q": block_q, "ROWS": rows.ROWS,
-                "ORDERED": params.deterministic,
+                "ORDERED": tiles.setup.ORDERED,
             },
             small,
         )  # fmt: skip
