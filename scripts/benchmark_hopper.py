@@ -149,7 +149,8 @@ class Sdpa(Ours):
 
     def __init__(self, row: Row, tensors: list[Tensor], backend: str) -> None:
         self._backend = getattr(SDPBackend, backend)
-        self._settings = {"is_causal": row.workload == "causal"}
+        grouped = row.heads != row.key_heads
+        self._settings = {"is_causal": row.workload == "causal", "enable_gqa": grouped}
         super().__init__(row, tensors)
 
     def _attend(self) -> Tensor:
