@@ -19,10 +19,15 @@ def hides(query: Tensor, key: Tensor, params: AttentionParams) -> bool:
 
 def band_hides(query_length: int, key_length: int, params: AttentionParams) -> bool:
     """Whether the band of a call cuts off any pair."""
+    return any(band_ends(query_length, key_length, params))
+
+
+def band_ends(query_length: int, key_length: int, params: AttentionParams) -> tuple[bool, bool]:
+    """Whether the band cuts off any key behind a query, and any ahead."""
     first, last = params.query_offset, params.query_offset + query_length - 1
     left, right = params.window_left, params.window_right
-    behind = left is not None and last > left
-    return behind or right is not None and first + right < key_length - 1
+    ahead = right is not None and first + right < key_length - 1
+    return left is not None and last > left, ahead
 
 
 class HiddenPairs:

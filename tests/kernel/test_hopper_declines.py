@@ -17,6 +17,7 @@ from helpers import inputs
 from hf_flash_two import AttentionMask, flash_attention
 from hf_flash_two.kernels import hopper, select
 from hf_flash_two.kernels.hopper import config
+from hf_flash_two.kernels.hopper.tile import BAND, NO_MASK
 from hf_flash_two.kernels.hopper.versions import unfit
 
 GPU = torch.device("cuda", 0)
@@ -241,6 +242,27 @@ def test_which_kernels_a_backward_has(given: dict, want: tuple[bool, bool, bool]
     tiles = config.backward_tiles(*call((4096, 4096), **given))
     assert (tiles.setup.WITH_DQ, tiles.setup.ORDERED, tiles.wide) == want
     assert (tiles.of_queries is None) == tiles.setup.WITH_DQ
+
+
+@pytest.mark.parametrize(
+    ("mask", "want"),
+    [
+        (AttentionMask.causal(window=299), (BAND.value, True, True)),
+        (AttentionMask.causal(window=300), (BAND.value, False, True)),
+        (AttentionMask.window(298, 299), (BAND.value, True, False)),
+        (AttentionMask.window(299, 299), (NO_MASK.value, False, False)),
+    ],
+    ids=str,
+)
+def test_an_end_of_a_band_that_hides_nothing_costs_nothing(
+    mask: AttentionMask, want: tuple[int, bool, bool]
+) -> None:
+    query, key, value, described = call(mask=mask)
+    tiles = config.forward_tiles(query, key, value)
+    forward = config.forward_flags(query, key, described, tiles, False)
+    backward = config.backward_tiles(query, key, value, described).setup
+    for flags in (forward, backward):
+        assert (flags.MASK, flags.LEFT, flags.RIGHT) == want
 
 
 def test_by_name_the_reason_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:

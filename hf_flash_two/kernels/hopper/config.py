@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_flash_two.kernels.hidden import hides
+from hf_flash_two.kernels.hidden import band_ends, hides
 from hf_flash_two.kernels.hopper.schedule import Setup
 from hf_flash_two.kernels.hopper.tile import BAND, INTERVALS, NO_MASK
 from hf_flash_two.kernels.params import AttentionParams
@@ -176,7 +176,7 @@ def forward_flags(
 ) -> ForwardFlags:
     of_query, of_value = parts(tiles.block_d), parts(tiles.block_v)
     fits = of_query[0] == of_value[0] and of_value[1] in (0, of_query[1])
-    left, right = params.window_left is not None, params.window_right is not None
+    left, right = band_ends(query.shape[2], key.shape[2], params)
     start = params.query_start
     return ForwardFlags(
         MASK=(INTERVALS if start is not None else BAND if left or right else NO_MASK).value,
@@ -251,7 +251,7 @@ def backward_tiles(
     query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
 ) -> BackwardTiles:
     """Tiles of the backward, and the order in which its programs start."""
-    left, right = params.window_left is not None, params.window_right is not None
+    left, right = band_ends(query.shape[2], key.shape[2], params)
     intervals = params.query_start is not None
     widest = max(query.shape[3], value.shape[3])
     width = 64 if widest <= 64 else 128 if widest <= 128 else 256
@@ -263,7 +263,7 @@ def backward_tiles(
     # one kernel wins at head dim 64 alone.
     apart = wide or intervals and (params.deterministic or not narrow)
     # Tiles of keys of a band that ends on the left hardly wait: in any order it is slower.
-    ordered = (params.deterministic or left) and not (apart or intervals)
+    ordered = (params.deterministic or left) and not apart
     group = query.shape[1] // key.shape[1]
     if wide:
         together = 2 if group > 1 else 1
