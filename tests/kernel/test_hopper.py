@@ -317,8 +317,7 @@ def test_gradients_in_any_order(ran: Callable, make: Callable, dims: tuple[int, 
         torch.manual_seed(1)
         found.append(torch.autograd.grad(out, tensors, torch.randn_like(out)))
         assert ran() == BY_HOPPER
-    alike = max(dims) > (64 if mask.query_start is not None else 128)
-    most = 0 if alike or make is two_sided_window else 2**-8
+    most = 0 if max(dims) > (64 if mask.query_start is not None else 128) else 2**-8
     for want, got in zip(*found, strict=True):
         assert (got - want).float().norm() <= most * want.float().norm()
 

@@ -216,20 +216,11 @@ def test_auto_takes_what_was_timed(
 BACKWARDS: dict[str, tuple[dict, tuple[bool, bool, bool]]] = {
     "causal": ({}, (True, True, False)),
     "causal, any order": ({"deterministic": False}, (True, False, False)),
-    "window, any order": (WINDOW | {"deterministic": False}, (True, True, False)),
     "padded": (PADDED, (False, False, False)),
     "padded, any order": (PADDED | {"deterministic": False}, (False, False, False)),
     "padded D64": (PADDED | {"dims": (64, 64)}, (False, False, False)),
     "padded D64, any order": (
         PADDED | {"dims": (64, 64), "deterministic": False},
-        (True, False, False),
-    ),
-    "padded window D64, any order": (
-        {
-            "mask": PADDED["mask"] & WINDOW["mask"],
-            "dims": (64, 64),
-            "deterministic": False,
-        },
         (True, False, False),
     ),
     "D192-128": ({"dims": (192, 128)}, (False, False, True)),

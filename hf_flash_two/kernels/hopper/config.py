@@ -262,15 +262,14 @@ def backward_tiles(
     # With intervals, tiles of keys would often wait for each other's turns to add dQ. In any order
     # one kernel wins at head dim 64 alone.
     apart = wide or intervals and (params.deterministic or not narrow)
-    # Tiles of keys of a band that ends on the left hardly wait: in any order it is slower.
-    ordered = (params.deterministic or left) and not apart
+    ordered = params.deterministic and not apart
     group = query.shape[1] // key.shape[1]
     if wide:
         together = 2 if group > 1 else 1
     else:
         # In a fixed order the tiles of a head start a step after each other: few stand side by
         # side. With yet more heads Q, dO and dQ leave the L2 cache too soon.
-        together = max(1, (32 if narrow and right else 16) // group)
+        together = max(1, (32 if left or narrow and right else 16) // group)
         together = together if ordered else min(together, 8)
     setup = Setup(
         MASK=(INTERVALS if intervals else BAND if left or right else NO_MASK).value,
