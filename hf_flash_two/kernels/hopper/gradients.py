@@ -65,6 +65,7 @@ from hf_flash_two.kernels.hopper.schedule import (
     await_turn,
     end_turn,
     first_row_of,
+    heads_inside,
     loops_of,
     place_of,
     rank_of,
@@ -224,11 +225,16 @@ def _consumer(
     keys = keys_of(place, col, sizes, SETUP)
     mbarrier.wait(bars.k_full, 0)
     mbarrier.wait(bars.v_full, 0)
+    INSIDE: gl.constexpr = heads_inside(SETUP)
     outer, inner = loops_of(place, sizes, SETUP)
     for i in range(outer):
+        # In the inner loop it takes more registers.
+        if not INSIDE:
+            head = head_of(place, i, sizes, scores, SETUP)
         for j in range(inner):
-            tile, member = visit(i, j, place, SETUP)
-            head = head_of(place, member, sizes, scores, SETUP)
+            if INSIDE:
+                head = head_of(place, j, sizes, scores, SETUP)
+            tile, _ = visit(i, j, place, SETUP)
             dk, dv = _step(
                 HALF, SETUP, i * inner + j, tile, keys, head,
                 k, v, sizes, scores, memory, bars, dq_empty, dk, dv,

@@ -176,10 +176,16 @@ def place_of(sizes, SETUP: gl.constexpr):
     return Place(batch, head - batch * per_batch, tile, stop - 1, stop - start)
 
 
+@triton.constexpr_function
+def heads_inside(setup):
+    """Whether all heads of a group visit a tile of queries before any visits the next."""
+    return setup.ORDERED and not setup.LEFT
+
+
 @jit
 def loops_of(place, sizes, SETUP: gl.constexpr):
     """How often the outer and the inner loop run whose turns `visit` takes."""
-    if SETUP.ORDERED and not SETUP.LEFT:
+    if heads_inside(SETUP):
         outer, inner = place.count, sizes.heads.group
     else:
         outer, inner = sizes.heads.group, place.count
@@ -189,7 +195,7 @@ def loops_of(place, sizes, SETUP: gl.constexpr):
 @jit
 def visit(i, j, place, SETUP: gl.constexpr):
     """Tile of queries, and which head of the group, in the turns i and j of two loops."""
-    if SETUP.ORDERED and not SETUP.LEFT:
+    if heads_inside(SETUP):
         step, member = i, j
     else:
         step, member = j, i

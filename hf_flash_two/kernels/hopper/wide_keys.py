@@ -41,7 +41,14 @@ from hf_flash_two.kernels.hopper.parts import (
     store_gradients,
     weights,
 )
-from hf_flash_two.kernels.hopper.schedule import Scores, Sizes, loops_of, place_of, visit
+from hf_flash_two.kernels.hopper.schedule import (
+    Scores,
+    Sizes,
+    heads_inside,
+    loops_of,
+    place_of,
+    visit,
+)
 from hf_flash_two.kernels.hopper.tile import arrive
 from hf_flash_two.kernels.triton.args import Dropout, Heads, Intervals, PerHead
 
@@ -146,11 +153,16 @@ def _consumer(
         asm("bar.arrive 13, 256;", 4)
     mbarrier.wait(bars.k_full, 0)
     mbarrier.wait(bars.v_full, 0)
+    INSIDE: gl.constexpr = heads_inside(SETUP)
     outer, inner = loops_of(place, sizes, SETUP)
     for i in range(outer):
+        # In the inner loop it takes more registers.
+        if not INSIDE:
+            head = head_of(place, i, sizes, scores, SETUP)
         for j in range(inner):
-            tile, member = visit(i, j, place, SETUP)
-            head = head_of(place, member, sizes, scores, SETUP)
+            if INSIDE:
+                head = head_of(place, j, sizes, scores, SETUP)
+            tile, _ = visit(i, j, place, SETUP)
             dk, dv = _step(
                 HALF, SETUP, i * inner + j, tile, keys, head,
                 sizes, scores, memory, bars, dk, dv,
