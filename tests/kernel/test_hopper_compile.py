@@ -223,6 +223,7 @@ def cases() -> list:
     often = (
         ((128, 128), "causal", ""), ((64, 64), "padded", ""), ((256, 256), "full", ""),
         ((128, 128), "causal", "any order"), ((128, 128), "padded", ""),
+        ((64, 64), "window", "terms"),
     )  # fmt: skip
     return [
         pytest.param(

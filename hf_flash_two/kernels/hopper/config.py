@@ -264,13 +264,14 @@ def backward_tiles(
     apart = wide or intervals and (params.deterministic or not narrow)
     ordered = params.deterministic and not apart
     group = query.shape[1] // key.shape[1]
-    if wide:
-        together = 2 if group > 1 else 1
+    # As timed. The more key heads, the fewer tiles of one that share Q and dO in the L2 cache.
+    if apart:
+        together = 1 if group == 1 else 2 if wide else 8
+    elif ordered and not left:
+        # Tiles of a head start a step after each other, so there are to be few at a time.
+        together = max(1, (32 if narrow and right else 16) // group)
     else:
-        # In a fixed order the tiles of a head start a step after each other: few stand side by
-        # side. With yet more heads Q, dO and dQ leave the L2 cache too soon.
-        together = max(1, (32 if left or narrow and right else 16) // group)
-        together = together if ordered else min(together, 8)
+        together = 8 if ordered or narrow or group == 1 else 4
     setup = Setup(
         MASK=(INTERVALS if intervals else BAND if left or right else NO_MASK).value,
         LEFT=left,

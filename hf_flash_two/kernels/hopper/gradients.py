@@ -17,9 +17,10 @@ added as if each had its own. dQ is added in pieces of 64 x 64 in the order in w
 leaves them in registers, which `rows.convert_kernel` undoes. `schedule` has their order.
 
 Barriers. Of TMA: mbarriers. Between warps: named barriers, since an mbarrier's arrival costs four
-warps two more barriers; Triton itself takes 0 to 5. 6, 7: a stage of Q is free; 14, 15: one of dO;
-8: both consumers have written dS, or are done with K; 10, 11: the first half of dQ is ready, for
-one store warp or the other; 12, 13: the second half.
+warps two more barriers; Triton itself takes 0 to 5, and would take 6 for a part that it adds, had
+that any code. 6, 7: a stage of Q is free; 14, 15: one of dO; 8: both consumers have written dS, or
+are done with K; 10, 11: the first half of dQ is ready, for one store warp or the other; 12, 13: the
+second half.
 """
 
 # What stands in a kernel is Triton's language, which its types do not describe.

@@ -7,7 +7,7 @@ programs of a lower number, and the GPU starts programs in the order of their nu
 
 **Way.** A program goes down from the last tile of queries that sees its keys. In a fixed order all
 query heads of a group visit a tile before any visits the next: the first tile of keys is seen by
-most queries, and the others would wait for it at each head. Not if the band ends on the left: all
+most queries, and the others would wait for it at each head. Not if the band ends on the left: most
 tiles are seen by as many then, and what one head needs stays in the L2 cache.
 """
 

@@ -5,10 +5,10 @@ key's, both in whatever shape broadcasts to the tile, in either orientation. For
 the portable kernels: Gluon runs their functions of numbers and of single elements as they are.
 
 ``FLAGS`` is a record of constants, each pass's own. It has ``MASK``, `NO_MASK`, `BAND` or
-`INTERVALS`; ``LEFT`` and ``RIGHT``, whether a band ends on this side; ``SOFTCAP``, ``ALIBI``; and
-``PLAIN``, that scores are the scaled products and nothing else and the scale is positive. A kernel
-hands it to its partitions in the left operand of a sum of tuples: at any other place Triton 3.6
-takes it for a value of run time.
+`INTERVALS`; ``LEFT`` and ``RIGHT``, whether a band hides anything on this side; ``SOFTCAP``,
+``ALIBI``; and ``PLAIN``, that scores are the scaled products and nothing else and the scale is
+positive. A kernel hands it to its partitions in the left operand of a sum of tuples: at any other
+place Triton 3.6 takes it for a value of run time.
 """
 
 # What stands in a kernel is Triton's language, which its types do not describe.

@@ -41,14 +41,7 @@ from hf_flash_two.kernels.hopper.parts import (
     store_gradients,
     weights,
 )
-from hf_flash_two.kernels.hopper.schedule import (
-    Scores,
-    Sizes,
-    heads_inside,
-    loops_of,
-    place_of,
-    visit,
-)
+from hf_flash_two.kernels.hopper.schedule import Scores, Sizes, place_of
 from hf_flash_two.kernels.hopper.tile import arrive
 from hf_flash_two.kernels.triton.args import Dropout, Heads, Intervals, PerHead
 
@@ -153,18 +146,12 @@ def _consumer(
         asm("bar.arrive 13, 256;", 4)
     mbarrier.wait(bars.k_full, 0)
     mbarrier.wait(bars.v_full, 0)
-    INSIDE: gl.constexpr = heads_inside(SETUP)
-    outer, inner = loops_of(place, sizes, SETUP)
-    for i in range(outer):
-        # In the inner loop it takes more registers.
-        if not INSIDE:
-            head = head_of(place, i, sizes, scores, SETUP)
-        for j in range(inner):
-            if INSIDE:
-                head = head_of(place, j, sizes, scores, SETUP)
-            tile, _ = visit(i, j, place, SETUP)
+    for member in range(sizes.heads.group):
+        head = head_of(place, member, sizes, scores, SETUP)
+        before = member * place.count
+        for step in range(place.count):
             dk, dv = _step(
-                HALF, SETUP, i * inner + j, tile, keys, head,
+                HALF, SETUP, before + step, place.last - step, keys, head,
                 sizes, scores, memory, bars, dk, dv,
             )  # fmt: skip
     if SETUP.RESCUE:
