@@ -11,6 +11,7 @@ a kernel runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any, ClassVar
@@ -23,6 +24,7 @@ from torch._ops import OpOverloadPacket
 from torch.autograd import forward_ad
 from torch.autograd.function import Function, _SingleLevelFunction
 from torch.nn import Parameter
+from torch.utils._device import DeviceContext
 
 from hf_flash_two.kernels import Kernel, derivatives, invariant, select
 from hf_flash_two.kernels.blockwise.tangents import Tangents
@@ -95,14 +97,26 @@ def is_eager(*tensors: Tensor | None) -> bool:
     """Whether these are plain tensors and what is done to them is run, and nothing else.
 
     The compiler, functorch, modes, forward-mode derivatives and subclasses want to see operations.
+    A default device is a mode too, but sees none: see `_without_default_device`.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    if torch._C._len_torch_dispatch_stack():
         return False
+    for place in range(torch._C._len_torch_function_stack()):
+        if type(torch._C._get_function_stack_at(place)) is not DeviceContext:
+            return False
     if forward_ad._current_level >= 0 or torch._C._is_tracing():
         return False
     return are_plain(tensors)
+
+
+_AS_IT_IS = nullcontext()
+
+
+def _without_default_device() -> AbstractContextManager:
+    """Kernels say where their tensors are; with a default all of PyTorch's functions are slower."""
+    return torch._C.DisableTorchFunction() if torch._C._len_torch_function_stack() else _AS_IT_IS
 
 
 def are_plain(tensors: Iterable[Tensor | None]) -> bool:
@@ -516,7 +530,8 @@ class _Eager(_SingleLevelFunction):
 
     @staticmethod
     def forward(ctx, query, key, value, bias, sinks, params, kernel, run, return_lse):
-        out, lse, *max_logits = run.forward(query, key, value, params)
+        with _without_default_device():
+            out, lse, *max_logits = run.forward(query, key, value, params)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*max_logits)
         tensors = params.tensors
@@ -538,10 +553,12 @@ class _Eager(_SingleLevelFunction):
         if batched or torch.is_grad_enabled() or not is_eager(*args):
             settings = (*params, kernel, need_d_bias)
             grads = torch.ops.hf_flash_two.flash_attn_bwd(*args, *settings)
-        elif run is None or d_out is None or observers:
-            grads = _backward(*args, params, kernel, need_d_bias)
         else:
-            grads = run(*args, params, need_d_bias)
+            with _without_default_device():
+                if run is None or d_out is None or observers:
+                    grads = _backward(*args, params, kernel, need_d_bias)
+                else:
+                    grads = run(*args, params, need_d_bias)
         dq, dk, dv, d_bias, d_sinks = grads
         if not need_d_bias:
             d_bias = None
@@ -631,7 +648,8 @@ def flash_attn(
         if recorded:
             inputs = (query, key, value, params.bias, params.sinks)
             return _Eager.apply(*inputs, params, kernel, run, return_lse)
-        result = run.forward(query, key, value, params)
+        with _without_default_device():
+            result = run.forward(query, key, value, params)
     else:
         # A DTensor that is gathered first is laid out as its parts were, and results as it is; all
         # believe the strides of the whole.

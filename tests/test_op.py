@@ -190,6 +190,27 @@ def test_whoever_watches_meets_the_op(watcher: Callable) -> None:
         assert not is_eager(*tensors)
 
 
+@pytest.mark.parametrize("kernel", ["blockwise", "fused_cpu"])
+@pytest.mark.parametrize("default", ["cpu", "meta"])
+def test_a_default_device_is_no_watcher(default: str, kernel: str) -> None:
+    """`torch.set_default_device`: the same bits by the thin path, wherever new tensors would be."""
+    tensors = [x.requires_grad_() for x in inputs(40, 60)]
+    mask = AttentionMask.causal(window=30) & AttentionMask.from_padding(torch.ones(2, 60))
+    upstream = torch.randn(2, 6, 40, 16)
+
+    def run() -> tuple[Tensor, ...]:
+        out = flash_attention(*tensors, mask=mask, kernel=kernel)
+        with torch.no_grad():
+            assert torch.equal(flash_attention(*tensors, mask=mask, kernel=kernel), out)
+        return out, *torch.autograd.grad(out, tensors, upstream)
+
+    want = run()
+    with torch.device(default):
+        assert is_eager(*tensors)
+        for a, b in zip(run(), want, strict=True):
+            assert torch.equal(a, b)
+
+
 def test_subclasses_and_transforms_meet_the_op() -> None:
     tensors = inputs(9, 20)
     found = []
