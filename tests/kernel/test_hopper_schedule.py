@@ -35,7 +35,8 @@ def program(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         where=lambda which, a, b: a if which else b, program_id=lambda axis: asking.number,
     )  # fmt: skip
     monkeypatch.setattr(schedule, "gl", of_numbers)
-    for name in ("_span_of", "place_of", "loops_of", "visit", "rank_of"):
+    names = ("log2", "heads_inside", "_span_of", "place_of", "loops_of", "visit", "rank_of")
+    for name in names:
         monkeypatch.setattr(schedule, name, getattr(schedule, name).fn)
     return asking
 
