@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,11 +18,7 @@ from compiling import params
 
 from hf_flash_two import AttentionMask
 from hf_flash_two.kernels.hopper import config, schedule
-
-
-class Group(NamedTuple):
-    count: int
-    group: int
+from hf_flash_two.kernels.triton.args import Heads
 
 
 @pytest.fixture
@@ -58,11 +53,11 @@ def call(chance: random.Random) -> tuple[schedule.Setup, schedule.Sizes, torch.T
         torch.empty(2, heads, length, head_dim, dtype=torch.bfloat16, device="meta")
         for heads, length in zip((key_heads * group, key_heads), lengths, strict=True)
     )
-    described = params(mask, lengths[1], deterministic=chance.random() < 0.8)
-    described = described._replace(query_offset=mask.resolve_offset(*lengths))
+    settings = {"deterministic": chance.random() < 0.8}
+    described = params(mask, lengths[1], query_offset=mask.resolve_offset(*lengths), **settings)
     tiles = config.backward_tiles(query, key, key, described)
     sizes = schedule.Sizes(
-        Group(key_heads * group, group), 2 * key_heads, min(tiles.together, 2 * key_heads),
+        Heads(key_heads * group, group), 2 * key_heads, min(tiles.together, 2 * key_heads),
         *lengths, described.query_offset, left or 0, right or 0, None, 0,
     )  # fmt: skip
     return tiles.setup, sizes, mask.to_dense(*lengths)[0, 0]
@@ -100,7 +95,7 @@ def test_turns_are_taken_one_after_the_other(program: SimpleNamespace, seed: int
 
 def test_grouped_heads_go_together_where_the_others_would_wait(program: SimpleNamespace) -> None:
     """Under a causal mask in a fixed order; with a window, or in any order, one head by one."""
-    sizes = schedule.Sizes(Group(6, 3), 2, 2, 512, 512, 0, 99, 0, None, 0)
+    sizes = schedule.Sizes(Heads(6, 3), 2, 2, 512, 512, 0, 99, 0, None, 0)
     query, key = (torch.empty(1, heads, 512, 128, device="meta") for heads in (6, 2))
     causal, window = AttentionMask.causal(), AttentionMask.causal(window=100)
     for mask, deterministic, members in (

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_flash_two.kernels.hidden import band_ends, hides
+from hf_flash_two.kernels.hidden import band_ends
 from hf_flash_two.kernels.hopper.schedule import Setup
 from hf_flash_two.kernels.hopper.tile import BAND, INTERVALS, NO_MASK
 from hf_flash_two.kernels.params import AttentionParams
@@ -187,7 +187,7 @@ def forward_flags(
         PLAIN=params.plain and params.scale > 0,
         SINKS=params.sinks is not None,
         DROPOUT=params.dropout_p > 0,
-        RESCUE=hides(query, key, params),
+        RESCUE=start is not None or left or right,
         SHARED_RUNS=start is None or start.shape[0] == 1,
         CONSUMERS=tiles.block_q // ROWS,
         STAGES=tiles.stages,
@@ -258,7 +258,7 @@ def backward_tiles(
     narrow, wide = width == 64, width == 256
     block_q, block_k = 128 if narrow else 64, 64 if wide else 128
     value_width = 128 if wide and value.shape[3] <= 128 else width
-    masked = hides(query, key, params)
+    masked = intervals or left or right
     # With intervals, tiles of keys would often wait for each other's turns to add dQ. In any order
     # one kernel wins at head dim 64 alone.
     apart = wide or intervals and (params.deterministic or not narrow)
