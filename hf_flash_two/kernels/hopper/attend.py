@@ -636,12 +636,13 @@ def _attend(
     gl.store(lse_at, lse, row_inside)
     scaled = scaled / gl.where(none, 1.0, row_sum)
     if FLAGS.RESCUE:
-        spoiled = gl.max(_nan(acc, row_inside), 0)
+        spoiled = _nan(acc, ROW)
         if V_REST > 0:
-            spoiled = gl.maximum(spoiled, gl.max(_nan(acc_more, row_inside), 0))
-        if spoiled > 0:
-            gl.store(tickets_ptr + 1, 1)
-            gl.store(tickets_ptr + 2 + _field(message, 5) * FLAGS.CONSUMERS + W, 1)
+            spoiled = gl.maximum(spoiled, _nan(acc_more, ROW))
+        spoiled = (spoiled > 0) & row_inside
+        marks = tickets_ptr + row * 0
+        gl.store(marks + 1, 1, spoiled)
+        gl.store(marks + 2 + _field(message, 5) * FLAGS.CONSUMERS + W, 1, spoiled)
     if FLAGS.OWN_OUT:
         tma_store_read(0)
         barrier()
@@ -663,7 +664,6 @@ def _attend(
 
 
 @jit
-def _nan(x, row_inside):
-    """[rows], 1 where one that is inside holds NaN."""
-    inside = gl.convert_layout(row_inside, gl.SliceLayout(1, x.type.layout))
-    return gl.max(((x != x) & inside[:, None]).to(gl.int32), 1)
+def _nan(x, ROW: gl.constexpr):
+    """[rows], 1 where one holds NaN."""
+    return gl.convert_layout(gl.max((x != x).to(gl.int32), 1), ROW)
