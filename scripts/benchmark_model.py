@@ -180,12 +180,13 @@ def measure(case: Case, repeats: int, wanted: list[str] | None = None) -> list[d
 
 
 def failure(error: Exception) -> str:
-    """Why an implementation has no time, in a line; "out of memory" of a GPU and of a CPU."""
+    """Why an implementation has no time, in a sentence; "out of memory" of a GPU and of a CPU."""
     text = str(error).strip()
     if "out of memory" in text or "allocate memory" in text:
         return OUT_OF_MEMORY
     # Not where in the source of an extension it was raised.
-    return re.sub(r"^.*\.\w+:\d+, ", "", text.split("\n")[0]) or type(error).__name__
+    line = re.sub(r"^.*\.\w+:\d+, ", "", text.split("\n")[0])
+    return line.split(". ")[0] or type(error).__name__
 
 
 def _runner(case: Case, model, inputs, optimizer, name: str) -> Callable[[], Tensor]:
